@@ -1,0 +1,31 @@
+"""From text to activations: token batches, hook points, the tap inside a trainer's passes, and `read()`.
+
+A readout is anything with a `name`, a `hook_point` and a call from an activation (B, T, D) to scores (B, T, K).
+Nothing here knows what a probe is, and nothing here imports TRL.
+"""
+
+from .batch import ConceptScores, TokenBatch, tokenize_examples
+from .hook_points import backbone, decoder_layers, embedding_point, hidden_size, resolve, unwrap
+from .identity import identity
+from .read import read, read_activations, read_means, reference_pass
+from .tap import Pass, Tap, TokenReadout
+
+__all__ = [
+    "ConceptScores",
+    "Pass",
+    "Tap",
+    "TokenBatch",
+    "TokenReadout",
+    "backbone",
+    "decoder_layers",
+    "embedding_point",
+    "hidden_size",
+    "identity",
+    "read",
+    "read_activations",
+    "read_means",
+    "reference_pass",
+    "resolve",
+    "tokenize_examples",
+    "unwrap",
+]

@@ -1,0 +1,282 @@
+"""`read()`: batched scoring of texts or token batches by a model, stopping at the deepest hook point.
+
+In: a model, a token batch (or texts and a tokenizer), readouts. Out: scores per token, aligned with the batch that came
+in. Padding never reaches the scores: rows are stripped of it, sorted by length and padded anew on the right, so that
+position ids are right on every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .batch import ConceptScores, TokenBatch, tokenize_examples
+from .hook_points import backbone, output_tensor, resolve, unwrap
+from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
+
+# Sees the rows of a batch, their token positions and the activation (rows, T, D) at one hook point.
+Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
+
+
+class _Done(Exception):
+    """The deepest hook point has fired; nothing above it is needed."""
+
+
+def read(
+    model: nn.Module,
+    batch: TokenBatch | Sequence[str | Mapping[str, Any]],
+    readouts: Sequence[TokenReadout],
+    *,
+    tokenizer: Any = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    batch_tokens: int = 4096,
+    reader: str = "policy",
+    progress: str | None = None,
+) -> dict[str, ConceptScores]:
+    """Scores of every token, by one forward per length bucket and nothing above the deepest hook point.
+
+    The model is left as it was: training flags, hooks and random state.
+
+    Args:
+        model (`nn.Module`): a causal LM, wrapped or not, read as its adapters stand.
+        batch (`TokenBatch`, or a `list` of texts or examples): see `tokenize_examples` for the forms.
+        readouts (`Sequence[TokenReadout]`): what to read; all of them cost one forward.
+        tokenizer, chat_template, chat_template_kwargs: for texts and examples only.
+        batch_tokens (`int`, defaults to 4096): tokens per forward, padding included.
+        reader (`str`): name that the scores carry.
+        progress (`str`, *optional*): label of a progress bar; none is shown without it.
+
+    Returns:
+        `dict[str, ConceptScores]`: scores (B, T, K) by the readout's name, in the order and with the padding of the
+        batch that came in.
+
+    Raises:
+        `ValueError`: texts without a tokenizer, no such hook point, a prompt-learning adapter, token ids out of range.
+        `RuntimeError`: a hook point that did not fire.
+    """
+    if not isinstance(batch, TokenBatch):
+        if tokenizer is None:
+            raise ValueError(
+                "`read` was given texts and no `tokenizer` – expected the model's own. Pass `tokenizer=`."
+            )
+        batch = tokenize_examples(batch, tokenizer, chat_template, chat_template_kwargs)
+    groups = group_by_hook_point(readouts)
+    scores: dict[str, torch.Tensor] = {}
+
+    def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
+        found: dict[str, torch.Tensor] = {}
+        run_readouts(groups[hook_point], activation, found)
+        for name, values in found.items():
+            if name not in scores:
+                scores[name] = torch.zeros(batch.input_ids.numel(), values.shape[-1])
+            real = places >= 0
+            scores[name][places[real]] = values.cpu()[real]
+
+    _forward(model, batch, list(groups), sink, batch_tokens, progress)
+    shape = (*batch.input_ids.shape, -1)
+    empty = torch.zeros(*batch.input_ids.shape, 1)
+    return {
+        readout.name: ConceptScores(
+            scores[readout.name].view(shape) if readout.name in scores else empty,
+            batch.completion_mask,
+            batch.input_ids,
+            readout.name,
+            reader,
+        )
+        for readout in readouts
+    }
+
+
+def read_means(
+    model: nn.Module,
+    batch: TokenBatch,
+    hook_points: Sequence[str],
+    *,
+    batch_tokens: int = 4096,
+    progress: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Mean activation over the tokens that count, per row: what a mean-pooled probe is fitted on.
+
+    Returns:
+        `dict[str, torch.FloatTensor]`: hook point to means (B, D), float32; a row without counted tokens is 0.
+    """
+    means: dict[str, torch.Tensor] = {}
+    counted = batch.completion_mask.flatten()
+    width = batch.input_ids.shape[1]
+
+    def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
+        if hook_point not in means:
+            means[hook_point] = torch.zeros(len(batch), activation.shape[-1])
+        weights = ((places >= 0) & counted[places.clamp(min=0)]).to(activation.device)  # (b, t)
+        total = torch.einsum("btd,bt->bd", activation.detach().float(), weights.float())
+        rows = places.max(dim=1).values // width
+        means[hook_point][rows] = (total / weights.sum(1, keepdim=True).clamp(min=1)).cpu()
+
+    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, progress)
+    return means
+
+
+def read_activations(
+    model: nn.Module, batch: TokenBatch, hook_points: Sequence[str], *, batch_tokens: int = 4096
+) -> dict[str, torch.Tensor]:
+    """Activations of the tokens that count, in the order of the batch: for fixed texts, of which there are few.
+
+    Returns:
+        `dict[str, torch.FloatTensor]`: hook point to activations (N, D), float32, N the number of counted tokens.
+    """
+    counted = batch.completion_mask.flatten()
+    target = counted.cumsum(0) - 1  # row in the result of each counted token
+    found: dict[str, torch.Tensor] = {}
+
+    def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
+        if hook_point not in found:
+            found[hook_point] = torch.zeros(int(counted.sum()), activation.shape[-1])
+        wanted = (places >= 0) & counted[places.clamp(min=0)]
+        found[hook_point][target[places[wanted]]] = activation.detach().float().cpu()[wanted]
+
+    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None)
+    return found
+
+
+@contextmanager
+def reference_pass(model: nn.Module, reference: nn.Module | None = None) -> Iterator[nn.Module]:
+    """The frozen reference: `reference` where one is given, else the model with its adapters off.
+
+    An adapter named `ref` is taken instead of no adapter, as TRL does.
+
+    Raises:
+        `ValueError`: a model without adapters and no reference.
+    """
+    if reference is not None:
+        yield reference
+        return
+    from accelerate.utils import extract_model_from_parallel
+
+    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not hasattr(peft_model, "disable_adapter"):
+        raise ValueError(
+            f"`{type(peft_model).__name__}` has no adapters to switch off and no reference model was given – expected "
+            "one of the two. Train with PEFT, or pass the reference model."
+        )
+    if "ref" not in peft_model.peft_config:
+        with peft_model.disable_adapter():
+            yield peft_model
+        return
+    active = peft_model.active_adapter
+    peft_model.set_adapter("ref")
+    try:
+        yield peft_model
+    finally:
+        peft_model.set_adapter(active)
+
+
+def _forward(
+    model: nn.Module,
+    batch: TokenBatch,
+    hook_points: Sequence[str],
+    sink: Sink,
+    batch_tokens: int,
+    progress: str | None,
+) -> None:
+    """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`."""
+    _check(model, batch)
+    core = backbone(model)
+    modules = {point: resolve(model, point) for point in hook_points}
+    waiting: set[str] = set()
+    places = torch.empty(0)
+
+    def hook(point: str) -> Callable[..., None]:
+        def run(module: nn.Module, args: Any, output: Any) -> None:
+            sink(point, places, output_tensor(output))
+            waiting.discard(point)
+            if not waiting:
+                raise _Done
+
+        return run
+
+    handles = [module.register_forward_hook(hook(point)) for point, module in modules.items()]
+    device = next(core.parameters()).device
+    bar = tqdm(
+        total=int(batch.attention_mask.sum()), desc=progress, unit="token", disable=progress is None, leave=False
+    )
+    try:
+        with bar, reading(), _measuring(core), torch.no_grad():
+            for input_ids, attention_mask, places in _buckets(batch, batch_tokens):  # noqa: B007, the hooks read it
+                waiting = set(modules)
+                try:
+                    core(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+                except _Done:
+                    pass
+                else:
+                    raise RuntimeError(
+                        f"Hook point {', '.join(f'`{point}`' for point in sorted(waiting))} did not fire in a forward of "
+                        f"`{type(core).__name__}` – expected a module that runs in every pass, such as a decoder layer."
+                    )
+                bar.update(int(attention_mask.sum()))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _buckets(batch: TokenBatch, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Right-padded (input_ids, attention_mask, places) of rows of like length, longest first.
+
+    `places` (b, t) says where in the flattened batch each token came from, -1 on padding.
+    """
+    width = batch.input_ids.shape[1]
+    lengths = batch.attention_mask.sum(1)
+    order = [row for row in lengths.argsort(descending=True, stable=True).tolist() if lengths[row] > 0]
+    while order:
+        longest = int(lengths[order[0]])
+        count = max(1, batch_tokens // longest)
+        rows, order = order[:count], order[count:]
+        places = torch.full((len(rows), longest), -1, dtype=torch.long)
+        for i, row in enumerate(rows):
+            positions = batch.attention_mask[row].nonzero().squeeze(1)
+            places[i, : len(positions)] = positions + row * width
+        real = places >= 0
+        input_ids = batch.input_ids.flatten()[places.clamp(min=0)].masked_fill(~real, 0)
+        yield input_ids, real.long(), places
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """No dropout, so that a reading repeats and draws no random numbers; every module's flag is put back as it was.
+
+    The trainer's own model object keeps its flag: TRL reads its mode from it, and only the backbone is touched.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check(model: nn.Module, batch: TokenBatch) -> None:
+    base = unwrap(model)
+    config = base.config.get_text_config()
+    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            "The model has a prompt-learning adapter – expected LoRA or another one without virtual tokens: they are "
+            "not fed through `read`."
+        )
+    if len(batch) and int(batch.input_ids.max()) >= config.vocab_size:
+        raise ValueError(
+            f"Token id {int(batch.input_ids.max())} – expected ids below the model's vocabulary of {config.vocab_size}. "
+            "Use the model's own tokenizer."
+        )
+    longest = int(batch.attention_mask.sum(1).max()) if len(batch) else 0
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and getattr(config, "rope_parameters", None) is None and longest > limit:
+        raise ValueError(
+            f"A row has {longest} tokens – expected at most {limit}, the model's learned positions. Cut it."
+        )

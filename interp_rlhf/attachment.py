@@ -1,0 +1,276 @@
+"""The one-line door: puts rewards, monitors, measures and drift onto a trainer that is already built.
+
+In: a trainer of TRL (or, for drift alone, of transformers). Out: the same trainer, listened to, and an `Attachment`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from .activations import reference_pass, unwrap
+from .activations.batch import completion_text
+from .concepts.card import load_card
+from .concepts.readout import Readout
+from .drift.callback import DriftCallback, DriftConfig
+from .drift.recorder import record
+from .runlog import RunLog
+from .training.mixin import RolloutMixin, with_mixin
+from .training.rewards import ConceptReward
+from .training.rollout import Reader, Rollout
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 4
+Measure = Callable[[str], float]
+
+
+class Attachment:
+    """What `attach` put onto a trainer.
+
+    Attributes:
+        trainer (`Trainer`): the trainer, now of a subclass of its class.
+        rollout (`Rollout`, *optional*): reads its rollout batches; `own_forwards` counts the readings that needed a
+            forward pass of our own. None where nothing is read on rollouts.
+        run_log (`RunLog`): where events go.
+    """
+
+    def __init__(self, trainer: Any, rollout: Rollout | None, run_log: RunLog):
+        self.trainer = trainer
+        self.rollout = rollout
+        self.run_log = run_log
+
+    def detach(self) -> None:
+        """Take hooks and mixin off again. Rewards stay in `reward_funcs` and raise when they are called."""
+        if self.rollout is None:
+            return
+        self.rollout.remove()
+        for function in self.trainer.reward_funcs:
+            if isinstance(function, ConceptReward):
+                function.bind(None)
+        self.trainer.__class__ = type(self.trainer).__bases__[1]
+        self.trainer.remove_callback(_FirstPassCheck)
+        self.rollout = None
+
+
+def attach(
+    trainer: Any,
+    *,
+    monitors: Sequence[str | Path | Readout] = (),
+    measures: Mapping[str, Measure] | None = None,
+    drift: DriftConfig | None = None,
+    reference: torch.nn.Module | None = None,
+    run_log: str | Path | None = None,
+    arm: str = "",
+    samples_every: int = 10,
+) -> Attachment:
+    """Put concept rewards, monitors, independent measures and drift onto a built trainer.
+
+    Every `ConceptReward` among the trainer's `reward_funcs` is bound to it. Call it once, before `trainer.train()`.
+
+    Args:
+        trainer (`GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL or transformers.
+        monitors (`Sequence`): cards (or readouts) that are scored on every rollout and logged as
+            `interp/<card>/mean_score` and `interp/<card>/std`; they never touch the reward.
+        measures (`dict[str, Callable]`, *optional*): independent measures of a completion's text, logged as
+            `interp/measure/<name>/mean`: a text to a float.
+        drift (`DriftConfig`, *optional*): adds a `DriftCallback` with the same monitors.
+        reference (`nn.Module`, *optional*): the frozen reference, where the trainer has none (β = 0 without PEFT). Without
+            it, that case loads the model again from the path it came from.
+        run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
+        arm (`str`): name of this run where several are compared.
+        samples_every (`int`, defaults to 10): rollout batches between two that leave sample completions in the run log.
+
+    Raises:
+        `ValueError`: attached already, a trainer without rollouts, a readout that was made on another model, or a setting
+            under which scores would be wrong: tools, environments, `rollout_func`, `sync_ref_model`, images.
+    """
+    if isinstance(trainer, RolloutMixin):
+        raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
+    rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
+    cards = [load_card(m) for m in monitors if not isinstance(m, Readout)]
+    watched: dict[Readout, Reader] = {m: "reference" for m in monitors if isinstance(m, Readout)}
+    watched |= {Readout.from_card(c): "policy" if c.card.reader == "policy" else "reference" for c in cards}
+    rollout = None
+    if rewards or watched or measures:
+        _refuse(trainer, rewards, watched)
+        rollout = _rollout(trainer, rewards, watched, reference)
+    log = record(trainer, run_log, [*(r.card for r in rewards if r.card), *cards], arm)
+    if rollout is not None:
+        watchers = _Watch(trainer, rollout, rewards, watched, dict(measures or {}), log, samples_every)
+        trainer.__class__ = with_mixin(type(trainer))
+        trainer.interp_rollout, trainer.interp_watchers = rollout, [watchers]
+        trainer.add_callback(_FirstPassCheck(rollout))
+        for reward in rewards:
+            reward.bind(rollout)
+        _apply_weights(trainer, rewards)
+    if drift is not None:
+        trainer.add_callback(
+            DriftCallback(
+                trainer, drift.texts, list(watched), drift.labelled, drift.every, drift.hook_points, run_log=log.path
+            )
+        )
+    return Attachment(trainer, rollout, log)
+
+
+def _refuse(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[Readout]) -> None:
+    """Everything under which a score would belong to other tokens, or to another model, than it says."""
+    from trl import GRPOTrainer, RLOOTrainer
+
+    if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
+        raise ValueError(
+            f"The trainer is a `{type(trainer).__name__}` – expected a `GRPOTrainer` or `RLOOTrainer`: rewards, monitors "
+            "and measures are read on rollouts. For other trainers use `attach(trainer, drift=DriftConfig(…))` or "
+            "`trainer.add_callback(DriftCallback(trainer, monitors=[…]))`."
+        )
+    read_here = [*(r.__name__ for r in rewards), *(m.name for m in monitors)]
+    if not read_here:
+        return
+    names = ", ".join(f"`{name}`" for name in read_here)
+    settings = {
+        "tools": "tool results are in the completion, and reward functions are not told which tokens they are",
+        "environment_factories": "observations are in the completion, and reward functions are not told where",
+        "rollout_func": "its completions may hold tokens that the model did not write",
+        "_is_vlm": "images would be missing from the reading",
+    }
+    for name, reason in settings.items():
+        if getattr(trainer, name, None):
+            raise ValueError(
+                f"The trainer uses `{name.lstrip('_')}` – expected none where {names} are read: {reason}. Score these "
+                "runs afterwards with `read`."
+            )
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise ValueError(
+            f"`sync_ref_model` is True – expected False where {names} are read: the reference would move during the run, "
+            "and the probe with it."
+        )
+    if rewards and trainer.beta == 0:
+        logger.warning(
+            "beta is 0: nothing holds the policy near its reference while it is paid for %s. Expect text that pleases the "
+            "probe and nobody else; set `beta` (0.02 in the demo) or watch an independent measure closely.",
+            ", ".join(f"`{reward.__name__}`" for reward in rewards),
+        )
+
+
+def _rollout(
+    trainer: Any, rewards: Sequence[ConceptReward], watched: Mapping[Readout, Reader], reference: Any
+) -> Rollout:
+    readouts: dict[Reader, list[Readout]] = {"reference": [], "policy": []}
+    for reward in rewards:
+        for reader in reward.readers:
+            readouts[reader].append(reward.readout)
+    for monitor, reader in watched.items():
+        readouts[reader].append(monitor)
+    reference = reference if reference is not None else _reference(trainer, needed=bool(readouts["reference"]))
+    for readout in readouts["policy"]:
+        readout.check_model(trainer.model, exact=False)
+    if readouts["reference"]:
+        with reference_pass(trainer.model, reference) as model:
+            for readout in readouts["reference"]:
+                readout.check_model(model)
+    return Rollout(trainer, readouts, reference)
+
+
+def _reference(trainer: Any, needed: bool) -> Any:
+    """The trainer's own reference model; None with PEFT, where it is the policy without adapters."""
+    if (
+        trainer.ref_model is not None
+        or not needed
+        or hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    ):
+        return trainer.ref_model
+    from transformers import AutoModelForCausalLM
+
+    path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
+    if not path:
+        raise ValueError(
+            "beta is 0, there are no adapters, and the model was built in memory, so there is no frozen reference to read "
+            "– expected one. Pass `reference=` to `attach`, set `beta`, train with PEFT, or use `reader: policy`."
+        )
+    logger.info("beta is 0: loading the reference that is read from `%s`.", path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=trainer.model.dtype)
+    return model.to(trainer.accelerator.device).eval().requires_grad_(False)
+
+
+def _apply_weights(trainer: Any, rewards: Sequence[ConceptReward]) -> None:
+    """A card's weight counts where the user has set none."""
+    if trainer.args.reward_weights is not None:
+        return
+    for index, function in enumerate(trainer.reward_funcs):
+        if function in rewards:
+            trainer.reward_weights[index] = function.weight
+
+
+class _FirstPassCheck(TrainerCallback):
+    """Stops a run before its first optimizer step where a hook point never fired."""
+
+    def __init__(self, rollout: Rollout):
+        self._rollout: Rollout | None = rollout
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._rollout is not None:
+            self._rollout.policy_tap.require_fired()
+            self._rollout = None
+
+
+class _Watch:
+    """Scores monitors and measures on a batch after its rewards, logs them, and leaves samples in the run log."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        rollout: Rollout,
+        rewards: Sequence[ConceptReward],
+        monitors: Mapping[Readout, Reader],
+        measures: Mapping[str, Measure],
+        log: RunLog,
+        samples_every: int,
+    ):
+        self._trainer, self._rollout, self._rewards = trainer, rollout, rewards
+        self._monitors, self._measures = monitors, measures
+        self._log, self._samples_every = log, samples_every
+        self._batches = 0
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], rewards: torch.Tensor) -> None:
+        found: dict[str, list[float | None]] = {}
+        for readout, reader in self._monitors.items():
+            found[readout.name] = self._rollout.values(readout, reader)
+            self._metric(f"interp/{readout.name}/mean_score", found[readout.name], np.mean)
+            self._metric(f"interp/{readout.name}/std", found[readout.name], np.std)
+        texts = [completion_text(completion) for completion in completions]
+        for name, measure in self._measures.items():
+            found[name] = [float(measure(text)) for text in texts]
+            self._metric(f"interp/measure/{name}/mean", found[name], np.mean)
+        if self._batches % self._samples_every == 0 and self._log.writable:
+            own = rewards[: len(prompts)]  # rank 0 writes, and its rows come first
+            for index, name in enumerate(self._trainer.reward_func_names):
+                found[f"reward: {name}"] = own[:, index].tolist()
+            rows = [
+                {
+                    "prompt": _prompt_text(prompts[i]),
+                    "completion": texts[i],
+                    "scores": {name: values[i] for name, values in found.items()},
+                }
+                for i in range(min(SAMPLE_ROWS, len(prompts)))
+            ]
+            self._log.append("samples", self._trainer.state.global_step, when="train", rows=rows)
+        self._batches += 1
+
+    def _metric(self, key: str, values: Sequence[float | None], reduce: Callable[[Any], Any]) -> None:
+        """Into TRL's own averages: over ranks here, over the steps of a logging interval there."""
+        from accelerate.utils import gather_object
+
+        kept = [value for value in gather_object(list(values)) if value is not None]
+        if kept:
+            mode = "train" if self._trainer.model.training else "eval"
+            self._trainer._metrics[mode][key].append(float(reduce(kept)))
+
+
+def _prompt_text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -1,0 +1,163 @@
+"""Artifacts on disk: one safetensors file with the weights of a concept and a JSON header that says what they are.
+
+In and out: `Artifact`. No pickle; a file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADER_KEY = "interp_rlhf"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an artifact knows of itself.
+
+    Attributes:
+        kind (`str`): `probe` or `direction`.
+        method (`str`): `logistic_regression` or `difference_of_means`.
+        hook_point (`str`): where it reads.
+        width (`int`): D.
+        model_id (`str`), identity (`str`): the model it was made on, see `activations.identity`.
+        label_names (`tuple[str, str]`): names of label 0 and label 1.
+        data (`str`): fingerprint of the examples it was fitted on.
+        examples (`int`): how many.
+        seed (`int`): of the fit.
+        calibration (`dict[str, tuple[float, float]]`): pooling to (scale, bias): what makes a pooled score a log-odds.
+        include_end_of_turn (`bool`): whether end-of-turn tokens counted in the fit.
+        versions (`dict[str, str]`): libraries of the fit.
+    """
+
+    kind: str
+    method: str
+    hook_point: str
+    width: int
+    model_id: str
+    identity: str
+    label_names: tuple[str, str]
+    data: str
+    examples: int
+    seed: int
+    calibration: dict[str, tuple[float, float]]
+    include_end_of_turn: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """Weights of one concept: the score of a token is ⟨h, weight⟩ + bias.
+
+    Attributes:
+        weight (`torch.FloatTensor` of shape (D,)): float32.
+        bias (`float`): 0 for a direction.
+        header (`Header`): what it is.
+    """
+
+    weight: torch.Tensor
+    bias: float
+    header: Header
+
+    def save(self, path: str | Path) -> str:
+        """Write the file whole or not at all; returns its SHA-256."""
+        from safetensors.torch import save
+
+        tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor([self.bias])}
+        data = save(tensors, metadata={HEADER_KEY: json.dumps(asdict(self.header), sort_keys=True)})
+        write_atomically(path, data)
+        return hashlib.sha256(data).hexdigest()
+
+
+def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
+    """Artifact of a file.
+
+    Args:
+        path (`str` or `Path`): the safetensors file.
+        sha256 (`str`, *optional*): digest that the file must have, as a card names it.
+
+    Raises:
+        `FileNotFoundError`: no such file.
+        `ValueError`: truncated, not one of ours, another digest, or weights that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` does not exist – expected an artifact written by `interp-rlhf probe fit`.")
+    data = path.read_bytes()
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{path}` ({len(data)} bytes) is not a whole safetensors file ({error}) – expected an artifact. It may be "
+            "truncated: copy it again or fit it anew."
+        ) from None
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise ValueError(
+            f"`{path}` has SHA-256 {found} – the card expects {sha256}. The artifact was changed or swapped after the "
+            "card was written: restore it, or fit and check again."
+        )
+    header = _header(data, path)
+    weight, bias = tensors["weight"].float(), float(tensors["bias"].item())
+    if (
+        weight.shape != (header.width,)
+        or not torch.isfinite(weight).all()
+        or not torch.isfinite(tensors["bias"]).all()
+    ):
+        raise ValueError(
+            f"`{path}` has a weight of shape {tuple(weight.shape)}, finite: {bool(torch.isfinite(weight).all())} – "
+            f"expected ({header.width},) finite numbers. Fit it anew."
+        )
+    return Artifact(weight, bias, header)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file whole or leave what was there: a temporary file in the same folder, then a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from importlib.metadata import version
+
+    names = ("interp-rlhf", "torch", "transformers", "trl", "scikit-learn")
+    return {name: version(name) for name in names}
+
+
+def _header(data: bytes, path: Path) -> Header:
+    size = int.from_bytes(data[:8], "little")
+    metadata: dict[str, Any] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    if HEADER_KEY not in metadata:
+        raise ValueError(
+            f"`{path}` has no `{HEADER_KEY}` header – expected an artifact written by `interp-rlhf probe fit`, not any "
+            "safetensors file."
+        )
+    values = json.loads(metadata[HEADER_KEY])
+    known = {item.name for item in fields(Header)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(
+            f"`{path}` has unknown header keys {unknown} – written by a newer version? Upgrade interp-rlhf."
+        )
+    values["label_names"] = tuple(values["label_names"])
+    values["calibration"] = {key: tuple(pair) for key, pair in values["calibration"].items()}
+    return Header(**values)

@@ -1,0 +1,235 @@
+"""Reward cards: versioned YAML that says what is read, where, how it is pooled and what speaks for it.
+
+In: a path. Out: a checked `Card`, or one error with everything that is wrong. Imports neither torch nor TRL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class Strict(BaseModel):
+    """Every unknown key and every wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class ModelRef(Strict):
+    id: str
+    identity: Digest
+
+
+class ArtifactRef(Strict):
+    path: str
+    sha256: Sha256
+
+
+class ReadoutSpec(Strict):
+    kind: Literal["probe", "direction"]
+    hook_point: str
+    artifact: ArtifactRef
+    pooling: Literal["mean", "ema_max", "last", "max"]
+    include_end_of_turn: bool = False
+
+
+class Transform(Strict):
+    """(score − mean) / std, then clipped."""
+
+    mean: float = 0.0
+    std: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Transform:
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"`clip` is {self.clip} – expected [lower, upper]")
+        return self
+
+    def __call__(self, scores: Any) -> Any:
+        scores = (scores - self.mean) / self.std
+        return scores if self.clip is None else scores.clip(*self.clip)
+
+
+class Estimate(Strict):
+    """An AUROC with the 95 % interval of a bootstrap over prompts."""
+
+    auroc: float
+    low: float
+    high: float
+
+
+class Control(Strict):
+    """AUROCs of a control that was drawn many times."""
+
+    mean: float
+    p95: float
+    repeats: int
+
+
+class Findings(Strict):
+    """What one set of examples says of a probe, and of what it must beat."""
+
+    data: Digest
+    examples: int
+    positives: int
+    probe: Estimate
+    permutation: Control
+    random_direction: Control
+    tfidf: Estimate
+    length: Estimate
+    punctuation: Estimate
+    embedding: Estimate
+    measures: dict[str, Estimate] = {}
+
+
+class Evidence(Strict):
+    """Written by `interp-rlhf probe check`, never by hand."""
+
+    readout: Digest
+    held_out: Findings
+    completions: Findings | None = None
+    seed: int
+    command: str
+    versions: dict[str, str]
+
+
+class Card(Strict):
+    """A reward card, schema 1."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    version: Annotated[int, Field(ge=1)]
+    role: Literal["reward", "penalty", "monitor"]
+    concept: str
+    model: ModelRef
+    readout: ReadoutSpec
+    reader: Literal["reference", "policy", "both"] = "reference"
+    transform: Transform | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    holdouts: list[str] = []
+    evidence: Evidence | None = None
+
+    @property
+    def readout_digest(self) -> str:
+        """What evidence belongs to: artifact, hook point, pooling, counted tokens and the model."""
+        spec = self.readout.model_dump_json(exclude={"artifact": {"path"}})
+        return f"sha256:{hashlib.sha256((spec + self.model.identity).encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class LoadedCard:
+    """A card with its place on disk and the SHA-256 of its file, which goes into run log and report."""
+
+    card: Card
+    path: Path
+    sha256: str
+
+    @property
+    def artifact_path(self) -> Path:
+        return self.path.parent / self.card.readout.artifact.path
+
+
+def load_card(path: str | Path) -> LoadedCard:
+    """Card of a YAML file, checked strictly.
+
+    Args:
+        path (`str` or `Path`): a file, or the path of a shipped card (`reward/warmth/reward.v1.yaml`), which resolves
+            the same from a checkout, an editable install and a wheel.
+
+    Raises:
+        `FileNotFoundError`: no such file.
+        `ValueError`: every unknown, missing or doubled key and every wrong value, in one message.
+    """
+    found = locate(path)
+    data = found.read_bytes()
+    loader = _Loader(data)
+    try:
+        content = loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{found}` is not YAML: {error}") from None
+    problems = loader.doubled
+    if not isinstance(content, dict):
+        problems.append(f"the file holds {type(content).__name__} – expected a mapping with the keys of a card")
+        content = {}
+    try:
+        card = Card.model_validate(content)
+    except ValidationError as error:
+        problems += [_problem(item) for item in error.errors()] if content else []
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
+        raise ValueError(f"`{found}` is not a valid reward card, {len(problems)} problem(s):\n{listed}")
+    return LoadedCard(card, found, hashlib.sha256(data).hexdigest())
+
+
+def locate(path: str | Path) -> Path:
+    """File of a path that is given as a user writes it: as it is, or inside what this package ships.
+
+    Raises:
+        `FileNotFoundError`: neither.
+    """
+    path = Path(path)
+    package = Path(__file__).resolve().parent.parent
+    for place in (path, package / "_shipped" / path, package.parent / path):
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"`{path}` does not exist, neither from `{Path.cwd()}` nor among the files that interp_rlhf ships – expected a "
+        "reward card. Write one with `interp-rlhf probe fit`."
+    )
+
+
+def dump_card(card: Card) -> str:
+    """Card as YAML, keys in the order of the schema."""
+    content = card.model_dump(by_alias=True, exclude_none=True, exclude={"holdouts"} if not card.holdouts else None)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def with_evidence(text: str, evidence: Evidence) -> str:
+    """Text of a card with its evidence replaced; everything else stays to the letter, comments too."""
+    kept: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        if line and not line[0].isspace() and not line.startswith("#"):
+            inside = line.startswith("evidence:")
+        if not inside:
+            kept.append(line)
+    content = {"evidence": evidence.model_dump(exclude_none=True)}
+    return "\n".join(kept).rstrip() + "\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that remembers doubled keys instead of keeping the last one silently."""
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self.doubled: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                self.doubled.append(f"`{key}`: given twice, the second time in line {key_node.start_mark.line + 1}")
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "card"
+    if error["type"] == "missing":
+        return f"`{where}`: missing"
+    if error["type"] == "extra_forbidden":
+        return f"`{where}`: unknown key"
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | list) else f"{given!r} – "
+    return f"`{where}`: {shown}{error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,133 @@
+"""Readouts: a probe or a direction at a hook point, with its pooling and its transform.
+
+In: an activation (B, T, D). Out: scores per token (B, T, 1), and from those one score per completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..activations import ConceptScores, hidden_size, identity, resolve
+from .artifact import Artifact, Header, load_artifact
+from .card import Card, LoadedCard, Transform, load_card
+from .pooling import pool
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Scores of one concept.
+
+    Attributes:
+        name (`str`): the card's name; scores and metrics are kept by it.
+        hook_point (`str`): where it reads.
+        weight (`torch.FloatTensor` of shape (D,)), bias (`float`): the score of a token is ⟨h, weight⟩ + bias.
+        pooling (`str`): see `pooling.pool`.
+        scale (`float`), offset (`float`): the calibration of that pooling: scale · pooled + offset is a log-odds.
+        transform (`Transform`, *optional*): standardization and clipping of the pooled score.
+        include_end_of_turn (`bool`): whether end-of-turn tokens at the end of a completion count.
+        header (`Header`, *optional*): the artifact's own description, checked against models.
+    """
+
+    name: str
+    hook_point: str
+    weight: torch.Tensor
+    bias: float = 0.0
+    pooling: str = "mean"
+    scale: float = 1.0
+    offset: float = 0.0
+    transform: Transform | None = None
+    include_end_of_turn: bool = False
+    header: Header | None = None
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact, name: str, pooling: str, transform: Transform | None = None) -> Readout:
+        """Readout of an artifact.
+
+        Raises:
+            `ValueError`: the artifact was not calibrated for this pooling.
+        """
+        header = artifact.header
+        if pooling not in header.calibration:
+            raise ValueError(
+                f"`pooling` of `{name}` is `{pooling}` – the artifact is calibrated for "
+                f"{', '.join(f'`{key}`' for key in sorted(header.calibration))}. Another pooling did not separate the "
+                "labels in the fit; choose one of these or fit on other data."
+            )
+        scale, offset = header.calibration[pooling]
+        return cls(
+            name, header.hook_point, artifact.weight, artifact.bias, pooling, scale, offset, transform,
+            header.include_end_of_turn, header,
+        )  # fmt: skip
+
+    @classmethod
+    def from_card(cls, card: LoadedCard | str) -> Readout:
+        """Readout of a reward card, its artifact checked against the card.
+
+        Raises:
+            `ValueError`: the artifact is another one than the card says.
+        """
+        loaded = load_card(card) if not isinstance(card, LoadedCard) else card
+        spec = loaded.card.readout
+        artifact = load_artifact(loaded.artifact_path, spec.artifact.sha256)
+        _require_agreement(loaded.card, artifact.header, loaded.path)
+        readout = cls.from_artifact(artifact, loaded.card.name, spec.pooling, loaded.card.transform)
+        return replace(readout, include_end_of_turn=spec.include_end_of_turn)
+
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        """Scores (B, T, 1) of an activation (B, T, D), float32."""
+        weight = self.weight.to(activation.device)
+        return (activation @ weight + self.bias).unsqueeze(-1)
+
+    def score(self, scores: ConceptScores) -> list[float | None]:
+        """One score per completion: pooled, calibrated, transformed. `None` where no token counts.
+
+        Raises:
+            `ValueError`: a counted token's score is NaN or infinite.
+        """
+        scores.require_finite()
+        pooled = self.scale * pool(scores.scores, scores.mask, self.pooling)[:, 0] + self.offset  # (B,)
+        if self.transform is not None:
+            pooled = self.transform(pooled)
+        counted = scores.mask.any(1).tolist()
+        return [value if counts else None for value, counts in zip(pooled.tolist(), counted, strict=True)]
+
+    def check_model(self, model: Any, exact: bool = True) -> None:
+        """Refuse a model that this readout was not made on.
+
+        Args:
+            model (`nn.Module`): the model that will be read.
+            exact (`bool`, defaults to `True`): check the weights' identity too: right for the reference model, wrong for
+                a policy whose own weights are trained.
+
+        Raises:
+            `ValueError`: no such hook point, another width, another architecture, or other weights.
+        """
+        resolve(model, self.hook_point)
+        if (width := hidden_size(model)) != len(self.weight):
+            raise ValueError(
+                f"Readout `{self.name}` has width {len(self.weight)} – the model's is {width}. It was made on "
+                f"`{self.header.model_id if self.header else 'another model'}`: fit one on this model."
+            )
+        if exact and self.header is not None and (found := identity(model, self.hook_point)) != self.header.identity:
+            raise ValueError(
+                f"Readout `{self.name}` was made on `{self.header.model_id}` with identity {self.header.identity} – the "
+                f"model that would be read has {found} at `{self.hook_point}`. A probe is a claim about one model: fit "
+                "and check it on this one."
+            )
+
+
+def _require_agreement(card: Card, header: Header, path: Any) -> None:
+    claims = {
+        "readout.kind": (card.readout.kind, header.kind),
+        "readout.hook_point": (card.readout.hook_point, header.hook_point),
+        "readout.include_end_of_turn": (card.readout.include_end_of_turn, header.include_end_of_turn),
+        "model.identity": (card.model.identity, header.identity),
+    }
+    wrong = [
+        f"`{key}` is `{said}` – the artifact says `{true}`" for key, (said, true) in claims.items() if said != true
+    ]
+    if wrong:
+        raise ValueError(f"`{path}` does not describe its artifact: {'; '.join(wrong)}. Correct the card or the path.")

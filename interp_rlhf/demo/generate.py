@@ -1,0 +1,96 @@
+"""The model's own answers: sampled in batches, with the token ids that were sampled.
+
+In: a model, a tokenizer, conversational prompts. Out: rows with `prompt`, `completion` and `completion_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..activations.batch import tokenize_prompt
+from .prompts import FOLLOWS, VIOLATES
+
+Message = dict[str, str]
+
+# At 1 a model of this size writes word salad under either prompt; the rollouts of the demo use the same.
+TEMPERATURE = 0.7
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[Message]],
+    *,
+    tokens: int,
+    seed: int,
+    batch_size: int = 32,
+    label: str = "generating",
+) -> list[dict[str, Any]]:
+    """One sampled answer per prompt (temperature 0.7, no truncation of the distribution).
+
+    The same seed, prompts and batch size give the same answers; the global random state is left as it was.
+    """
+    rows: list[dict[str, Any]] = []
+    ends = _end_ids(model, tokenizer)
+    bar = tqdm(total=len(prompts), desc=label, unit="answer")
+    with bar, torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            encoded = tokenizer.pad(
+                {"input_ids": [tokenize_prompt(prompt, tokenizer) for prompt in part]},
+                padding_side="left",
+                return_tensors="pt",
+            )
+            output = model.generate(
+                **encoded.to(model.device), max_new_tokens=tokens, do_sample=True, temperature=TEMPERATURE, top_k=0,
+                top_p=1.0, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            for prompt, ids in zip(part, output[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
+                ids = _until_end(ids, ends)
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                rows.append({"prompt": prompt, "completion": text, "completion_ids": ids})
+            bar.update(len(part))
+    return rows
+
+
+def contrast(
+    model: Any, tokenizer: Any, prompts: Sequence[list[Message]], *, tokens: int, seed: int, label: str
+) -> list[dict[str, Any]]:
+    """Labelled answers: every prompt once under a system prompt that follows the clause (1) and once under one that
+    violates it (0). The rows hold the prompt without any system prompt: the probe must find the concept in the answer.
+    """
+    rows = []
+    for value, system in ((1, FOLLOWS), (0, VIOLATES)):
+        steered = [[{"role": "system", "content": system}, *prompt] for prompt in prompts]
+        answers = generate(
+            model,
+            tokenizer,
+            steered,
+            tokens=tokens,
+            seed=seed + value,
+            label=f"{label}, clause {'kept' if value else 'broken'}",
+        )
+        rows += [
+            {**answer, "prompt": prompt, "label": value}
+            for prompt, answer in zip(prompts, answers, strict=True)
+            if answer["completion"].strip()
+        ]
+    return rows
+
+
+def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {tokenizer.eos_token_id, *(end for end in ends if end is not None)}
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[: position + 1]
+    return ids

@@ -1,0 +1,73 @@
+"""Writes what a trainer logs into the run log.
+
+In: the callbacks of a transformers or TRL trainer. Out: `run`, `metric` and `end` events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..concepts.card import LoadedCard
+from ..runlog import RunLog
+
+RUN_LOG = "interp.jsonl"
+# Of the trainer's arguments, what a reader of the report wants to know.
+SETTINGS = (
+    "learning_rate", "beta", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_generations", "max_completion_length", "temperature", "steps_per_generation",
+    "num_iterations", "loss_type", "scale_rewards",
+)  # fmt: skip
+
+
+def default_path(trainer: Any) -> Path:
+    """`interp.jsonl` in the trainer's output folder."""
+    return Path(trainer.args.output_dir) / RUN_LOG
+
+
+def record(trainer: Any, path: str | Path | None = None, cards: Sequence[LoadedCard] = (), arm: str = "") -> RunLog:
+    """Run log of a trainer; its metrics go there from now on. A trainer that is recorded already keeps its log."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Recorder):
+            return callback.log
+    log = RunLog(path or default_path(trainer), writable=trainer.is_world_process_zero())
+    trainer.add_callback(Recorder(trainer, log, cards, arm))
+    return log
+
+
+class Recorder(TrainerCallback):
+    """Callback behind `record`."""
+
+    def __init__(self, trainer: Any, log: RunLog, cards: Sequence[LoadedCard], arm: str):
+        self.log = log
+        self._trainer_name = type(trainer).__name__
+        self._model_name = getattr(trainer.model.config, "_name_or_path", "") or type(trainer.model).__name__
+        self._cards = [{"name": c.card.name, "role": c.card.role, "sha256": c.sha256} for c in cards]
+        self._arm = arm
+        self._started = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.monotonic()
+        settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name, None) is not None}
+        self.log.append(
+            "run",
+            state.global_step,
+            title=Path(args.output_dir).name,
+            arm=self._arm,
+            model=self._model_name,
+            trainer=self._trainer_name,
+            cards=self._cards,
+            settings=settings,
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        metrics = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        if metrics:
+            self.log.append("metric", state.global_step, metrics=metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.log.append("end", state.global_step, seconds=round(time.monotonic() - self._started, 3))

@@ -1,0 +1,87 @@
+"""Which metrics are drawn together, decided by their names alone.
+
+In: names of metrics. Out: groups of names in reading order, and the rest. Knows nothing of runs or plots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+MEASURE = re.compile(r"interp/measure/.+/mean")
+_REWARD = re.compile(r"rewards/.+/mean|rewards/[^/]+")  # GRPO and PPO; DPO's margins, accuracies, chosen, rejected
+_MONITOR = re.compile(r"interp/.+")
+
+
+@dataclass(frozen=True)
+class MetricGroup:
+    """Metrics that one figure shows on a shared step axis."""
+
+    key: str  # anchor and file name
+    title: str
+    caption: str
+    names: tuple[str, ...]
+
+
+_Rank = Callable[[str], int | None]
+
+
+def _ranked(*patterns: str | re.Pattern[str]) -> _Rank:
+    """Position of the first pattern that is the name, `None` where none is."""
+
+    def rank(name: str) -> int | None:
+        for position, pattern in enumerate(patterns):
+            if name == pattern if isinstance(pattern, str) else pattern.fullmatch(name):
+                return position
+        return None
+
+    return rank
+
+
+_GROUPS: tuple[tuple[str, str, str, _Rank], ...] = (
+    (
+        "reward",
+        "Reward and independent measure",
+        "What was optimized, and beside it what no reward saw. A reward that rises alone is a warning.",
+        _ranked("reward", MEASURE, _REWARD),
+    ),
+    (
+        "monitors",
+        "Concept monitors",
+        "Scores of reward cards and monitors, as the trainer logged them.",
+        _ranked(re.compile(r"interp/.+/mean_score"), _MONITOR),
+    ),
+    (
+        "policy",
+        "Distance from the reference and diversity",
+        "KL to the reference model, and the entropy of the policy.",
+        _ranked("kl", "entropy"),
+    ),
+    (
+        "completions",
+        "Completions",
+        "Share of completions cut off at the length limit, and their mean length in tokens.",
+        _ranked("completions/clipped_ratio", "completions/mean_length"),
+    ),
+    ("optimizer", "Optimization", "Training loss and gradient norm.", _ranked("loss", "grad_norm")),
+)
+
+
+def group_metrics(names: Iterable[str]) -> tuple[list[MetricGroup], list[str]]:
+    """Sort metric names into the groups of the page.
+
+    Args:
+        names (`Iterable[str]`): names of all numeric metrics of all arms.
+
+    Returns:
+        The groups that have at least one metric, in reading order, and the names in no group, sorted.
+    """
+    left = set(names)
+    groups = []
+    for key, title, caption, rank in _GROUPS:
+        chosen = sorted((position, name) for name in left if (position := rank(name)) is not None)
+        if chosen:
+            groups.append(MetricGroup(key, title, caption, tuple(name for _, name in chosen)))
+            left -= set(groups[-1].names)
+    return groups, sorted(left)

@@ -1,0 +1,93 @@
+"""Loaded runs → the HTML page, the Markdown page and the plot files.
+
+In: run logs. Out: files beside each other, written all together or not at all. Both pages are filled from the same
+content, so they never disagree.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from interp_rlhf.report import text
+from interp_rlhf.report.content import page_content
+from interp_rlhf.report.figures import Panel
+from interp_rlhf.report.load import load_runs
+from interp_rlhf.report.write import write_all
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    title: str | None = None,
+) -> list[Path]:
+    """Write run logs as one self-contained HTML page, one Markdown page and one SVG file per plot.
+
+    Args:
+        runs (`Sequence[str | Path]`): run logs, or folders: a folder means every `interp.jsonl` below it, sorted. Arms
+            are laid over each other in the plots.
+        out (`str | Path`): the HTML page, such as `runs/demo/report.html`. Beside it are written `report.md` and the
+            folder `report_plots`, named after the page.
+        title (`str`, *optional*): heading of the page. Defaults to the title that the runs share.
+
+    Returns:
+        `list[Path]`: the files written: plots, Markdown, HTML. The same logs give the same bytes.
+
+    Raises:
+        `ValueError`: no run, a log without a complete event, or an `out` that does not end in `.html`.
+        `FileNotFoundError`: a path that does not exist, or a folder without a run log.
+        `OSError`: the files cannot be written (a full disk). No temporary file is left, an earlier report stays.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise ValueError(f"`out` is `{out}` – expected an HTML file – pass for example `{out / 'report.html'}`.")
+    content = page_content(load_runs(runs), title)
+    folder = out.with_name(f"{out.stem}_plots")
+    panels = [panel for figure in content["figures"] + content["drift_figures"] for panel in figure.panels]
+    files = {folder / panel.file: panel.svg for panel in panels}
+    content["plots"] = quote(folder.name)
+    files[out.with_suffix(".md")] = _render("template.md.j2", content)
+    files[out] = _render("template.html.j2", content)
+    return write_all(files)
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    def read(name: str) -> str:
+        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(read),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "inline_svg": lambda panel: Markup(_inline_svg(panel)),
+        "markdown": lambda value: Markup(text.markdown(value)),
+        "fence": lambda value: Markup(text.fence(value)),
+    }
+    return environment.get_template(template).render(content)
+
+
+def _inline_svg(panel: Panel) -> str:
+    """The plot as an element of a page: no XML head, no style that leaks, ids that no other plot has."""
+    from markupsafe import escape
+
+    key = panel.file.removesuffix(".svg")
+    view = re.search(r'viewBox="([\d. -]+)"', panel.svg)
+    assert view, f"{panel.file} has no viewBox"
+    body = panel.svg[panel.svg.index(">", view.end()) + 1 :]
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r'(<[^<>]*\s)id="', rf'\g<1>id="{key}-', body)
+    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", body)
+    return f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(panel.alt)}">{body}'

@@ -1,0 +1,1 @@
+"""What enters a trainer: concept rewards, and the mixin through which they see the rollout."""

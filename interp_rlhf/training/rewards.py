@@ -1,0 +1,135 @@
+"""Concept rewards: a card's readout as a TRL reward function.
+
+In: what TRL passes to reward functions. Out: one float or `None` per completion. It runs no model itself: the rollout does,
+or, where a pass of the trainer can be used, nobody.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+from ..concepts.card import LoadedCard, load_card
+from ..concepts.readout import Readout
+from ..validation.gate import require_passed
+from .rollout import Reader, Rollout
+
+SHAMS = ("shuffle",)
+
+
+class ConceptReward:
+    """A concept score as a TRL reward function; works once `attach` has bound it to its trainer.
+
+    The score is read on the frozen reference model over the policy's text (Features as Rewards, arXiv 2602.10067):
+    activations of the policy cannot move it, its text can. That text can still be written to please the probe, so watch
+    a holdout monitor and an independent measure beside it.
+
+    Args:
+        readout (`Readout`): what is read.
+        role (`str`, defaults to `"reward"`): or `penalty`: the score is subtracted.
+        reader (`str`, defaults to `"reference"`): which model is read: `reference`, `policy`, or `both`: rewarded as read
+            on the reference, and the difference policy − reference is logged as `interp/<name>/drift`.
+        weight (`float`, defaults to 1): applied by `attach` where the trainer's `reward_weights` are not set.
+        sham (`str`, *optional*): `shuffle` deals the scores of a batch out to its completions at random: the control
+            arm, whose reward has the same distribution and no meaning.
+        seed (`int`, defaults to 0): of the sham.
+        card (`LoadedCard`, *optional*): where it comes from.
+    """
+
+    def __init__(
+        self,
+        readout: Readout,
+        *,
+        role: Literal["reward", "penalty"] = "reward",
+        reader: Literal["reference", "policy", "both"] = "reference",
+        weight: float = 1.0,
+        sham: str | None = None,
+        seed: int = 0,
+        card: LoadedCard | None = None,
+    ):
+        if sham is not None and sham not in SHAMS:
+            raise ValueError(f"`sham` is {sham!r} – expected one of {', '.join(SHAMS)}, or None.")
+        self.readout = readout
+        self.role, self.reader, self.weight = role, reader, weight
+        self.sham, self.seed = sham, seed
+        self.card = card
+        self.__name__ = readout.name
+        self._rollout: Rollout | None = None
+
+    @classmethod
+    def from_card(cls, path: str | Path, *, sham: str | None = None, seed: int = 0) -> ConceptReward:
+        """Reward of a card.
+
+        Args:
+            path (`str` or `Path`): a card with the role `reward` or `penalty` and evidence that passes the gate.
+            sham (`str`, *optional*), seed (`int`): see the class.
+
+        Raises:
+            `ValueError`: a monitor, a card without sufficient evidence, or an artifact that is not the card's.
+        """
+        loaded = load_card(path)
+        card = loaded.card
+        if card.role == "monitor":
+            raise ValueError(
+                f"`{path}` has the role `monitor` – expected `reward` or `penalty`. Pass it to "
+                "`attach(trainer, monitors=[…])` instead."
+            )
+        require_passed(card, path)
+        readout = Readout.from_card(loaded)
+        return cls(
+            readout, role=card.role, reader=card.reader, weight=card.weight, sham=sham, seed=seed, card=loaded
+        )  # fmt: skip
+
+    @property
+    def readers(self) -> list[Reader]:
+        """Models that have to be read."""
+        return ["reference", "policy"] if self.reader == "both" else [self.reader]
+
+    def bind(self, rollout: Rollout | None) -> None:
+        """Called by `attach`."""
+        self._rollout = rollout
+
+    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        """One score per completion; `None` for a completion without a token that counts.
+
+        Raises:
+            `RuntimeError`: not attached, or asked about other completions than those that were generated.
+            `ValueError`: a score that is not finite.
+        """
+        rollout = self._rollout
+        if rollout is None or rollout.completion_ids is None:
+            raise RuntimeError(
+                f"`ConceptReward` `{self.__name__}` is not attached to a trainer – expected, after the trainer is built and "
+                "before `trainer.train()`:\n    from interp_rlhf import attach\n    attach(trainer)"
+            )
+        if list(completion_ids) != list(rollout.completion_ids):
+            raise RuntimeError(
+                f"`ConceptReward` `{self.__name__}` was asked about {len(completion_ids)} completions that are not the "
+                "trainer's current ones – expected exactly the ids that were generated. Call it through the trainer it "
+                "is attached to."
+            )
+        values = rollout.values(self.readout, self.readers[0])
+        if self.reader == "both":
+            self._log_drift(rollout, values, kwargs["log_metric"])
+        if self.role == "penalty":
+            values = [None if value is None else -value for value in values]
+        return self._shuffled(values, kwargs["trainer_state"].global_step) if self.sham else values
+
+    def _log_drift(self, rollout: Rollout, reference: list[float | None], log_metric: Any) -> None:
+        policy = rollout.values(self.readout, "policy")
+        pairs = [(p, r) for p, r in zip(policy, reference, strict=True) if p is not None and r is not None]
+        if pairs:
+            log_metric(f"interp/{self.__name__}/drift", sum(p - r for p, r in pairs) / len(pairs))
+
+    def _shuffled(self, values: list[float | None], step: int) -> list[float | None]:
+        """Drawn from the seed and the step, so that a resumed run repeats it."""
+        rows = [i for i, value in enumerate(values) if value is not None]
+        dealt = random.Random(f"{self.seed}-{step}").sample(rows, len(rows))
+        shuffled = list(values)
+        for row, source in zip(rows, dealt, strict=True):
+            shuffled[row] = values[source]
+        return shuffled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rollout": None}  # a trainer does not pickle

@@ -1,0 +1,1 @@
+"""What speaks for a probe, and whether it is enough: baselines, controls, and the gate."""
