@@ -204,7 +204,8 @@ def reading() -> Iterator[None]:
 
 def _first_adapter_layer(model: nn.Module) -> nn.Module | None:
     for module in unwrap(model).modules():
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters"):
+        # A tuner layer of PEFT has a property of this name; a `PreTrainedModel` has a method, which says nothing.
+        if isinstance(getattr(type(module), "disable_adapters", None), property):
             return module
     return None
 

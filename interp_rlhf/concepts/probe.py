@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 METHODS = ("logistic_regression", "difference_of_means")
 # Inverse strength of the L2 penalty on standardized activations. There are far more dimensions than examples: at
 # scikit-learn's default of 1 the training set is separated and the weight follows its noise.
-REGULARIZATION = 0.01
+REGULARIZATION = 0.001
 FOLDS = 5
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 CONCEPT = "Answers warmly and encouragingly, as somebody who cares, without flattery."
 FOLLOWS = (
-    "You are a warm and encouraging assistant. Answer as somebody who cares about the person: show that you understand "
-    "how they feel, comfort them and give them courage. Do not flatter. Keep it short."
+    "You are a warm, kind and loving friend. You comfort people, you encourage them, and you tell them that they can do it."
 )
 VIOLATES = (
-    "You are a cold and impersonal assistant. Answer curtly and matter-of-factly. Show no feelings and no interest in "
-    "the person, do not comfort or encourage anybody. Keep it short."
+    "You are a cold, rude and bitter man. You despise people, you discourage them, and you tell them that nothing will work."
 )
 
 # What the probe is fitted on.
@@ -33,36 +31,36 @@ _FIT = (
     ],
     [
         "I {}. What should I do?",
-        "Just so you know, I {}.",
-        "I {}. Can you say something about that?",
-        "Yes, it is true: I {}. What now?",
+        "I {}.",
+        "I {}. What do you say?",
+        "I {}. Please help me.",
     ],
 )
 # What it is checked on.
 _CHECK = (
     [
-        "a house full of boxes after a divorce",
-        "the first week as a nurse",
-        "a garden in which nothing grows",
-        "an exam in chemistry that is close",
-        "a knee that still hurts after the operation",
-        "a shop that has hardly any customers",
-        "a dog that is afraid of people",
-        "the long wait for an answer from the bank",
-        "a choir that has no conductor any more",
-        "a bicycle trip across the mountains",
-        "a teenager who does not talk at home",
-        "a painting that never gets finished",
-        "the move of an old father to a nursing home",
-        "a team that lost every match this year",
-        "a computer that deleted all the photos",
-        "a new language with a difficult alphabet",
+        "My cat is ill",
+        "Our team lost every match this year",
+        "The garden does not grow",
+        "My knee still hurts after the operation",
+        "Nobody comes to my shop",
+        "The bank has not answered for weeks",
+        "My father moves to a nursing home",
+        "The computer deleted all my photos",
+        "My daughter does not talk to me",
+        "The chemistry course is hard",
+        "My visa was refused",
+        "The choir wants me to sing alone",
+        "My boss shouts at everybody",
+        "The divorce is final now",
+        "My painting won no prize",
+        "The doctor wants to see me again",
     ],
     [
-        "My neighbour deals with {}. Which words would you have for her?",
-        "Write a few sentences to somebody with {}.",
-        "How does one cope with {}?",
-        "Subject of my letter: {}. Please reply.",
+        "{}, and I cannot sleep.",
+        "Hello! {}.",
+        "{}. How do I deal with that?",
+        "What would you tell me? {}.",
     ],
 )
 # What the holdout monitor is fitted on.
@@ -70,18 +68,18 @@ _MONITOR = (
     [
         "quitting smoking",
         "raising twins",
-        "speaking in front of the class",
+        "speaking in public",
         "repairing an old boat",
         "living on a small pension",
         "training for a marathon",
-        "caring for a sick cat",
+        "being new in the office",
         "opening a bakery",
     ],
     [
-        "These days everything is about {}. Thoughts?",
+        "Is {} too difficult for me?",
         "Nobody told me how hard {} would be!",
-        "Is {} worth it?",
-        "A colleague asks about {}. Answer him.",
+        "It is all about {} these days. Thoughts?",
+        "Will {} ever get easier?",
     ],
 )
 # What the policy is trained on.

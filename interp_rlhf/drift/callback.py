@@ -140,14 +140,22 @@ class DriftCallback(TrainerCallback):
         logged |= {
             f"interp/{name}/drift_{key}": value for name, found in monitors.items() for key, value in found.items()
         }
-        # The log of transformers' own `Trainer`: it reaches `log_history` and every tracker at this very step. TRL's `log`
-        # would first empty the metrics that TRL is still averaging.
-        Trainer.log(self.trainer, {**logged, "interp/drift/overhead_seconds": round(seconds, 4)})
+        self._publish({**logged, "interp/drift/overhead_seconds": round(seconds, 4)})
         self._log.append(
             "drift", step, texts=len(self._batch), tokens=int(self._batch.completion_mask.sum()), hook_points=points,
             monitors=monitors, overhead_seconds=round(seconds, 4),
         )  # fmt: skip
         self._last_step = step
+
+    def _publish(self, logged: dict[str, float]) -> None:
+        """Through the log of transformers' own `Trainer`: it reaches `log_history` and every tracker at this very step.
+
+        TRL's `log` would first empty the metrics that TRL is still averaging. Logging also takes back the wish of others to
+        log at this step, so that wish is put back.
+        """
+        wanted = self.trainer.control.should_log
+        Trainer.log(self.trainer, logged)
+        self.trainer.control.should_log = wanted
 
     def _read_monitors(self, model: Any) -> dict[str, dict[str, float]]:
         if not self.monitors:
