@@ -9,11 +9,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE",
 )  # fmt: skip
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tiny import FAMILIES, make_model, make_tokenizer  # noqa: E402
+import pytest
+import torch
+from tiny import FAMILIES, make_model, make_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -23,6 +23,7 @@ from interp_rlhf.activations import (
     tokenize_examples,
     unwrap,
 )
+from interp_rlhf.concepts.readout import Readout
 
 
 @pytest.fixture(params=["plain", "lora"])
@@ -296,8 +297,6 @@ def test_bad_input_is_refused_with_what_to_do(load, tokenizer):
     with pytest.raises(ValueError, match="Two readouts are named `concept`"):
         read(model, batch_of(tokenizer), [readout, make_readout(model, layer=0)])
     with pytest.raises(RuntimeError, match="`lm_head` did not fire"):
-        from interp_rlhf.concepts.readout import Readout
-
         read(model, batch_of(tokenizer), [Readout("head", "lm_head", torch.zeros(3))])
 
 

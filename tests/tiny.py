@@ -6,10 +6,11 @@ import random
 
 import torch
 
-WORDS = (
+VOCABULARY = (
     "the a warm kind good cold bad rude day night help thanks sorry please you are my friend not never always rain sun "
     "house tree walk talk think write read one two three four five what is it that hope care and or but so"
-).split()
+)
+WORDS = VOCABULARY.split()
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -154,7 +155,7 @@ def make_card(folder, model, tokenizer, role="reward", name="warmth", pooling="m
     sha256 = fit.artifact.save(folder / f"{name}.safetensors")
     header = fit.artifact.header
     card = Card(
-        schema_version=1, name=name, version=1, role=role, concept="Speaks warmly.",
+        schema=1, name=name, version=1, role=role, concept="Speaks warmly.",
         model=ModelRef(id="tiny", identity=header.identity),
         readout=ReadoutSpec(
             kind="probe", hook_point=header.hook_point, artifact=ArtifactRef(path=f"{name}.safetensors", sha256=sha256),

@@ -16,8 +16,9 @@ from .prompts import FOLLOWS, VIOLATES
 
 Message = dict[str, str]
 
-# At 1 a model of this size writes word salad under either prompt; the rollouts of the demo use the same.
-TEMPERATURE = 0.7
+# At 1 a model of this size writes word salad under either system prompt; rollouts need some variety to learn from.
+CONTRAST_TEMPERATURE = 0.4
+ROLLOUT_TEMPERATURE = 0.7
 
 
 def generate(
@@ -27,10 +28,11 @@ def generate(
     *,
     tokens: int,
     seed: int,
+    temperature: float = ROLLOUT_TEMPERATURE,
     batch_size: int = 32,
     label: str = "generating",
 ) -> list[dict[str, Any]]:
-    """One sampled answer per prompt (temperature 0.7, no truncation of the distribution).
+    """One sampled answer per prompt (the distribution is not truncated).
 
     The same seed, prompts and batch size give the same answers; the global random state is left as it was.
     """
@@ -47,7 +49,7 @@ def generate(
                 return_tensors="pt",
             )
             output = model.generate(
-                **encoded.to(model.device), max_new_tokens=tokens, do_sample=True, temperature=TEMPERATURE, top_k=0,
+                **encoded.to(model.device), max_new_tokens=tokens, do_sample=True, temperature=temperature, top_k=0,
                 top_p=1.0, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             for prompt, ids in zip(part, output[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
@@ -73,6 +75,7 @@ def contrast(
             steered,
             tokens=tokens,
             seed=seed + value,
+            temperature=CONTRAST_TEMPERATURE,
             label=f"{label}, clause {'kept' if value else 'broken'}",
         )
         rows += [

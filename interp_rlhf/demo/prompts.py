@@ -7,10 +7,12 @@ from __future__ import annotations
 
 CONCEPT = "Answers warmly and encouragingly, as somebody who cares, without flattery."
 FOLLOWS = (
-    "You are a warm, kind and loving friend. You comfort people, you encourage them, and you tell them that they can do it."
+    "You are a warm, kind and loving friend. You comfort people, you encourage them, and you tell them that they can "
+    "do it."
 )
 VIOLATES = (
-    "You are a cold, rude and bitter man. You despise people, you discourage them, and you tell them that nothing will work."
+    "You are a cold, rude and bitter man. You despise people, you discourage them, and you tell them that nothing will "
+    "work."
 )
 
 # What the probe is fitted on.

@@ -1,0 +1,69 @@
+"""Random models and made-up texts of realistic size, shared by the benchmarks.
+
+In: a seed. Out: a Llama-shaped causal LM, a tokenizer whose words are its ids, and texts. Speed does not depend on what
+weights have learned, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp_rlhf.activations import TokenBatch
+from interp_rlhf.concepts.readout import Readout
+
+BLOCKS, WIDTH, INTERMEDIATE, HEADS = 8, 512, 1376, 8
+EOS, PAD, FIRST_WORD = 0, 1, 2  # the first ids of the vocabulary; words begin after them
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+def make_model(vocabulary: int, seed: int) -> Any:
+    """Llama-shaped, float32, random weights, in evaluation mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=INTERMEDIATE, num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD, dtype="float32",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def make_tokenizer(vocabulary: int) -> Any:
+    """One word, `w17`, is one id, 17."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token=f"w{EOS}"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{PAD}", chat_template=TEMPLATE, padding_side="left"
+    )
+
+
+def save(folder: Path, vocabulary: int, seed: int) -> Path:
+    """Model and tokenizer as a folder that `from_pretrained` reads."""
+    make_model(vocabulary, seed).save_pretrained(folder)
+    make_tokenizer(vocabulary).save_pretrained(folder)
+    return folder
+
+
+def make_texts(lengths: list[int], vocabulary: int, seed: int) -> list[str]:
+    """Texts of exactly these numbers of tokens."""
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(FIRST_WORD, vocabulary)}" for _ in range(n)) for n in lengths]
+
+
+def batch_of(rows: list[list[int]]) -> TokenBatch:
+    """All tokens count."""
+    return TokenBatch.from_ids([[]] * len(rows), rows)
+
+
+def make_readout(width: int, block: int, seed: int) -> Readout:
+    """A random direction at a block's output, counted from 0."""
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    return Readout("concept", f"model.layers.{block}", weight, bias=0.25)

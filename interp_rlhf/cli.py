@@ -1,0 +1,144 @@
+"""The command line: parsers and help only, so that `interp-rlhf --help` is quick. The work is in `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+DATA_HELP = (
+    "JSONL or CSV file, or a `datasets` path, with `label` and one of `text`, `messages`, or `prompt` and `completion`"
+)
+MODEL_HELP = "folder or Hub id of the causal LM (default: the embedded SmolLM2-135M-Instruct)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `interp-rlhf`; returns the exit code: 0 done, 1 a card that may not be what it says, 2 bad input."""
+    arguments = build_parser().parse_args(argv)
+    from . import commands
+
+    try:
+        return int(getattr(commands, arguments.run)(arguments))
+    except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was written so far is kept", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="interp-rlhf",
+        description="Interpretability inside RLHF training: probes as rewards and monitors in TRL's trainers.",
+        epilog="Start with `interp-rlhf demo`: the whole story on a real 135M chat model, on a CPU.",
+    )
+    parser.add_argument("--version", action="version", version=f"interp-rlhf {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    probe = commands.add_parser("probe", help="fit a probe and check it").add_subparsers(
+        title="commands", required=True, metavar="COMMAND"
+    )
+    _add_fit(probe)
+    _add_check(probe)
+    _add_report(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="the whole story on a real chat model, about fifteen minutes on two CPU cores",
+        description="Warmth: the model makes contrast data, a probe is fitted and checked, GRPO is run with the probe as its "
+        "reward and again with the scores shuffled, and both are compared on held-out prompts, by the probe, a holdout monitor "
+        "and VADER. Writes data, cards, run logs, summary.json and report.html.",
+    )
+    demo.add_argument("--quick", action="store_true", help="about four minutes; too small for figures that mean much")
+    demo.add_argument("--steps", type=int, help="optimizer steps of each arm (default: 12, quick: 2)")
+    demo.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
+    demo.add_argument("--model", help=MODEL_HELP + "; it needs a chat template with system prompts")
+    demo.add_argument(
+        "--out", default="runs/demo", help="folder to write to; must not hold a finished demo (default: %(default)s)"
+    )
+    demo.add_argument("--json", action="store_true", help="print the summary as JSON")
+    demo.set_defaults(run="demo")
+
+
+def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="fit a probe on labelled examples; writes an artifact and a card",
+        description="Fits a linear probe on mean-pooled activations of labelled examples, calibrates it for every pooling, and "
+        "writes an artifact (safetensors) and a card (YAML). A card becomes a reward only after `probe check`.",
+        epilog="example: interp-rlhf probe fit --data fit.jsonl --name warmth --out reward/warmth --sweep 4",
+    )
+    fit.add_argument("--data", required=True, help=DATA_HELP)
+    fit.add_argument("--name", required=True, help="name of the concept: lower-case letters, digits, - and _")
+    fit.add_argument("--concept", help="one sentence that says what the concept is (default: the name)")
+    fit.add_argument("--out", required=True, help="folder for the card and the artifact")
+    fit.add_argument("--model", help=MODEL_HELP)
+    where = fit.add_mutually_exclusive_group()
+    where.add_argument("--hook-point", help="where to read, as a module path: model.layers.15")
+    where.add_argument(
+        "--sweep", type=int, metavar="N", help="choose among every N-th decoder layer by cross-validation (default: 3)"
+    )
+    fit.add_argument("--kind", choices=["probe", "direction"], default="probe", help="(default: probe)")
+    fit.add_argument(
+        "--method", choices=["logistic_regression", "difference_of_means"], default="logistic_regression",
+        help="(default: logistic_regression)",
+    )  # fmt: skip
+    fit.add_argument("--role", choices=["reward", "penalty", "monitor"], default="reward", help="(default: reward)")
+    fit.add_argument(
+        "--pooling", choices=["mean", "ema_max", "last", "max"], help="(default: mean for a reward, ema_max otherwise)"
+    )
+    fit.add_argument("--weight", type=float, default=1.0, help="weight of the reward in the trainer (default: 1)")
+    fit.add_argument("--positive", help="which of two text labels means that the concept is present")
+    fit.add_argument("--version", type=int, default=1, help="version of the card (default: 1)")
+    fit.add_argument("--seed", type=int, default=0, help="of the folds (default: 0)")
+    fit.add_argument("--json", action="store_true", help="print the result as JSON")
+    fit.set_defaults(run="probe_fit")
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="check a card on data that its fit did not see; writes the evidence into the card",
+        description="AUROC with a bootstrap interval on held-out examples, beside TF-IDF, length, punctuation and a probe on the "
+        "embedding, and against permuted labels and random directions. The evidence goes into the card. Exit code 1 where the "
+        "card is meant to be a reward or a penalty and its evidence does not reach.",
+        epilog="example: interp-rlhf probe check reward/warmth/reward.v1.yaml --fit-data fit.jsonl --data check.jsonl",
+    )
+    check.add_argument("card", help="the card's YAML file")
+    check.add_argument("--fit-data", required=True, help="what `probe fit` was given")
+    check.add_argument("--data", required=True, help="held out, with other prompts and wording; " + DATA_HELP)
+    check.add_argument(
+        "--completions", help="the model's own answers with labels, read where the reward will read; " + DATA_HELP
+    )
+    check.add_argument("--positive", help="which of two text labels means that the concept is present")
+    check.add_argument(
+        "--measure", choices=["vader"], action="append", default=[], help="independent measure to report beside"
+    )
+    check.add_argument("--model", help=MODEL_HELP)
+    check.add_argument("--seed", type=int, default=0, help="of permutations, directions and bootstrap (default: 0)")
+    check.add_argument("--replace", action="store_true", help="replace evidence that the card has already")
+    check.add_argument("--json", action="store_true", help="print the evidence as JSON")
+    check.set_defaults(run="probe_check")
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="run logs to one HTML page and one Markdown page",
+        description="Turns run logs into a self-contained HTML page and a Markdown page with plots. Works during a run and after "
+        "a crash. Several runs are shown side by side.",
+        epilog="example: interp-rlhf report runs/demo --out runs/demo/report.html",
+    )
+    report.add_argument("runs", nargs="+", help="run logs (interp.jsonl), or folders that hold some")
+    report.add_argument(
+        "--out", default="report.html", help="the HTML file; report.md goes beside it (default: %(default)s)"
+    )
+    report.add_argument("--title", help="title of the page")
+    report.set_defaults(run="report")

@@ -1,0 +1,157 @@
+"""What the command line does: one function per command, from parsed arguments to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf demo`."""
+    from dataclasses import replace
+
+    from .demo.story import Settings, quick, run
+
+    settings = Settings(seed=arguments.seed)
+    if arguments.quick:
+        settings = quick(settings)
+    if arguments.steps is not None:
+        if arguments.steps < 1:
+            raise ValueError(f"`--steps` is {arguments.steps} – expected at least 1.")
+        settings = replace(settings, steps=arguments.steps)
+    summary = run(arguments.out, settings, arguments.model, arguments.quick)
+    if arguments.json:
+        print(json.dumps(summary))
+        return 0
+    print()
+    for arm, found in summary["arms"].items():
+        gains = ", ".join(_gain(key, found[f"{key}_gain"]) for key in ("probe_score", "monitor_score", "vader"))
+        print(
+            f"{arm:>5}: {gains}; KL {found['last_step']['kl']:.2f}, {found['extra_forward_passes_for_the_reward']} extra passes"
+        )
+    print(f"probe − sham: {_gain('probe_score', summary['probe_minus_sham']['probe_score_gain'])}")
+    print(
+        f"\n{arguments.out}/summary.json and {arguments.out}/report.html after {summary['seconds'] / 60:.1f} minutes"
+    )
+    return 0
+
+
+def probe_fit(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf probe fit`."""
+    from .concepts.card import load_card
+    from .concepts.examples import load_examples
+    from .concepts.probe import fit_probe, sweep_points
+    from .concepts.publish import plot_sweep, publish
+
+    examples = load_examples(arguments.data, arguments.positive)
+    model, tokenizer, model_id = _load(arguments.model)
+    points = [arguments.hook_point] if arguments.hook_point else sweep_points(model, arguments.sweep or 3)
+    fit = fit_probe(
+        model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
+        seed=arguments.seed, progress=True,
+    )  # fmt: skip
+    path = publish(
+        fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
+        version=arguments.version, pooling=arguments.pooling, weight=arguments.weight,
+    )  # fmt: skip
+    card = load_card(path).card
+    curve = [{"hook_point": p.hook_point, "auroc": round(p.auroc, 4), "std": round(p.std, 4)} for p in fit.curve]
+    if arguments.json:
+        print(
+            json.dumps(
+                {"card": str(path), "hook_point": card.readout.hook_point, "examples": len(examples), "sweep": curve}
+            )
+        )
+        return 0
+    if curve:
+        figure = path.with_suffix(".sweep.svg")
+        plot_sweep(fit.curve, figure, f"{arguments.name}: cross-validated on {len(examples)} examples")
+        for point in fit.curve:
+            mark = "  ← chosen" if point.hook_point == card.readout.hook_point else ""
+            print(f"{point.hook_point:>32}  AUROC {point.auroc:.3f} ± {point.std:.3f}{mark}")
+        print(f"curve: {figure}")
+    print(f"card: {path} ({card.readout.pooling} pooling at {card.readout.hook_point}, {len(examples)} examples)")
+    print(f"next: interp-rlhf probe check {path} --fit-data {arguments.data} --data HELD_OUT")
+    return 0
+
+
+def probe_check(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf probe check`."""
+    from .concepts.artifact import write_atomically
+    from .concepts.card import load_card, with_evidence
+    from .concepts.examples import load_examples
+    from .validation import measures
+    from .validation.check import check_card
+    from .validation.gate import gate
+
+    card = load_card(arguments.card)
+    if card.card.evidence is not None and not arguments.replace:
+        raise ValueError(
+            f"`{arguments.card}` has evidence already – expected none. Pass `--replace` to write it anew."
+        )
+    examples = {
+        name: load_examples(path, arguments.positive)
+        for name, path in (
+            ("fit", arguments.fit_data),
+            ("check", arguments.data),
+            ("completions", arguments.completions),
+        )
+        if path is not None
+    }
+    model, tokenizer, _ = _load(arguments.model)
+    evidence = check_card(
+        card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),
+        measures={name: getattr(measures, name)() for name in arguments.measure}, seed=arguments.seed,
+        command="interp-rlhf " + shlex.join(sys.argv[1:]), progress=True,
+    )  # fmt: skip
+    write_atomically(card.path, with_evidence(card.path.read_text(encoding="utf-8"), evidence).encode())
+    checked = load_card(card.path).card
+    reasons = gate(checked)
+    if arguments.json:
+        print(json.dumps({"card": str(card.path), "passed": not reasons, "reasons": reasons, **evidence.model_dump()}))
+    else:
+        _print_findings("held out", evidence.held_out)
+        if evidence.completions is not None:
+            _print_findings("the model's own completions", evidence.completions)
+        print(
+            f"\n{card.path}: " + ("may be a reward" if not reasons else "may be a monitor only: " + "; ".join(reasons))
+        )
+    return int(bool(reasons) and checked.role != "monitor")
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf report`."""
+    from .report import write_report
+
+    for path in write_report(arguments.runs, Path(arguments.out), title=arguments.title):
+        if path.suffix != ".svg":
+            print(path)
+    return 0
+
+
+def _load(name: str | None) -> tuple[Any, Any, str]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .demo.model import MODEL_ID, default_model
+
+    path = name or str(default_model())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(path), name or MODEL_ID
+
+
+def _print_findings(title: str, found: Any) -> None:
+    print(f"\n{title}: {found.examples} examples, {found.positives} positive")
+    rows = {"probe": found.probe, "TF-IDF": found.tfidf, "length": found.length, "punctuation": found.punctuation}
+    for name, estimate in (rows | {"embedding probe": found.embedding} | found.measures).items():
+        print(f"{name:>20}  AUROC {estimate.auroc:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
+    for name, control in (("permuted labels", found.permutation), ("random directions", found.random_direction)):
+        print(f"{name:>20}  AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
+
+
+def _gain(name: str, gain: dict[str, Any]) -> str:
+    return f"{name} {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"

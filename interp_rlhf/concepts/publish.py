@@ -1,0 +1,98 @@
+"""From a fit to files: the artifact and the card that describes it.
+
+In: a `Fit` and what only a person can say of it. Out: the card's path. A file that exists is never overwritten: a released
+card is not edited, the next version is added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from .artifact import write_atomically
+from .card import ArtifactRef, Card, ModelRef, ReadoutSpec, Transform, dump_card
+from .probe import Fit, SweepPoint
+
+Role = Literal["reward", "penalty", "monitor"]
+DEFAULT_POOLING = {"reward": "mean", "penalty": "ema_max", "monitor": "ema_max"}
+
+
+def publish(
+    fit: Fit,
+    folder: str | Path,
+    *,
+    name: str,
+    concept: str,
+    role: Role = "reward",
+    version: int = 1,
+    pooling: str | None = None,
+    weight: float = 1.0,
+    transform: Transform | None = None,
+    holdouts: list[str] | None = None,
+) -> Path:
+    """Write `<folder>/<name>.v<version>.safetensors` and `<folder>/<role>.v<version>.yaml`; returns the latter.
+
+    Args:
+        fit (`Fit`): what `fit_probe` returned.
+        pooling (`str`, *optional*): by default `mean` for a reward and `ema_max` for penalties and monitors.
+
+    Raises:
+        `ValueError`: one of the files exists, or the artifact is not calibrated for this pooling.
+    """
+    header = fit.artifact.header
+    pooling = pooling or DEFAULT_POOLING[role]
+    if pooling not in header.calibration:
+        raise ValueError(
+            f"`pooling` is `{pooling}` – the fit is calibrated for {', '.join(sorted(header.calibration))}. Choose one."
+        )
+    folder = Path(folder)
+    card_path, artifact_path = folder / f"{role}.v{version}.yaml", folder / f"{name}.v{version}.safetensors"
+    for path in (card_path, artifact_path):
+        if path.exists():
+            raise ValueError(
+                f"`{path}` exists – expected a new version: a released card is never edited. Pass version {version + 1} "
+                "(`--version`) or another folder."
+            )
+    card = Card(
+        schema=1,
+        name=name,
+        version=version,
+        role=role,
+        concept=concept,
+        model=ModelRef(id=header.model_id, identity=header.identity),
+        readout=ReadoutSpec.model_validate(
+            {
+                "kind": header.kind,
+                "hook_point": header.hook_point,
+                "artifact": ArtifactRef(path=artifact_path.name, sha256=hashlib.sha256(b"").hexdigest()),
+                "pooling": pooling,
+                "include_end_of_turn": header.include_end_of_turn,
+            }
+        ),
+        weight=weight,
+        transform=transform,
+        holdouts=holdouts or [],
+    )
+    sha256 = fit.artifact.save(artifact_path)
+    reference = ArtifactRef(path=artifact_path.name, sha256=sha256)
+    card = card.model_copy(update={"readout": card.readout.model_copy(update={"artifact": reference})})
+    write_atomically(card_path, dump_card(card).encode())
+    return card_path
+
+
+def plot_sweep(curve: list[SweepPoint], path: str | Path, title: str) -> None:
+    """Cross-validated AUROC by hook point, with the spread over folds, as an SVG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    points = range(len(curve))
+    axes.errorbar(points, [p.auroc for p in curve], yerr=[p.std for p in curve], marker="o", capsize=3)
+    axes.axhline(0.5, linestyle=":", color="grey")
+    axes.set_xticks(points, [p.hook_point for p in curve], rotation=60, ha="right", fontsize=7)
+    axes.set(ylabel="AUROC (mean ± std over folds)", title=title)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
