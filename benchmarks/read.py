@@ -5,6 +5,7 @@ takes the same dot product; all must give the same scores to 1e-4 before anythin
 ours, so 2 means that ours is twice as fast.
 
   early_stop_vs_output_hidden_states   read() against model(…, output_hidden_states=True).hidden_states[5]
+  early_stop_vs_backbone               read() against the same call of the backbone alone, without its LM head
   one_hook_vs_output_hidden_states     one plain forward hook, nothing stopped, against the same
   early_stop_vs_<peer>                 read() against lmprobe and TransformerLens, where they are installed
   length_buckets_vs_unsorted           read() on lines of WikiText against the same reading in file order
@@ -30,7 +31,7 @@ from interp_rlhf.concepts.readout import Readout
 VOCABULARY = 32_000
 BLOCK = 4
 TEXTS, LENGTH = 32, 64
-LINES, BATCH_TOKENS = 160, 2048
+LINES, BATCH_TOKENS = 96, 2048
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "corpus" / "wikitext2_valid.txt"
 
 
@@ -43,6 +44,13 @@ def ours(model: Any, batch: TokenBatch, readout: Readout) -> torch.Tensor:
 def plain(model: Any, batch: TokenBatch, readout: Readout) -> torch.Tensor:
     """Scores (B, T) the way the documentation of transformers shows, LM head included."""
     output = model(batch.input_ids, batch.attention_mask.long(), output_hidden_states=True, use_cache=False)
+    return readout(output.hidden_states[BLOCK + 1])[..., 0]
+
+
+@torch.no_grad()
+def without_head(model: Any, batch: TokenBatch, readout: Readout) -> torch.Tensor:
+    """Scores (B, T) from the hidden states of the backbone: what a user does who knows that the LM head is not needed."""
+    output = model.model(batch.input_ids, batch.attention_mask.long(), output_hidden_states=True, use_cache=False)
     return readout(output.hidden_states[BLOCK + 1])[..., 0]
 
 
@@ -71,14 +79,15 @@ def equal_lengths(model: Any, readout: Readout, folder: Path, pairs: int, seed: 
     texts = synthetic.make_texts([LENGTH] * TEXTS, VOCABULARY, seed)
     batch = synthetic.batch_of([[int(word[1:]) for word in text.split()] for text in texts])
     expected = ours(model, batch, readout)
-    for name, contestant in (("output_hidden_states", plain), ("one hook", one_hook)):
-        require_equal(name, contestant(model, batch, readout), expected)
+    for contestant in (plain, without_head, one_hook):
+        require_equal(contestant.__name__, contestant(model, batch, readout), expected)
 
     def run(function: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
         return lambda: function(model, batch, readout)
 
     samples = alternate(run(plain), run(ours), pairs, "early stop")
     rows = rows_of("early_stop_vs_output_hidden_states", samples, "≥ 1.75", "5 of 8 blocks and no LM head")
+    rows += rows_of("early_stop_vs_backbone", alternate(run(without_head), run(ours), pairs, "backbone"))
     rows += rows_of("one_hook_vs_output_hidden_states", alternate(run(plain), run(one_hook), pairs, "one hook"))
     for name in peers.PEERS:
         theirs = peers.load(name, folder, BLOCK, batch.input_ids, texts)

@@ -14,6 +14,7 @@ import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -116,6 +117,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Seeds torch, takes one thread unless `OMP_NUM_THREADS` says otherwise, and keeps every library off the network."""
     if arguments.pairs < 1:
         raise SystemExit(f"`--pairs` is {arguments.pairs} – expected at least 1.")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CI", "TRL_EXPERIMENTAL_SILENCE"):
@@ -125,11 +127,13 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def finish(benchmark: str, rows: Sequence[Row], arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Prints the table and, with `--json`, the JSON line."""
-    print(f"\n{benchmark}: median of {arguments.pairs} paired ratios [95 % bootstrap interval], CPU time unless `_wall`\n")
+    print(
+        f"\n{benchmark}: median of {arguments.pairs} paired ratios [95 % bootstrap interval]; CPU time unless it says wall\n"
+    )
     width = max(len(row.name) for row in rows)
     intervals = {row.name: row.interval(arguments.seed) for row in rows if row.values}
     for row in rows:
-        figure = "could not run"
+        figure = "      –"
         if row.values:
             low, high = intervals[row.name]
             figure = f"{row.median:7.4g} [{low:.4g}, {high:.4g}]"

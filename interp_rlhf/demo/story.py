@@ -67,7 +67,7 @@ class Settings:
     rollouts: int = 16
     generations: int = 8
     sweep_every: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     beta: float = 0.02
     lora_rank: int = 16
 

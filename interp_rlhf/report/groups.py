@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 MEASURE = re.compile(r"interp/measure/.+/mean")
 _REWARD = re.compile(r"rewards/.+/mean|rewards/[^/]+")  # GRPO and PPO; DPO's margins, accuracies, chosen, rejected
-_MONITOR = re.compile(r"interp/.+")
+# What the drift callback logs is drawn from its own events, in the section on drift.
+_MONITOR = re.compile(r"interp/(?!drift/)(?:.+/)?(?!drift_)[^/]+")
 
 
 @dataclass(frozen=True)

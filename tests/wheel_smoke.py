@@ -1,0 +1,49 @@
+"""Runs everything that the README shows, from wherever interp_rlhf is installed: not from the checkout.
+
+Usage: python wheel_smoke.py README.md, in an empty folder. Python blocks run as they stand, one process each; of the shell
+blocks the `interp-rlhf` commands run, in order, with the demo in its quick form.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    import interp_rlhf
+    from interp_rlhf.concepts.card import locate
+
+    package = Path(interp_rlhf.__file__).resolve().parent
+    assert "site-packages" in package.parts, f"{package} is not an installed wheel"
+    assert locate("reward/warmth/reward.v1.yaml").is_relative_to(package)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    passed = 0
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL):
+        for command in commands_of(language, block):
+            started = time.monotonic()
+            print(f"$ {shlex.join(command)[:150]}", flush=True)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode != 0:
+                print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
+                raise SystemExit(f"exit code {done.returncode}")
+            passed += 1
+            print(f"  ok after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{passed} passed, 0 failed")
+
+
+def commands_of(language: str, block: str) -> list[list[str]]:
+    if language == "python":
+        return [[sys.executable, "-c", block]]
+    lines = block.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("interp-rlhf ")]
+    return [[*line, "--quick"] if line[1] == "demo" else line for line in words]
+
+
+if __name__ == "__main__":
+    main()
