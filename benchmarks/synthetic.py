@@ -38,10 +38,12 @@ def make_tokenizer(vocabulary: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token=f"w{EOS}"))
+    # Special tokens are found anywhere in a text: none may be the beginning of a word.
+    ids = {"<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(FIRST_WORD, vocabulary)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{PAD}", chat_template=TEMPLATE, padding_side="left"
+        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE, padding_side="left"
     )
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from .activations import reference_pass, unwrap
 from .activations.batch import completion_text
-from .concepts.card import load_card
+from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout
 from .drift.callback import DriftCallback, DriftConfig
 from .drift.recorder import record
@@ -77,7 +77,8 @@ def attach(
     Args:
         trainer (`GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL or transformers.
         monitors (`Sequence`): cards (or readouts) that are scored on every rollout and logged as
-            `interp/<card>/mean_score` and `interp/<card>/std`; they never touch the reward.
+            `interp/<card>/mean_score` and `interp/<card>/std`; they never touch the reward. The holdouts that the cards of
+            rewards name are added.
         measures (`dict[str, Callable]`, *optional*): independent measures of a completion's text, logged as
             `interp/measure/<name>/mean`: a text to a float.
         drift (`DriftConfig`, *optional*): adds a `DriftCallback` with the same monitors.
@@ -94,7 +95,7 @@ def attach(
     if isinstance(trainer, RolloutMixin):
         raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
     rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
-    cards = [load_card(m) for m in monitors if not isinstance(m, Readout)]
+    cards = _with_holdouts([load_card(m) for m in monitors if not isinstance(m, Readout)], rewards)
     watched: dict[Readout, Reader] = {m: "reference" for m in monitors if isinstance(m, Readout)}
     watched |= {Readout.from_card(c): "policy" if c.card.reader == "policy" else "reference" for c in cards}
     rollout = None
@@ -117,6 +118,17 @@ def attach(
             )
         )
     return Attachment(trainer, rollout, log)
+
+
+def _with_holdouts(cards: list[LoadedCard], rewards: Sequence[ConceptReward]) -> list[LoadedCard]:
+    """Monitors, and the holdouts that the rewards' cards name, each once."""
+    named = [
+        load_card(reward.card.path.parent / holdout)
+        for reward in rewards
+        if reward.card is not None
+        for holdout in reward.card.card.holdouts
+    ]
+    return list({card.sha256: card for card in [*cards, *named]}.values())
 
 
 def _refuse(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[Readout]) -> None:

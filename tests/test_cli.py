@@ -60,7 +60,9 @@ def test_evidence_is_not_replaced_by_accident(files, capsys):
 
 def test_a_card_whose_evidence_does_not_reach_ends_with_1(files, capsys):
     folder, model = files
-    write_jsonl([{**row, "label": i % 2} for i, row in enumerate(labelled_rows(40, seed=2)[::2])], folder / "check.jsonl")
+    write_jsonl(
+        [{**row, "label": i % 2} for i, row in enumerate(labelled_rows(40, seed=2)[::2])], folder / "check.jsonl"
+    )
     assert fit(folder, model, "--hook-point", "model.layers.1") == 0
     assert check(folder, model) == 1
     assert "may be a monitor only: on held-out examples" in capsys.readouterr().out
@@ -70,7 +72,9 @@ def test_bad_input_ends_with_2_one_line_and_nothing_lost(files, capsys):
     folder, model = files
     assert fit(folder, model, "--hook-point", "model.layers.9") == 2
     error = capsys.readouterr().err
-    assert error.strip().splitlines()[-1].startswith("error: `hook_point` is `model.layers.9` – expected a module path")
+    assert (
+        error.strip().splitlines()[-1].startswith("error: `hook_point` is `model.layers.9` – expected a module path")
+    )
     assert not (folder / "cards").exists()
     assert fit(folder, model, "--hook-point", "model.layers.1") == 0
     artifact = (folder / "cards" / "warmth.v1.safetensors").read_bytes()
@@ -111,7 +115,10 @@ def test_a_finished_demo_is_not_overwritten(tmp_path, capsys):
     assert "`--steps` is 0 – expected at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["demo", "--help"], ["probe", "fit", "--help"], ["probe", "check", "--help"], ["report", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["demo", "--help"], ["probe", "fit", "--help"], ["probe", "check", "--help"], ["report", "--help"]],
+)
 def test_every_command_has_help(words, capsys):
     with pytest.raises(SystemExit) as done:
         build_parser().parse_args(words)

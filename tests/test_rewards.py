@@ -289,6 +289,20 @@ def test_monitors_leave_weights_and_metrics_bit_identical(case, tmp_path, load, 
     assert "interp/drift/model.layers.1/cosine" in logged or "interp/drift/transformer.h.1/cosine" in logged
 
 
+def test_the_holdouts_of_a_card_are_watched_without_being_asked_for(tmp_path, load, tokenizer):
+    model = load("llama")
+    watch = make_card(tmp_path, model, tokenizer, role="monitor", name="watch", pooling="ema_max", evidence=False)
+    card = make_card(tmp_path, model, tokenizer, holdouts=[watch.name])
+    for monitors in ([], [watch]):  # asked for as well, it still counts once
+        trainer = trainer_of(
+            tmp_path, load("llama"), tokenizer, [ConceptReward.from_card(card)], lora=True, max_steps=1
+        )
+        attach(trainer, monitors=monitors)
+        trainer.train()
+        assert "interp/watch/mean_score" in trainer.state.log_history[0]
+        assert "interp/warmth/mean_score" not in trainer.state.log_history[0]
+
+
 def test_the_shuffled_sham_keeps_the_scores_and_loses_the_rows(tmp_path, load, tokenizer):
     model = load("llama")
     readout = make_readout(model)
