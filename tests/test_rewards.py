@@ -139,6 +139,28 @@ def test_every_family_is_read_right_and_learned_positions_are_read_anew(family, 
     assert (attachment.rollout.own_forwards == 0) == (family != "gpt2")
 
 
+@pytest.mark.parametrize(("lora_dropout", "attention_dropout", "free"), [(0.5, 0.0, True), (0.0, 0.5, False)])
+def test_a_pass_that_drew_dropout_is_not_taken_and_an_adapters_own_does_not_count(
+    lora_dropout, attention_dropout, free, tmp_path, load, tokenizer
+):
+    from peft import LoraConfig
+    from trl import GRPOTrainer
+
+    model = load("llama", attention_dropout=attention_dropout)
+    readout = make_readout(model)
+    recorder, reward = Recorder(), Noted(readout)
+    args = trainer_of(tmp_path, load("llama"), tokenizer, [reward]).args
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_dropout=lora_dropout)
+    trainer = GRPOTrainer(model, [recorder, reward], args, prompts(), processing_class=tokenizer, peft_config=adapter)
+    attachment = attach(trainer)
+    trainer.train()
+    assert (attachment.rollout.own_forwards == 0) == free
+    clean = load("llama", attention_dropout=attention_dropout)
+    expected = expected_scores(clean, tokenizer, readout, recorder.calls, trainer)
+    for by_hand, returned in zip(expected, reward.returned, strict=True):
+        assert returned == pytest.approx(by_hand, abs=1e-5)
+
+
 def test_the_policy_is_read_as_it_is_now(tmp_path, load, tokenizer):
     model = load("llama")
     readout = make_readout(model)

@@ -6,6 +6,7 @@ blocks the `interp-rlhf` commands run, in order, with the demo in its quick form
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,7 +25,8 @@ def main() -> None:
     assert locate("reward/warmth/reward.v1.yaml").is_relative_to(package)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     passed = 0
-    for language, block in re.findall(r"```(python|bash)\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL):
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL)
+    for language, block in blocks:
         for command in commands_of(language, block):
             started = time.monotonic()
             print(f"$ {shlex.join(command)[:150]}", flush=True)
@@ -34,6 +36,15 @@ def main() -> None:
                 raise SystemExit(f"exit code {done.returncode}")
             passed += 1
             print(f"  ok after {time.monotonic() - started:.0f} s", flush=True)
+    assert passed >= 7, f"the README shows {passed} things, expected at least seven"
+    summary = json.loads(Path("runs/demo/summary.json").read_text())
+    extra = {arm: found["extra_forward_passes_for_the_reward"] for arm, found in summary["arms"].items()}
+    assert extra == {"probe": 0, "sham": 0}, extra
+    print(
+        json.dumps(
+            {"seconds": summary["seconds"], "probe_minus_sham": summary["probe_minus_sham"]["probe_score_gain"]}
+        )
+    )
     print(f"{passed} passed, 0 failed")
 
 

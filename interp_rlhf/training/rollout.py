@@ -46,12 +46,10 @@ class Rollout:
         self._batch: TokenBatch | None = None
         self._scores: dict[Reader, dict[str, ConceptScores]] = {}
         self._end_of_turn_ids = end_of_turn_ids(trainer)
-        shared = reference is None
         everything = list({id(readout): readout for part in readouts.values() for readout in part}.values())
         # On the policy: all hook points, so that one which never fires is noticed, and the passes that can be taken.
-        self.policy_tap = Tap(
-            trainer.model, everything, ("policy_no_grad", "reference") if shared else ("policy_no_grad",)
-        )
+        kinds = {"policy_no_grad": bool(readouts["policy"]), "reference": reference is None}
+        self.policy_tap = Tap(trainer.model, everything, [kind for kind, wanted in kinds.items() if wanted])
         self._taps: dict[Reader, Tap] = {"policy": self.policy_tap, "reference": self.policy_tap}
         if reference is not None:
             self._taps["reference"] = Tap(reference, readouts["reference"], ("reference",), is_reference=True)
@@ -135,7 +133,7 @@ class Rollout:
             return None
         model = self.reference if reader == "reference" and self.reference is not None else self.trainer.model
         shifted = any(bool((~mask[:, 0]).any()) for mask in masks)
-        if (shifted and not _is_rotary(model)) or _drops_out(model):
+        if (shifted and not _is_rotary(model)) or _drops_out(model, adapters=reader == "policy"):
             return None
         found = {}
         for readout in self.readouts[reader]:
@@ -169,12 +167,20 @@ def _is_rotary(model: Any) -> bool:
     return getattr(unwrap(model).config.get_text_config(), "rope_parameters", None) is not None
 
 
-def _drops_out(model: Any) -> bool:
-    """Whether a pass in the present mode draws dropout, outside adapters (which are off, or part of the policy)."""
+def _drops_out(model: Any, adapters: bool) -> bool:
+    """Whether a pass in the present mode draws dropout; the adapters' own counts only where they are on."""
     base = unwrap(model)
     if not base.training:
         return False
-    config = vars(base.config.get_text_config())
-    if any(isinstance(rate, float) and rate > 0 for key, rate in config.items() if "drop" in key or "pdrop" in key):
+    # Attention dropout is a number in the config; those of heads that a causal LM does not have mean nothing.
+    rates = {key: rate for key, rate in vars(base.config.get_text_config()).items() if "drop" in key}
+    if any(
+        isinstance(rate, float) and rate > 0
+        for key, rate in rates.items()
+        if not key.startswith(("summary", "classifier"))
+    ):
         return True
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.modules())
+    return any(
+        isinstance(module, nn.Dropout) and module.p > 0 and (adapters or "lora_" not in name)
+        for name, module in base.named_modules()
+    )
