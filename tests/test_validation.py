@@ -15,7 +15,7 @@ from interp_rlhf.concepts.publish import publish
 from interp_rlhf.validation import baselines
 from interp_rlhf.validation.check import check_card
 from interp_rlhf.validation.gate import gate
-from interp_rlhf.validation.statistics import auroc_interval, mean_interval
+from interp_rlhf.validation.statistics import auroc_interval, mean_interval, weighted_aurocs
 
 
 def test_a_concept_that_is_there_passes_its_gate(load, tokenizer, tmp_path):
@@ -107,6 +107,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         _, low, high = auroc_interval(labels, scores, [str(i) for i in range(120)], seed=trial, resamples=200)
         hits += low <= truth <= high
     assert hits >= 52  # 95 % of 60 is 57; five standard deviations below would be 49
+
+
+def test_many_weighted_aurocs_at_once_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(2, size=60), rng.integers(8, size=60).astype(float)  # many ties
+    weights = rng.integers(4, size=(20, 60)).astype(float)
+    expected = [roc_auc_score(labels, scores, sample_weight=line) for line in weights]
+    np.testing.assert_allclose(weighted_aurocs(labels, scores, weights), expected, atol=1e-12)
+    assert np.isnan(weighted_aurocs(labels, scores, labels[None].astype(float))).all()  # no negatives drawn
 
 
 def test_rows_of_one_prompt_are_drawn_together():

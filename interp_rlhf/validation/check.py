@@ -20,7 +20,7 @@ from ..concepts.pooling import pool
 from ..concepts.probe import LinearProbe
 from ..concepts.readout import Readout
 from . import baselines
-from .statistics import auroc_interval
+from .statistics import auroc_interval, weighted_aurocs
 
 PERMUTATIONS = 100
 RANDOM_DIRECTIONS = 200
@@ -151,7 +151,8 @@ def _findings(
     own, drawn = _read_in_chunks(model, batch, readout, controls, progress)
     point, (weight, _) = embedding
     lexical = read_means(model, batch, [point])[point].double().numpy() @ weight
-    control_aurocs = np.array([_auroc(labels, drawn[:, k]) for k in range(drawn.shape[1])])
+    once = np.ones((1, len(labels)))
+    control_aurocs = np.array([weighted_aurocs(labels, column, once)[0] for column in drawn.T])
     train, test = fit_examples.texts, rows.texts
 
     def estimate(scores: np.ndarray) -> Estimate:
@@ -194,9 +195,3 @@ def _read_in_chunks(
 def _control(aurocs: np.ndarray) -> Control:
     p95 = float(np.percentile(aurocs, 95))
     return Control(mean=round(float(aurocs.mean()), 4), p95=round(p95, 4), repeats=len(aurocs))
-
-
-def _auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(labels, scores))
