@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -127,6 +128,33 @@ def test_every_shipped_card_loads_and_passes_the_gate_of_its_role():
             assert (path.parent / holdout).exists()
         if card.role != "monitor":
             assert gate(card) == []
+
+
+def gain(found, key="probe_score"):
+    return "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**found[f"{key}_gain"])
+
+
+def test_the_demo_figures_of_the_readme_are_the_committed_ones():
+    readme = (ROOT / "README.md").read_text()
+    files = sorted((ROOT / "reward" / "warmth" / "evidence").glob("demo-seed*.json"))
+    assert len(files) == 3
+    for path in files:
+        found = json.loads(path.read_text())
+        assert found["command"].startswith("interp-rlhf demo --seed")
+        assert not found["quick"]
+        probe, arms, last = found["probe"], found["arms"], found["arms"]["probe"]["last_step"]
+        row = [
+            found["settings"]["seed"],
+            "{auroc:.2f} [{low:.2f}, {high:.2f}]".format(**probe["probe"]),
+            f"{probe['permutation']['p95']:.2f} / {probe['random_direction']['p95']:.2f}",
+            f"{probe['tfidf']['auroc']:.2f} / {probe['embedding']['auroc']:.2f} / {probe['measures']['vader']['auroc']:.2f}",
+            gain(arms["probe"]),
+            gain(arms["sham"]),
+            gain(found["probe_minus_sham"]),
+            gain(found["probe_minus_sham"], "vader"),
+            f"{last['kl']:.2f} / {last['entropy']:.2f} / {last['clipped_ratio']:.2f}",
+        ]
+        assert "| " + " | ".join(map(str, row)) + " |" in readme, row
 
 
 def test_no_registry_host_is_named_and_nothing_is_left_to_do():

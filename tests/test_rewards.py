@@ -193,6 +193,21 @@ def test_both_readers_log_the_drift_between_them(tmp_path, load, tokenizer):
     assert abs(drift[-1]) > 1e-4
 
 
+def test_evaluation_reads_the_same_way_and_logs_under_eval(tmp_path, load, tokenizer):
+    model = load("llama")
+    readout = make_readout(model)
+    recorder, reward = Recorder(), Noted(readout)
+    settings = {"per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    trainer = trainer_of(tmp_path, model, tokenizer, [recorder, reward], lora=True, **settings)
+    attachment = attach(trainer, monitors=[make_readout(model, name="watched", pooling="last")])
+    found = trainer.evaluate(prompts(count=4))
+    assert found["eval_interp/watched/mean_score"] == found["eval_interp/watched/mean_score"]
+    expected = expected_scores(load("llama"), tokenizer, readout, recorder.calls, trainer)
+    for by_hand, returned in zip(expected, reward.returned, strict=True):
+        assert returned == pytest.approx(by_hand, abs=1e-5)
+    assert attachment.rollout.own_forwards == 0
+
+
 def test_several_rewards_cost_one_reading(tmp_path, load, tokenizer):
     model = load("llama")
     rewards = [ConceptReward(make_readout(model, name=f"r{i}", layer=i, seed=i)) for i in range(3)]
