@@ -76,6 +76,24 @@ def test_a_row_without_counted_tokens_is_nan_and_scores_none(load):
         pool(scores, mask, "median")
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_what_does_not_count_never_reaches_a_score_and_what_does_raises(pooling, load):
+    mask = torch.tensor([[False, True, True, False]])
+    clean = torch.tensor([0.0, 1.0, 3.0, 0.0])[None, :, None]
+    dirty = torch.tensor([torch.nan, 1.0, 3.0, torch.inf])[None, :, None]
+    assert pool(dirty, mask, pooling).item() == pool(clean, mask, pooling).item()
+    readout = make_readout(load(), pooling=pooling, scale=1e38)
+    huge = ConceptScores(clean * 1e3, mask, torch.zeros(1, 4), "concept")
+    with pytest.raises(ValueError, match="pools finite token scores to"):
+        readout.score(huge)
+
+
+def test_line_separators_inside_an_answer_are_not_line_ends(tmp_path):
+    rows = [{"text": "warm\u2028day\u0085", "label": 1}, {"text": "cold", "label": 0}]
+    write_jsonl(rows, tmp_path / "a.jsonl")
+    assert load_examples(tmp_path / "a.jsonl").rows[0]["text"] == "warm\u2028day\u0085"
+
+
 def test_a_probe_folds_standardization_back_into_weight_and_bias():
     rng = np.random.default_rng(0)
     labels = np.array([0, 1] * 50)

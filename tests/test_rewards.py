@@ -217,20 +217,20 @@ def test_several_rewards_cost_one_reading(tmp_path, load, tokenizer):
     assert attachment.rollout.own_forwards == 2  # two steps, one batch each
 
 
-def test_an_adapter_named_ref_is_what_is_read(tmp_path, load, tokenizer):
-    """TRL copies a given adapter to `ref` and takes its log-probs from it."""
-    model = with_lora(load("llama"))
-    readout = make_readout(model)
-    recorder, reward = Recorder(), Noted(readout)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_adapter_named_ref_is_what_is_read(dropout, tmp_path, load, tokenizer):
+    """TRL copies a given adapter to `ref` and takes its log-probs from it, in training mode, so with its dropout."""
     from trl import GRPOTrainer
 
-    trainer = trainer_of(tmp_path, load("llama"), tokenizer, [recorder, reward], max_steps=2)
-    trainer = GRPOTrainer(model, [recorder, reward], trainer.args, prompts(), processing_class=tokenizer)
+    model = with_lora(load("llama"), lora_dropout=dropout)
+    readout = make_readout(model)
+    recorder, reward = Recorder(), Noted(readout)
+    args = trainer_of(tmp_path, load("llama"), tokenizer, [recorder, reward], max_steps=2).args
+    trainer = GRPOTrainer(model, [recorder, reward], args, prompts(), processing_class=tokenizer)
     attachment = attach(trainer)
-    expected_model = copy.deepcopy(with_lora(load("llama")))
     trainer.train()
-    expected = expected_scores(expected_model, tokenizer, readout, recorder.calls, trainer)
-    assert attachment.rollout.own_forwards == 0
+    expected = expected_scores(with_lora(load("llama")), tokenizer, readout, recorder.calls, trainer)
+    assert (attachment.rollout.own_forwards == 0) == (dropout == 0)
     for by_hand, returned in zip(expected, reward.returned, strict=True):
         assert returned == pytest.approx(by_hand, abs=1e-5)
 

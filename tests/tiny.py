@@ -105,13 +105,13 @@ def make_model(family, tokenizer, seed: int = 0, **changes):
     return model.eval()
 
 
-def with_lora(model, seed: int = 0):
+def with_lora(model, seed: int = 0, **changes):
     """LoRA on every linear layer of the blocks, with both factors random: an adapter that changes activations."""
     from peft import LoraConfig, get_peft_model
 
     targets = ["c_attn", "c_fc"] if model.config.model_type == "gpt2" else ["q_proj", "v_proj"]
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **changes))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:

@@ -62,8 +62,8 @@ def ema(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    weights = mask.unsqueeze(-1).to(scores.dtype)
-    return (scores * weights).sum(1) / weights.sum(1).clamp(min=1)
+    # Filled, not multiplied by 0: what stands at a token that does not count must not reach the sum, NaN included.
+    return scores.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _max(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,11 @@ class Readout:
         if self.transform is not None:
             pooled = self.transform(pooled)
         counted = scores.mask.any(1).tolist()
+        if not torch.isfinite(pooled[scores.mask.any(1)]).all():
+            raise ValueError(
+                f"Readout `{self.name}` pools finite token scores to {pooled.tolist()} – expected finite numbers. Its scale, "
+                "its transform or the scores are too large for float32."
+            )
         return [value if counts else None for value, counts in zip(pooled.tolist(), counted, strict=True)]
 
     def check_model(self, model: Any, exact: bool = True) -> None:

@@ -242,7 +242,7 @@ def _train(
         save_strategy="no",
         report_to="none",
         seed=settings.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         bf16=False,
     )
     reward = ConceptReward.from_card(cards["reward"], sham=ARMS[arm], seed=settings.seed)

@@ -46,6 +46,10 @@ class Rollout:
         self._batch: TokenBatch | None = None
         self._scores: dict[Reader, dict[str, ConceptScores]] = {}
         self._end_of_turn_ids = end_of_turn_ids(trainer)
+        # Then an adapter runs in the reference pass too, with its dropout.
+        self._reference_is_adapter = "ref" in getattr(
+            trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}
+        )
         everything = list({id(readout): readout for part in readouts.values() for readout in part}.values())
         # On the policy: all hook points, so that one which never fires is noticed, and the passes that can be taken.
         kinds = {"policy_no_grad": bool(readouts["policy"]), "reference": reference is None}
@@ -133,7 +137,9 @@ class Rollout:
             return None
         model = self.reference if reader == "reference" and self.reference is not None else self.trainer.model
         shifted = any(bool((~mask[:, 0]).any()) for mask in masks)
-        if (shifted and not _is_rotary(model)) or _drops_out(model, adapters=reader == "policy"):
+        if (shifted and not _is_rotary(model)) or _drops_out(
+            model, adapters=reader == "policy" or self._reference_is_adapter
+        ):
             return None
         found = {}
         for readout in self.readouts[reader]:
