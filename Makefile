@@ -8,7 +8,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-quick test test-slow lint setup bench
+.PHONY: demo demo-quick test test-slow lint setup
 
 demo: .venv/ready
 	$(BIN)/interp-rlhf demo --out runs/demo

@@ -98,11 +98,15 @@ def attach(
     cards = _with_holdouts([load_card(m) for m in monitors if not isinstance(m, Readout)], rewards)
     watched: dict[Readout, Reader] = {m: "reference" for m in monitors if isinstance(m, Readout)}
     watched |= {Readout.from_card(c): "policy" if c.card.reader == "policy" else "reference" for c in cards}
-    rollout = None
-    if rewards or watched or measures:
+    reads_rollouts = bool(rewards or watched or measures)
+    if reads_rollouts:
         _refuse(trainer, rewards, watched)
-        rollout = _rollout(trainer, rewards, watched, reference)
     log = record(trainer, run_log, [*(r.card for r in rewards if r.card), *cards], arm)
+    # Everything that can refuse comes before the trainer is touched, so that a corrected call finds it as it was.
+    callback = None
+    if drift is not None:
+        callback = DriftCallback(trainer, drift.texts, list(watched), drift.labelled, drift.every, drift.hook_points)
+    rollout = _rollout(trainer, rewards, watched, reference) if reads_rollouts else None
     if rollout is not None:
         watchers = _Watch(trainer, rollout, rewards, watched, dict(measures or {}), log, samples_every)
         trainer.__class__ = with_mixin(type(trainer))
@@ -111,12 +115,8 @@ def attach(
         for reward in rewards:
             reward.bind(rollout)
         _apply_weights(trainer, rewards)
-    if drift is not None:
-        trainer.add_callback(
-            DriftCallback(
-                trainer, drift.texts, list(watched), drift.labelled, drift.every, drift.hook_points, run_log=log.path
-            )
-        )
+    if callback is not None:
+        trainer.add_callback(callback)
     return Attachment(trainer, rollout, log)
 
 
@@ -183,6 +183,11 @@ def _rollout(
     for readout in readouts["policy"]:
         readout.check_model(trainer.model, exact=False)
     if readouts["reference"]:
+        if reference is None and "ref" in trainer.accelerator.unwrap_model(trainer.model).peft_config:
+            logger.warning(
+                "The reference is the base model with the adapter `ref`, a copy of what training began with. Cards are fitted "
+                "and checked on a model without adapters: their evidence is about another reading than this one."
+            )
         with reference_pass(trainer.model, reference) as model:
             for readout in readouts["reference"]:
                 readout.check_model(model)
@@ -259,6 +264,8 @@ class _Watch:
         for name, measure in self._measures.items():
             found[name] = [float(measure(text)) for text in texts]
             self._metric(f"interp/measure/{name}/mean", found[name], np.mean)
+        if not self._trainer.model.training:
+            return  # evaluation: metrics, no samples of training
         if self._batches % self._samples_every == 0 and self._log.writable:
             own = rewards[: len(prompts)]  # rank 0 writes, and its rows come first
             for index, name in enumerate(self._trainer.reward_func_names):

@@ -1,4 +1,4 @@
-"""The command line as a user types it: real processes' exit codes, files and messages, on a tiny model."""
+"""The command line as a user types it, through `main`: exit codes, files and messages, on a tiny model."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import labelled_rows, make_card, make_readout
+from tiny import labelled_rows, make_card, make_readout, with_lora
 
 from interp_rlhf.activations import ConceptScores, decoder_layers, read, read_means, tokenize_examples
 from interp_rlhf.concepts.artifact import load_artifact
@@ -161,6 +161,14 @@ def test_the_sweep_chooses_the_best_layer_and_keeps_prompts_together(load, token
         assert not {examples.groups[i] for i in train} & {examples.groups[i] for i in test}
 
 
+def test_a_probe_is_not_fitted_on_an_adapter(load, tokenizer):
+    model = with_lora(load())
+    with pytest.raises(ValueError, match="has an active adapter – expected the bare reference model"):
+        fit_probe(model, tokenizer, make_examples(labelled_rows(8)), ["model.layers.1"], model_id="tiny")
+    with model.disable_adapter():
+        fit_probe(model, tokenizer, make_examples(labelled_rows(8)), ["model.layers.1"], model_id="tiny")
+
+
 def test_an_artifact_comes_back_as_it_was_written(load, tokenizer, tmp_path):
     fit = fit_probe(
         load(), tokenizer, make_examples(labelled_rows(8)), ["model.layers.1"], model_id="tiny", kind="direction"
@@ -194,8 +202,16 @@ def test_a_damaged_or_foreign_artifact_is_refused(load, tokenizer, tmp_path):
 def test_an_artifact_of_another_model_width_or_hook_point_is_refused(load, tokenizer, tmp_path):
     readout = Readout.from_card(str(make_card(tmp_path, load(), tokenizer)))
     readout.check_model(load())
+    with pytest.raises(ValueError, match=r"another architecture: .*`model_type` qwen2 instead of llama"):
+        readout.check_model(load("qwen2"), exact=False)
+    tuned = load()
+    tuned.model.norm.weight.data += 1
+    tuned.model.layers[0].input_layernorm.weight.data += 1
+    readout.check_model(tuned, exact=False)  # a policy whose own weights are trained
     with pytest.raises(ValueError, match="was made on `tiny` with identity"):
-        readout.check_model(load("qwen2"))
+        readout.check_model(tuned)
+    with pytest.raises(ValueError, match="was made on `tiny` with identity"):
+        readout.check_model(with_lora(tuned), exact=False)  # with adapters, the base is frozen and checked
     with pytest.raises(ValueError, match="has width 32 – the model's is 64"):
         readout.check_model(load(hidden_size=64))
     with pytest.raises(ValueError, match="expected a module path in `GPT2LMHeadModel`"):

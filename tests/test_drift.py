@@ -87,7 +87,7 @@ def test_drift_reaches_log_history_and_run_log_at_its_own_steps(make, tmp_path, 
     assert losses == [2, 4]  # the trainer's own logging is where it was
     events = read_run_log(tmp_path / "out" / "interp.jsonl")
     assert [e["step"] for e in events if e["event"] == "drift"] == [0, 3, 4]
-    assert events[-1]["event"] in {"drift", "end"}
+    assert events[-1]["event"] == "end"  # the last measurement comes before trackers close
     drift = next(e for e in events if e["event"] == "drift" and e["step"] == 4)
     assert drift["hook_points"]["model.layers.1"]["cosine"] == rows[4][key + "cosine"]
     assert drift["monitors"]["warmth"]["auroc"] == rows[4]["interp/warmth/drift_auroc"]

@@ -12,9 +12,8 @@ from datasets import Dataset
 from tiny import make_card, make_readout, sentences, with_lora
 
 from interp_rlhf import ConceptReward, attach
-from interp_rlhf.activations import TokenBatch, read, reference_pass
+from interp_rlhf.activations import TokenBatch, end_of_turn_ids, read, reference_pass
 from interp_rlhf.activations.batch import tokenize_prompt
-from interp_rlhf.training.rollout import end_of_turn_ids
 
 
 def prompts(conversational=True, count=16):
@@ -73,10 +72,12 @@ class Noted(ConceptReward):
 def expected_scores(reference, tokenizer, readout, calls, trainer):
     """The reward by hand: prompt and completion tokens, one row at a time, no padding."""
     found = []
+    arguments = trainer.args.chat_template_kwargs or {}
     for asked, ids in calls:
         values = []
         for prompt, completion in zip(asked, ids, strict=True):
-            row = TokenBatch.from_ids([tokenize_prompt(prompt, tokenizer)], [completion], end_of_turn_ids(trainer))
+            asked_ids = tokenize_prompt(prompt, tokenizer, None, arguments)
+            row = TokenBatch.from_ids([asked_ids], [completion], end_of_turn_ids(trainer.model, tokenizer))
             values += readout.score(read(reference, row, [readout])[readout.name])
         found.append(values)
     return found
@@ -95,7 +96,13 @@ CONFIGURATIONS = {
     "beta 0, lora": {"beta": 0.0, "lora": True},
     "beta 0, full": {"beta": 0.0},
     "small log-prob batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-    "chat template arguments": {"chat_template_kwargs": {"unused": 1}, "lora": True},
+    "chat template arguments": {"chat_template_kwargs": {"style": "warm day"}, "lora": True},
+    "rloo, chat template arguments": {"kind": "rloo", "chat_template_kwargs": {"style": "warm day"}, "lora": True},
+    "rloo, plain prompts": {"kind": "rloo", "conversational": False},
+    "rloo, two generation batches": {"kind": "rloo", "steps_per_generation": 2},
+    "rloo, two iterations": {"kind": "rloo", "num_iterations": 2, "lora": True},
+    "rloo, truncated completions masked": {"kind": "rloo", "mask_truncated_completions": True, "lora": True},
+    "rloo, beta 0": {"kind": "rloo", "beta": 0.0},
 }
 
 
@@ -239,9 +246,6 @@ def test_an_empty_completion_is_not_scored_and_a_penalty_is_negative(tmp_path, l
     model = load("llama")
     readout = make_readout(model)
     reward, penalty = Noted(readout), Noted(make_readout(model, name="penalty"), role="penalty")
-
-    class Empty(Recorder):
-        """Turns some generated completions into nothing but the end, as a policy that stops at once would."""
 
     trainer = trainer_of(tmp_path, model, tokenizer, [reward, penalty], lora=True, max_steps=1)
     attach(trainer)
@@ -420,8 +424,47 @@ def test_an_artifact_of_another_model_is_refused(tmp_path, load, tokenizer):
     path = make_card(tmp_path, load("llama"), tokenizer)
     for other in (load("qwen2"), load("llama", hidden_size=64)):
         trainer = trainer_of(tmp_path, other, tokenizer, [ConceptReward.from_card(path)], lora=True)
-        with pytest.raises(ValueError, match=r"width 32 – the model's is 64|was made on `tiny` with identity"):
+        with pytest.raises(ValueError, match=r"width 32 – the model's is 64|another architecture"):
             attach(trainer)
+
+
+def test_a_call_that_is_refused_leaves_the_trainer_as_it_was(tmp_path, load, tokenizer):
+    from interp_rlhf import DriftConfig
+
+    model = load("llama")
+    trainer = trainer_of(tmp_path, model, tokenizer, [ConceptReward(make_readout(model))], lora=True)
+    with pytest.raises(ValueError, match=r"`model.layer.1` – expected"):
+        attach(trainer, drift=DriftConfig(hook_points=["model.layer.1"]))
+    attach(trainer, drift=DriftConfig(hook_points=["model.layers.1"]))
+    trainer.train()
+
+
+def test_the_card_and_the_arm_reach_a_log_that_the_callback_opened_first(tmp_path, load, tokenizer):
+    from interp_rlhf import DriftCallback
+    from interp_rlhf.concepts.card import load_card
+    from interp_rlhf.runlog import read_run_log
+
+    model = load("llama")
+    path = make_card(tmp_path, model, tokenizer)
+    trainer = trainer_of(tmp_path, model, tokenizer, [ConceptReward.from_card(path)], lora=True, max_steps=1)
+    trainer.add_callback(DriftCallback(trainer))
+    with pytest.raises(ValueError, match="is recorded into"):
+        attach(trainer, run_log=tmp_path / "other.jsonl")
+    attached = attach(trainer, arm="probe")
+    trainer.train()
+    run, *_, last = read_run_log(attached.run_log.path)
+    assert (run["arm"], run["cards"][0]["sha256"]) == ("probe", load_card(path).sha256)
+    assert last["event"] == "end"
+
+
+def test_every_end_of_sequence_token_of_the_model_is_left_out_alike(load, tokenizer):
+    model = load("llama")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 4]
+    rows = [{"prompt": "a", "completion": "x", "completion_ids": [8, 9, 4]}]
+    scores = read(model, rows, [make_readout(model)], tokenizer=tokenizer)["concept"]
+    assert scores.mask.sum() == 2
+    rewarded = TokenBatch.from_ids([[5]], [[8, 9, 4]], end_of_turn_ids(model, tokenizer))
+    assert rewarded.completion_mask.sum() == 2
 
 
 def test_detached_the_trainer_is_stock_again(tmp_path, load, tokenizer):

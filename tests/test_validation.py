@@ -74,6 +74,15 @@ def test_evidence_needs_the_very_fit_data_and_rows_it_has_not_seen(load, tokeniz
         check_card(card, model, tokenizer, train, seen)
 
 
+def test_evidence_needs_other_prompts_not_only_other_answers(load, tokenizer, tmp_path):
+    model = load()
+    card = load_card(make_card(tmp_path, model, tokenizer, evidence=False))
+    train = make_examples(labelled_rows(24, seed=1))
+    again = [{**row, "completion": row["completion"] + " day"} for row in labelled_rows(24, seed=1)]
+    with pytest.raises(ValueError, match="24 prompts of the held-out examples are prompts of the fit"):
+        check_card(card, model, tokenizer, train, make_examples(again))
+
+
 def test_evidence_on_the_models_own_completions_gates_too(load, tokenizer, tmp_path):
     model = load()
     card = load_card(make_card(tmp_path, model, tokenizer, evidence=False))

@@ -12,6 +12,7 @@ VOCABULARY = (
 )
 WORDS = VOCABULARY.split()
 TEMPLATE = (
+    "{% if style is defined %}<|system|>{{ style }}<|end|>{% endif %}"
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

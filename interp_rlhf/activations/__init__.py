@@ -4,11 +4,11 @@ A readout is anything with a `name`, a `hook_point` and a call from an activatio
 Nothing here knows what a probe is, and nothing here imports TRL.
 """
 
-from .batch import ConceptScores, TokenBatch, tokenize_examples
-from .hook_points import backbone, decoder_layers, embedding_point, hidden_size, resolve, unwrap
-from .identity import identity
+from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
+from .hook_points import backbone, decoder_layers, embedding_point, has_adapters, hidden_size, resolve, unwrap
+from .identity import identity, structure
 from .read import read, read_activations, read_means, reference_pass
-from .tap import Pass, Tap, TokenReadout
+from .tap import Pass, Tap, TokenReadout, adapters_on
 
 __all__ = [
     "ConceptScores",
@@ -16,9 +16,12 @@ __all__ = [
     "Tap",
     "TokenBatch",
     "TokenReadout",
+    "adapters_on",
     "backbone",
     "decoder_layers",
     "embedding_point",
+    "end_of_turn_ids",
+    "has_adapters",
     "hidden_size",
     "identity",
     "read",
@@ -26,6 +29,7 @@ __all__ = [
     "read_means",
     "reference_pass",
     "resolve",
+    "structure",
     "tokenize_examples",
     "unwrap",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .hook_points import unwrap
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -69,6 +71,17 @@ class TokenBatch:
             attention_mask[row, : len(ids)] = True
             completion_mask[row, len(prompt) : len(ids)] = torch.tensor(counts[row], dtype=torch.bool)
         return cls(input_ids, attention_mask, completion_mask)
+
+
+def end_of_turn_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Ids that end a completion: the tokenizer's and the model's generation config's end-of-sequence tokens, as in TRL.
+
+    Fitting, checking, watching and rewarding all leave out just these.
+    """
+    config = getattr(unwrap(model), "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    return {token for token in [tokenizer.eos_token_id, *listed] if token is not None}
 
 
 def counted_length(completion: Sequence[int], end_of_turn_ids: Collection[int]) -> int:

@@ -23,6 +23,13 @@ def unwrap(model: nn.Module) -> Any:
     return bare.get_base_model() if hasattr(bare, "get_base_model") else bare  # the former: a `PeftModel`
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT wraps the model, so that its own weights are frozen."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return hasattr(extract_model_from_parallel(model, keep_torch_compile=False), "peft_config")
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its LM head (`LlamaModel` in a `LlamaForCausalLM`): every forward of a trainer calls it."""
     base = unwrap(model)

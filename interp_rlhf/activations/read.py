@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .batch import ConceptScores, TokenBatch, tokenize_examples
+from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
 from .hook_points import backbone, output_tensor, resolve, unwrap
 from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
 
@@ -65,7 +65,8 @@ def read(
             raise ValueError(
                 "`read` was given texts and no `tokenizer` – expected the model's own. Pass `tokenizer=`."
             )
-        batch = tokenize_examples(batch, tokenizer, chat_template, chat_template_kwargs)
+        ends = end_of_turn_ids(model, tokenizer)
+        batch = tokenize_examples(batch, tokenizer, chat_template, chat_template_kwargs, ends)
     groups = group_by_hook_point(readouts)
     scores: dict[str, torch.Tensor] = {}
 

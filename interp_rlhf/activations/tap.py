@@ -202,7 +202,13 @@ def reading() -> Iterator[None]:
         _reading.reset(token)
 
 
-def _first_adapter_layer(model: nn.Module) -> nn.Module | None:
+def adapters_on(model: nn.Module) -> bool:
+    """Whether an adapter changes the model's activations as it stands."""
+    layer = _first_adapter_layer(model)
+    return layer is not None and not layer.disable_adapters and bool(layer.active_adapters)
+
+
+def _first_adapter_layer(model: nn.Module) -> Any:
     for module in unwrap(model).modules():
         # A tuner layer of PEFT has a property of this name; a `PreTrainedModel` has a method, which says nothing.
         if isinstance(getattr(type(module), "disable_adapters", None), property):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Header:
         hook_point (`str`): where it reads.
         width (`int`): D.
         model_id (`str`), identity (`str`): the model it was made on, see `activations.identity`.
+        structure (`dict`): that model's architecture, which a tuned copy shares.
         label_names (`tuple[str, str]`): names of label 0 and label 1.
         data (`str`): fingerprint of the examples it was fitted on.
         examples (`int`): how many.
@@ -43,6 +44,7 @@ class Header:
     width: int
     model_id: str
     identity: str
+    structure: dict[str, Any]
     label_names: tuple[str, str]
     data: str
     examples: int
@@ -158,6 +160,12 @@ def _header(data: bytes, path: Path) -> Header:
         raise ValueError(
             f"`{path}` has unknown header keys {unknown} – written by a newer version? Upgrade interp-rlhf."
         )
+    if missing := sorted(
+        item.name
+        for item in fields(Header)
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in values
+    ):
+        raise ValueError(f"`{path}` lacks the header keys {missing} – written by an older version. Fit it anew.")
     values["label_names"] = tuple(values["label_names"])
     values["calibration"] = {key: tuple(pair) for key, pair in values["calibration"].items()}
     return Header(**values)

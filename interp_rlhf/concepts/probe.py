@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..activations import TokenBatch, decoder_layers, identity, read, read_means, tokenize_examples
+from ..activations import (
+    TokenBatch,
+    adapters_on,
+    decoder_layers,
+    end_of_turn_ids,
+    identity,
+    read,
+    read_means,
+    structure,
+    tokenize_examples,
+)
 from .artifact import Artifact, Header, library_versions
 from .examples import Examples
 from .pooling import POOLINGS, pool
@@ -130,13 +140,14 @@ def fit_probe(
     Raises:
         `ValueError`: too few examples of a class, an example without counted tokens, activations that are not finite.
     """
+    require_bare(model)
     counts = np.bincount(examples.labels, minlength=2)
     if counts.min() < FOLDS:
         raise ValueError(
             f"{counts.min()} examples of label `{examples.label_names[int(counts.argmin())]}` – expected at least "
             f"{FOLDS} of each, and some dozens for a probe worth having."
         )
-    skip: set[int] | None = set() if include_end_of_turn else None
+    skip = set() if include_end_of_turn else end_of_turn_ids(model, tokenizer)
     batch = tokenize_examples(examples.rows, tokenizer, chat_template, chat_template_kwargs, skip)
     if not batch.completion_mask.any(1).all():
         row = int((~batch.completion_mask.any(1)).nonzero()[0])
@@ -159,6 +170,7 @@ def fit_probe(
         width=len(weight),
         model_id=model_id,
         identity=identity(model, best),
+        structure=structure(model),
         label_names=examples.label_names,
         data=examples.fingerprint,
         examples=len(examples),
@@ -168,6 +180,15 @@ def fit_probe(
         versions=library_versions(),
     )
     return Fit(Artifact(vector, bias, header), curve)
+
+
+def require_bare(model: Any) -> None:
+    """Raises `ValueError` for a model with an active adapter: what is fitted or checked on it is not what a reward reads."""
+    if adapters_on(model):
+        raise ValueError(
+            "The model has an active adapter – expected the bare reference model: an artifact names the base model's weights, "
+            "and a reward reads it without adapters. Merge the adapter and save the model, or switch it off."
+        )
 
 
 def sweep_points(model: Any, every: int = 1) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..activations import ConceptScores, hidden_size, identity, resolve
+from ..activations import ConceptScores, has_adapters, hidden_size, identity, resolve, structure
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
 from .pooling import pool
@@ -105,7 +105,7 @@ class Readout:
         Args:
             model (`nn.Module`): the model that will be read.
             exact (`bool`, defaults to `True`): check the weights' identity too: right for the reference model, wrong for
-                a policy whose own weights are trained.
+                a policy whose own weights are trained. With adapters these are frozen, and it is checked all the same.
 
         Raises:
             `ValueError`: no such hook point, another width, another architecture, or other weights.
@@ -116,10 +116,21 @@ class Readout:
                 f"Readout `{self.name}` has width {len(self.weight)} – the model's is {width}. It was made on "
                 f"`{self.header.model_id if self.header else 'another model'}`: fit one on this model."
             )
-        if exact and self.header is not None and (found := identity(model, self.hook_point)) != self.header.identity:
+        if self.header is None:
+            return
+        if (found := structure(model)) != self.header.structure:
+            differing = {
+                k: (found.get(k), self.header.structure.get(k)) for k in found.keys() | self.header.structure.keys()
+            }
+            shown = "; ".join(f"`{k}` {a} instead of {b}" for k, (a, b) in sorted(differing.items()) if a != b)
+            raise ValueError(
+                f"Readout `{self.name}` was made on `{self.header.model_id}` – the model that would be read has another "
+                f"architecture: {shown}. Fit and check a probe on this model."
+            )
+        if (exact or has_adapters(model)) and (own := identity(model, self.hook_point)) != self.header.identity:
             raise ValueError(
                 f"Readout `{self.name}` was made on `{self.header.model_id}` with identity {self.header.identity} – the "
-                f"model that would be read has {found} at `{self.hook_point}`. A probe is a claim about one model: fit "
+                f"model that would be read has {own} at `{self.hook_point}`. A probe is a claim about one model: fit "
                 "and check it on this one."
             )
 

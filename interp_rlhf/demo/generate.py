@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..activations.batch import tokenize_prompt
+from ..activations.batch import end_of_turn_ids, tokenize_prompt
 from .prompts import FOLLOWS, VIOLATES
 
 Message = dict[str, str]
@@ -37,7 +37,7 @@ def generate(
     The same seed, prompts and batch size give the same answers; the global random state is left as it was.
     """
     rows: list[dict[str, Any]] = []
-    ends = _end_ids(model, tokenizer)
+    ends = end_of_turn_ids(model, tokenizer)
     bar = tqdm(total=len(prompts), desc=label, unit="answer")
     with bar, torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -84,12 +84,6 @@ def contrast(
             if answer["completion"].strip()
         ]
     return rows
-
-
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {tokenizer.eos_token_id, *(end for end in ends if end is not None)}
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:

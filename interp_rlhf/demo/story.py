@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 
 from .. import runlog
-from ..activations import read, tokenize_examples
+from ..activations import end_of_turn_ids, read, tokenize_examples
 from ..attachment import Attachment, attach
 from ..concepts.artifact import library_versions, write_atomically
 from ..concepts.card import load_card, with_evidence
@@ -288,7 +288,7 @@ class _Judge:
         self.model, self.tokenizer, self.readouts, self.vader = model, tokenizer, readouts, vader
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        batch = tokenize_examples(rows, self.tokenizer)
+        batch = tokenize_examples(rows, self.tokenizer, end_of_turn_ids=end_of_turn_ids(self.model, self.tokenizer))
         scores = read(self.model, batch, self.readouts, reader="reference", progress="scoring answers")
         values = {readout.name: readout.score(scores[readout.name]) for readout in self.readouts}
         names = ("probe_score", "monitor_score")

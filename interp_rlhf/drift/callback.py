@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..activations import TokenBatch, decoder_layers, read, read_activations, resolve, tokenize_examples
+from ..activations import (
+    TokenBatch,
+    decoder_layers,
+    end_of_turn_ids,
+    read,
+    read_activations,
+    resolve,
+    tokenize_examples,
+)
 from ..concepts.artifact import write_atomically
 from ..concepts.card import LoadedCard
 from ..concepts.examples import Examples, load_examples
@@ -87,15 +95,18 @@ class DriftCallback(TrainerCallback):
             monitor.check_model(model, exact=False)
         processing: Any = trainer.processing_class
         tokenizer = getattr(processing, "tokenizer", processing)
-        chat = {
+        chat: dict[str, Any] = {
             "chat_template": getattr(trainer, "chat_template", None),
             "chat_template_kwargs": getattr(trainer, "chat_template_kwargs", None),
         }
-        self._batch = _fixed(tokenize_examples(list(TEXTS if texts is None else texts), tokenizer, **chat))
+        ends = end_of_turn_ids(model, tokenizer)
+        self._batch = _fixed(
+            tokenize_examples(list(TEXTS if texts is None else texts), tokenizer, **chat, end_of_turn_ids=ends)
+        )
         self._labelled: tuple[TokenBatch, np.ndarray] | None = None
         if labelled is not None:
             examples = labelled if isinstance(labelled, Examples) else load_examples(labelled)
-            self._labelled = tokenize_examples(examples.rows, tokenizer, **chat), examples.labels
+            self._labelled = tokenize_examples(examples.rows, tokenizer, **chat, end_of_turn_ids=ends), examples.labels
         self._log = record(trainer, run_log)
         self._start: dict[str, torch.Tensor] | None = None
         self._last_step = -1
@@ -110,14 +121,15 @@ class DriftCallback(TrainerCallback):
         self._evaluate(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
+        # At the last step here and not in `on_train_end`: by then trackers have closed.
+        if state.global_step % self.every == 0 or control.should_training_stop:
             self._evaluate(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != self._last_step:
-            self._evaluate(state.global_step)
+        if state.global_step != self._last_step:  # stopped in a way that no step foresaw: into the run log only
+            self._evaluate(state.global_step, publish=False)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, publish: bool = True) -> None:
         started = time.monotonic()
         model: Any = self.trainer.model
         now = read_activations(model, self._batch, self.hook_points)
@@ -140,7 +152,8 @@ class DriftCallback(TrainerCallback):
         logged |= {
             f"interp/{name}/drift_{key}": value for name, found in monitors.items() for key, value in found.items()
         }
-        self._publish({**logged, "interp/drift/overhead_seconds": round(seconds, 4)})
+        if publish:
+            self._publish({**logged, "interp/drift/overhead_seconds": round(seconds, 4)})
         self._log.append(
             "drift", step, texts=len(self._batch), tokens=int(self._batch.completion_mask.sum()), hook_points=points,
             monitors=monitors, overhead_seconds=round(seconds, 4),

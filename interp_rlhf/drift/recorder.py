@@ -30,9 +30,15 @@ def default_path(trainer: Any) -> Path:
 
 
 def record(trainer: Any, path: str | Path | None = None, cards: Sequence[LoadedCard] = (), arm: str = "") -> RunLog:
-    """Run log of a trainer; its metrics go there from now on. A trainer that is recorded already keeps its log."""
+    """Run log of a trainer; its metrics go there from now on. A trainer that is recorded already keeps its log and
+    learns the cards and the arm.
+
+    Raises:
+        `ValueError`: it is recorded already into another file.
+    """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, Recorder):
+            callback.add(path, cards, arm)
             return callback.log
     log = RunLog(path or default_path(trainer), writable=trainer.is_world_process_zero())
     trainer.add_callback(Recorder(trainer, log, cards, arm))
@@ -46,9 +52,20 @@ class Recorder(TrainerCallback):
         self.log = log
         self._trainer_name = type(trainer).__name__
         self._model_name = getattr(trainer.model.config, "_name_or_path", "") or type(trainer.model).__name__
-        self._cards = [{"name": c.card.name, "role": c.card.role, "sha256": c.sha256} for c in cards]
+        self._cards = _described(cards)
         self._arm = arm
         self._started = time.monotonic()
+
+    def add(self, path: str | Path | None, cards: Sequence[LoadedCard], arm: str) -> None:
+        """More to say of the run before it begins."""
+        if path is not None and Path(path) != self.log.path:
+            raise ValueError(
+                f"`run_log` is `{path}` – the trainer is recorded into `{self.log.path}` already. Pass the same file, or pass it "
+                "to the first of the two calls."
+            )
+        known = {card["sha256"] for card in self._cards}
+        self._cards += [card for card in _described(cards) if card["sha256"] not in known]
+        self._arm = arm or self._arm
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.monotonic()
@@ -71,3 +88,7 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.log.append("end", state.global_step, seconds=round(time.monotonic() - self._started, 3))
+
+
+def _described(cards: Sequence[LoadedCard]) -> list[dict[str, str]]:
+    return [{"name": c.card.name, "role": c.card.role, "sha256": c.sha256} for c in cards]

@@ -7,7 +7,6 @@ otherwise the model is read anew. It must not know how rewards are weighted.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..activations import ConceptScores, Pass, Tap, TokenBatch, read, reference_pass, unwrap
+from ..activations import ConceptScores, Pass, Tap, TokenBatch, end_of_turn_ids, read, reference_pass, unwrap
 from ..concepts.readout import Readout
 
 Reader = Literal["reference", "policy"]
@@ -45,7 +44,8 @@ class Rollout:
         self.completion_ids: Sequence[Sequence[int]] | None = None
         self._batch: TokenBatch | None = None
         self._scores: dict[Reader, dict[str, ConceptScores]] = {}
-        self._end_of_turn_ids = end_of_turn_ids(trainer)
+        processing = trainer.processing_class
+        self._end_of_turn_ids = end_of_turn_ids(trainer.model, getattr(processing, "tokenizer", processing))
         # Then an adapter runs in the reference pass too, with its dropout.
         self._reference_is_adapter = "ref" in getattr(
             trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}
@@ -158,14 +158,6 @@ class Rollout:
             return here
         flags = accelerator.gather(torch.tensor([int(here)], device=accelerator.device))
         return bool(flags.all())
-
-
-def end_of_turn_ids(trainer: Any) -> set[int]:
-    """Ids that end a completion for TRL: the tokenizer's and the generation config's end-of-sequence tokens."""
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    ends = unwrap(trainer.model).generation_config.eos_token_id
-    configured = ends if isinstance(ends, list) else [ends]
-    return {token for token in itertools.chain([tokenizer.eos_token_id], configured) if token is not None}
 
 
 def _is_rotary(model: Any) -> bool:

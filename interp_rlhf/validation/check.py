@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..activations import embedding_point, read, read_means, tokenize_examples
+from ..activations import embedding_point, end_of_turn_ids, read, read_means, tokenize_examples
 from ..concepts.artifact import library_versions
 from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
 from ..concepts.examples import Examples
 from ..concepts.pooling import pool
-from ..concepts.probe import LinearProbe
+from ..concepts.probe import LinearProbe, require_bare
 from ..concepts.readout import Readout
 from . import baselines
 from .statistics import auroc_interval, weighted_aurocs
@@ -60,6 +60,7 @@ def check_card(
         `ValueError`: other fit data than the artifact's, or held-out rows that the fit has seen.
     """
     readout = Readout.from_card(card)
+    require_bare(model)
     readout.check_model(model)
     header = readout.header
     assert header is not None
@@ -70,7 +71,7 @@ def check_card(
         )
 
     def tokens(rows: Examples) -> Any:
-        skip: set[int] | None = set() if readout.include_end_of_turn else None
+        skip = set() if readout.include_end_of_turn else end_of_turn_ids(model, tokenizer)
         return tokenize_examples(rows.rows, tokenizer, chat_template, chat_template_kwargs, skip)
 
     embedding = embedding_point(model)
@@ -86,6 +87,11 @@ def check_card(
             raise ValueError(
                 f"{len(shared)} rows of the {what} are among the fit's examples – expected data that the fit did not "
                 "see. Remove them."
+            )
+        if prompts := set(rows.groups) & set(fit_examples.groups):
+            raise ValueError(
+                f"{len(prompts)} prompts of the {what} are prompts of the fit – expected other prompts: answers to one prompt "
+                "are alike, and the probe may know the prompt. Remove them."
             )
         return _findings(
             model, tokens(rows), rows, fit_examples, readout, controls, (embedding, embedding_probe), measures or {}, seed,
