@@ -7,11 +7,13 @@ Nothing here knows what a probe is, and nothing here imports TRL.
 from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
 from .hook_points import backbone, decoder_layers, embedding_point, has_adapters, hidden_size, resolve, unwrap
 from .identity import identity, structure
-from .read import read, read_activations, read_means, reference_pass
+from .intervene import Intervention
+from .read import read, read_activations, read_inputs, read_means, reference_pass
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
 __all__ = [
     "ConceptScores",
+    "Intervention",
     "Pass",
     "Tap",
     "TokenBatch",
@@ -26,6 +28,7 @@ __all__ = [
     "identity",
     "read",
     "read_activations",
+    "read_inputs",
     "read_means",
     "reference_pass",
     "resolve",

@@ -145,6 +145,49 @@ def read_activations(
     return found
 
 
+def read_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], readouts: Sequence[TokenReadout]
+) -> dict[str, torch.Tensor]:
+    """Scores of a batch in the very form in which a trainer feeds it, packed rows and all, by one forward that stops at the
+    deepest hook point.
+
+    Args:
+        model (`nn.Module`): a causal LM, read as its adapters stand.
+        inputs (`dict`): the backbone's own keyword arguments: `input_ids` and, as the trainer has them, `attention_mask`,
+            `position_ids`, lengths of packed sequences.
+        readouts (`Sequence[TokenReadout]`): what to read.
+
+    Returns:
+        `dict[str, torch.FloatTensor]`: scores (B, T, K) by the readout's name, float32, on the model's device.
+    """
+    groups = group_by_hook_point(readouts)
+    core = backbone(model)
+    waiting = set(groups)
+    scores: dict[str, torch.Tensor] = {}
+
+    def hook(point: str) -> Callable[..., None]:
+        def run(module: nn.Module, args: Any, output: Any) -> None:
+            run_readouts(groups[point], output_tensor(output), scores)
+            waiting.discard(point)
+            if not waiting:
+                raise _Done
+
+        return run
+
+    handles = [resolve(model, point).register_forward_hook(hook(point)) for point in groups]
+    try:
+        with reading(), _measuring(core), torch.no_grad():
+            core(**{**inputs, "use_cache": False})
+    except _Done:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if waiting:
+        raise _did_not_fire(waiting, core)
+    return scores
+
+
 @contextmanager
 def reference_pass(model: nn.Module, reference: nn.Module | None = None) -> Iterator[nn.Module]:
     """The frozen reference: `reference` where one is given, else the model with its adapters off.
@@ -215,14 +258,18 @@ def _forward(
                 except _Done:
                     pass
                 else:
-                    raise RuntimeError(
-                        f"Hook point {', '.join(f'`{point}`' for point in sorted(waiting))} did not fire in a forward of "
-                        f"`{type(core).__name__}` – expected a module that runs in every pass, such as a decoder layer."
-                    )
+                    raise _did_not_fire(waiting, core)
                 bar.update(int(attention_mask.sum()))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _did_not_fire(points: set[str], core: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"Hook point {', '.join(f'`{point}`' for point in sorted(points))} did not fire in a forward of "
+        f"`{type(core).__name__}` – expected a module that runs in every pass, such as a decoder layer."
+    )
 
 
 def _buckets(batch: TokenBatch, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

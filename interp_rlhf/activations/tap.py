@@ -1,7 +1,8 @@
 """The tap: readouts that run inside a trainer's own forward passes, where the activation is born.
 
 In: a model, readouts, and which passes to record. Out: one `Pass` per forward, holding float32 scores with the token
-ids that they were computed on. Activations do not leave. It must not know what a reward is, and it never runs the model.
+ids that they were computed on. Activations do not leave, but for the policy's in a training pass, where they are in the graph
+anyway and a regularizer asked for them. It must not know what a reward is, and it never runs the model.
 """
 
 from __future__ import annotations
@@ -48,12 +49,18 @@ class Pass:
         input_ids (`torch.LongTensor` of shape (B, T)): None where the model was fed embeddings.
         attention_mask (`torch.Tensor` of shape (B, T)): None where the pass had none.
         scores (`dict[str, torch.FloatTensor]`): readout name to scores (B, T, K), float32, without gradient.
+        activations (`dict[str, torch.Tensor]`): hook point to activation (B, T, D), as the model made it and, in a training
+            pass, with its graph. Only of a policy's passes, and only where the tap keeps them.
+        log_probs (`torch.Tensor` of shape (B, T − 1), *optional*): what TRL's fused head returned, with its graph; 0 where
+            the loss does not count.
     """
 
     kind: PassKind
     input_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    activations: dict[str, torch.Tensor] = field(default_factory=dict)
+    log_probs: torch.Tensor | None = None
 
 
 class Tap:
@@ -66,6 +73,12 @@ class Tap:
         readouts (`Sequence[TokenReadout]`): what to run; names must differ.
         record (`Collection[str]`): kinds of pass whose scores are kept for `take()`.
         is_reference (`bool`, defaults to `False`): every pass of this model is a reference pass.
+        keep (`Sequence[str]`): hook points whose activations are kept in the policy's passes, along with the log-probs that
+            the model returned; those passes are then recorded too.
+
+    Attributes:
+        open (`bool`): while it is False, passes leave nothing behind.
+        keep_kind (`str`): kind of pass whose activations are kept: `policy`, or `policy_no_grad` in an evaluation.
     """
 
     def __init__(
@@ -74,11 +87,16 @@ class Tap:
         readouts: Sequence[TokenReadout],
         record: Collection[str] = ("reference",),
         is_reference: bool = False,
+        keep: Sequence[str] = (),
     ):
         self.hook_points = group_by_hook_point(readouts)
+        self.hook_points.update({point: [] for point in keep if point not in self.hook_points})
+        self.open = True
+        self.keep_kind: PassKind = "policy"
         self._record = frozenset(record)
+        self._keep = frozenset(keep)
         self._is_reference = is_reference
-        self._adapter_layer = _first_adapter_layer(model)
+        self._adapter_layer = first_adapter_layer(model)
         self._passes: list[Pass] = []
         self._current: Pass | None = None
         self._fired_now: set[str] = set()
@@ -89,6 +107,9 @@ class Tap:
         self._handles = [core.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._handles += [m.register_forward_hook(self._hook(point)) for point, m in modules.items()]
         self._handles.append(core.register_forward_hook(self._end))
+        self._last: Pass | None = None
+        if keep:
+            self._handles.append(unwrap(model).register_forward_hook(self._returned))
 
     def __enter__(self) -> Tap:
         return self
@@ -106,11 +127,12 @@ class Tap:
     def clear(self) -> None:
         """Forget the recorded passes."""
         self._passes.clear()
-        self._current = None
+        self._current = self._last = None
 
     def take(self) -> list[Pass]:
         """Recorded passes since the last call, oldest first; they are handed over, not kept."""
         passes, self._passes = self._passes, []
+        self._last = None
         return passes
 
     def require_fired(self) -> None:
@@ -132,20 +154,24 @@ class Tap:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._current = None
         self._fired_now = set()
-        if _reading.get():
+        self._last = None
+        if _reading.get() or not self.open:
             return
         kind = self._kind(kwargs)
-        if kind is not None and (kind == "policy" or kind in self._record):
+        if kind is not None and (kind == "policy" or self._records(kind)):
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             self._current = Pass(kind, input_ids, kwargs.get("attention_mask"))
 
     def _kind(self, kwargs: dict[str, Any]) -> PassKind | None:
-        if self._is_reference or _adapters_off(self._adapter_layer):
+        if self._is_reference or adapters_off(self._adapter_layer):
             return "reference"
         if torch.is_grad_enabled():
             return "policy"
         # Steps of generation keep a cache; scoring passes say that they do not.
         return "policy_no_grad" if kwargs.get("use_cache") is False else None
+
+    def _records(self, kind: PassKind) -> bool:
+        return kind in self._record or (bool(self._keep) and kind == self.keep_kind)
 
     def _hook(self, hook_point: str) -> Any:
         def run(module: nn.Module, args: Any, output: Any) -> None:
@@ -155,6 +181,8 @@ class Tap:
             self._fired_now.add(hook_point)
             if current.kind in self._record:
                 run_readouts(self.hook_points[hook_point], output_tensor(output), current.scores)
+            if current.kind == self.keep_kind and hook_point in self._keep:
+                current.activations[hook_point] = output_tensor(output)
 
         return run
 
@@ -165,8 +193,14 @@ class Tap:
         if current.kind == "policy":
             self._had_policy_pass = True
             self._fired |= self._fired_now
-        if current.kind in self._record:
+        if self._records(current.kind):
             self._passes.append(current)
+            self._last = current
+
+    def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._last is not None:
+            self._last.log_probs = getattr(output, "log_probs", None)
+            self._last = None
 
 
 def group_by_hook_point(readouts: Sequence[TokenReadout]) -> dict[str, list[TokenReadout]]:
@@ -202,13 +236,19 @@ def reading() -> Iterator[None]:
         _reading.reset(token)
 
 
+def is_reading() -> bool:
+    """Whether the pass that runs now is one of `read()`'s."""
+    return _reading.get()
+
+
 def adapters_on(model: nn.Module) -> bool:
     """Whether an adapter changes the model's activations as it stands."""
-    layer = _first_adapter_layer(model)
+    layer = first_adapter_layer(model)
     return layer is not None and not layer.disable_adapters and bool(layer.active_adapters)
 
 
-def _first_adapter_layer(model: nn.Module) -> Any:
+def first_adapter_layer(model: nn.Module) -> Any:
+    """A layer that PEFT injected, which knows whether adapters are on; None without PEFT."""
     for module in unwrap(model).modules():
         # A tuner layer of PEFT has a property of this name; a `PreTrainedModel` has a method, which says nothing.
         if isinstance(getattr(type(module), "disable_adapters", None), property):
@@ -216,7 +256,8 @@ def _first_adapter_layer(model: nn.Module) -> Any:
     return None
 
 
-def _adapters_off(layer: Any) -> bool:
+def adapters_off(layer: Any) -> bool:
+    """Whether a pass is one of the reference, by what such a layer says: no adapter, or the one named `ref`."""
     if layer is None:
         return False
     return bool(layer.disable_adapters) or list(layer.active_adapters) == ["ref"]

@@ -88,9 +88,7 @@ class Readout:
             `ValueError`: a counted token's score is NaN or infinite.
         """
         scores.require_finite()
-        pooled = self.scale * pool(scores.scores, scores.mask, self.pooling)[:, 0] + self.offset  # (B,)
-        if self.transform is not None:
-            pooled = self.transform(pooled)
+        pooled = self.pooled(scores.scores, scores.mask)
         counted = scores.mask.any(1).tolist()
         if not torch.isfinite(pooled[scores.mask.any(1)]).all():
             raise ValueError(
@@ -98,6 +96,11 @@ class Readout:
                 "its transform or the scores are too large for float32."
             )
         return [value if counts else None for value, counts in zip(pooled.tolist(), counted, strict=True)]
+
+    def pooled(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pooled, calibrated and transformed scores (B,) of scores per token (B, T, 1); NaN where no token counts."""
+        pooled = self.scale * pool(scores, mask, self.pooling)[:, 0] + self.offset  # (B,)
+        return pooled if self.transform is None else self.transform(pooled)
 
     def check_model(self, model: Any, exact: bool = True) -> None:
         """Refuse a model that this readout was not made on.

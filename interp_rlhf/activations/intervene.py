@@ -1,0 +1,45 @@
+"""Interventions: a hook that changes the activation at a hook point in the passes that it is open for.
+
+In: a model, a hook point and a change. Out: the changed activation, seen by everything above, gradient included. It must not
+know which trainer runs it, nor when it may be open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hook_points import output_tensor, resolve
+from .tap import adapters_off, first_adapter_layer, is_reading
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Intervention:
+    """Hook that replaces an activation h (B, T, D) by `change(h)` while it is open; never in a reference pass.
+
+    Attributes:
+        open (`bool`): False at first.
+        fired (`int`): passes that it has changed.
+    """
+
+    def __init__(self, model: nn.Module, hook_point: str, change: Change):
+        self.open = False
+        self.fired = 0
+        self._change = change
+        self._adapter_layer = first_adapter_layer(model)
+        self._handle = resolve(model, hook_point).register_forward_hook(self._run)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+    def _run(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.open or is_reading() or adapters_off(self._adapter_layer):
+            return None
+        self.fired += 1
+        changed = self._change(output_tensor(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -1,0 +1,113 @@
+"""Subspaces of the residual stream: an orthonormal basis at a hook point.
+
+In: probes, directions, latents, or texts whose activations span it. Out: a `Subspace`. It must not know whether it will be
+held, measured or ablated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..activations import TokenBatch, end_of_turn_ids, read_activations, tokenize_examples
+from .latents import Latents
+from .readout import Readout
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """An orthonormal basis of R dimensions at a hook point.
+
+    Attributes:
+        hook_point (`str`): where it lives.
+        basis (`torch.FloatTensor` of shape (R, D)): orthonormal rows, float32.
+    """
+
+    hook_point: str
+    basis: torch.Tensor
+
+    @classmethod
+    def spanned_by(cls, hook_point: str, vectors: torch.Tensor) -> Subspace:
+        """Subspace that some vectors (N, D) span; vectors that depend on the others add nothing.
+
+        Raises:
+            `ValueError`: vectors of another shape, not finite, or all of them 0.
+        """
+        if vectors.dim() != 2 or not torch.isfinite(vectors).all():
+            raise ValueError(f"`vectors` have shape {tuple(vectors.shape)} – expected finite numbers of shape (N, D).")
+        norms = vectors.double().norm(dim=1, keepdim=True)
+        if not (norms > 0).any():
+            raise ValueError("All `vectors` are 0 – expected at least one that is not.")
+        unit = vectors.double()[norms[:, 0] > 0] / norms[norms[:, 0] > 0]  # so that a long vector does not hide a short one
+        _, sizes, basis = torch.linalg.svd(unit, full_matrices=False)
+        return cls(hook_point, basis[sizes > 1e-6 * sizes[0]].float().contiguous())
+
+    @classmethod
+    def from_readouts(cls, readouts: Sequence[Readout | Latents]) -> Subspace:
+        """Subspace of the weights of probes and directions, and of the encoder rows of latents.
+
+        Raises:
+            `ValueError`: none, or readouts at different hook points.
+        """
+        points = sorted({readout.hook_point for readout in readouts})
+        if len(points) != 1:
+            raise ValueError(
+                f"The readouts are at {', '.join(f'`{point}`' for point in points) or 'no hook point'} – expected one hook "
+                "point: a subspace lives in one activation. Make one per hook point."
+            )
+        rows = [r.encoder if isinstance(r, Latents) else r.weight.detach()[None] for r in readouts]
+        return cls.spanned_by(points[0], torch.cat([row.float().cpu() for row in rows]))
+
+    @classmethod
+    def from_pca(
+        cls, model: Any, tokenizer: Any, examples: Sequence[Any], hook_point: str, rank: int, progress: bool = False
+    ) -> Subspace:
+        """The principal components of a model's activations on examples' counted tokens, mean removed.
+
+        Args:
+            model (`nn.Module`), tokenizer: the model that is read, as its adapters stand.
+            examples (`list`): texts or examples, see `tokenize_examples`.
+            hook_point (`str`): where to read.
+            rank (`int`): R, the number of components.
+
+        Raises:
+            `ValueError`: a rank that the examples do not have.
+        """
+        batch: TokenBatch = tokenize_examples(examples, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
+        found = read_activations(model, batch, [hook_point])[hook_point]  # (N, D)
+        if not 0 < rank <= min(len(found) - 1, found.shape[1]):
+            raise ValueError(
+                f"`rank` is {rank} – expected 1 to {min(len(found) - 1, found.shape[1])}: there are {len(found)} counted "
+                f"tokens of width {found.shape[1]}."
+            )
+        centered = found.double() - found.double().mean(0)
+        _, _, components = torch.linalg.svd(centered, full_matrices=False)
+        return cls(hook_point, components[:rank].float().contiguous())
+
+    def random(self, seed: int) -> Subspace:
+        """The control: a random subspace of the same rank, orthogonal to this one, drawn from `seed`.
+
+        Raises:
+            `ValueError`: there is no room for one.
+        """
+        rank, width = self.basis.shape
+        if 2 * rank > width:
+            raise ValueError(
+                f"The subspace has rank {rank} of {width} – expected at most {width // 2}: no orthogonal one of its rank exists."
+            )
+        drawn = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        own = self.basis.double().cpu()
+        drawn -= drawn @ own.T @ own
+        return Subspace(self.hook_point, torch.linalg.qr(drawn.T)[0].T.float().contiguous())
+
+    def coordinates(self, activation: torch.Tensor) -> torch.Tensor:
+        """Coordinates (..., R) of an activation (..., D)."""
+        return activation @ self.basis.to(activation).T
+
+    def ablate(self, activation: torch.Tensor) -> torch.Tensor:
+        """The activation without its component in the subspace: h − Qᵀ Q h."""
+        basis = self.basis.to(activation)
+        return activation - (activation @ basis.T) @ basis

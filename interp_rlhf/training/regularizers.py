@@ -1,0 +1,511 @@
+"""Regularizers: differentiable terms on the policy's own training pass, and shifts of a preference margin.
+
+In: activations of the counted tokens with their graph, and what was read on the reference. Out: values per sequence or per
+pair, already weighted, with the metrics that explain them. They must not know which trainer they are in, nor how batches are
+cut: `loss_terms` reduces.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.nn.functional import logsigmoid, softplus
+
+from ..activations import TokenReadout
+from ..concepts.card import load_card
+from ..concepts.latents import Latents
+from ..concepts.readout import Readout
+from ..concepts.subspace import Subspace
+from ..validation.gate import require_passed
+from .counted import Counted
+from .schedule import Schedule
+
+# Loss types of `DPOTrainer` whose value depends on β · (chosen − rejected score) alone (METHODS: EA-DPO), and those that divide
+# each score by its completion's length first.
+MARGIN_LOSSES = ("discopop", "exo_pair", "hinge", "robust", "sigmoid")
+LENGTH_NORMALIZED_LOSSES = ("ipo", "sigmoid_norm")
+
+
+class Pairs(NamedTuple):
+    """What a preference trainer knows of a batch of P pairs, rows chosen first.
+
+    Attributes:
+        log_probs (`torch.Tensor` of shape (2P,)): of the policy, summed over completion tokens, with their graph.
+        reference (`torch.Tensor` of shape (2P,)): of the reference.
+        lengths (`torch.Tensor` of shape (2P,)): completion tokens as TRL's length-normalized losses count them.
+        beta (`float`), loss_types (`list[tuple[str, float]]`): of the trainer, with the weights of the latter.
+    """
+
+    log_probs: torch.Tensor
+    reference: torch.Tensor
+    lengths: torch.Tensor
+    beta: float
+    loss_types: list[tuple[str, float]]
+
+
+class Term(NamedTuple):
+    """Values (U,) that are added to the loss as their mean, one per sequence or per pair, and metrics by name, one per unit."""
+
+    values: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+class Batch(Protocol):
+    """What a regularizer sees of a training batch."""
+
+    pairs: Pairs | None
+
+    def tokens(self, include_end_of_turn: bool) -> Counted:
+        """The counted tokens, N of them."""
+
+    def policy(self, hook_point: str, tokens: Counted) -> torch.Tensor:
+        """Activations (N, D) of the policy, float32, with their graph."""
+
+    def reference(self, readout: TokenReadout, tokens: Counted) -> torch.Tensor:
+        """Scores (N, K) of a readout on the reference, float32, without gradient."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Readout that keeps the activation as it is, for terms that compare all of it."""
+
+    hook_point: str
+
+    @property
+    def name(self) -> str:
+        return f"activation@{self.hook_point}"
+
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        return activation
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Readout of an activation's coordinates in a subspace and of its squared norm: (..., R + 1)."""
+
+    name: str
+    subspace: Subspace
+
+    @property
+    def hook_point(self) -> str:
+        return self.subspace.hook_point
+
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.subspace.coordinates(activation), activation.pow(2).sum(-1, keepdim=True)], dim=-1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Regularizer:
+    """What all regularizers have.
+
+    Attributes:
+        weight (`float`): λ. At 0 a run is bit for bit that of plain TRL.
+        schedule (`Schedule`): how λ moves over the run; constant by default.
+        name (`str`): metrics are logged under `interp/<name>/`; by default the kind and the concept.
+    """
+
+    weight: float
+    schedule: Schedule = Schedule()
+    name: str = ""
+
+    # Whether values are per pair of a preference trainer, and trainers that it works in.
+    per_pair = False
+    trainers = ("DPO", "GRPO", "KTO", "RLOO", "SFT")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, int | float) or self.weight != self.weight or abs(self.weight) == float("inf"):
+            raise ValueError(f"`weight` of a `{type(self).__name__}` is {self.weight!r} – expected a finite number.")
+        if self.weight < 0 and not isinstance(self, ExplainAway):
+            raise ValueError(
+                f"`weight` of a `{type(self).__name__}` is {self.weight} – expected 0 or more: a negative one would reward "
+                "the distance that it is there to hold."
+            )
+
+    @property
+    def policy_point(self) -> str | None:
+        """Hook point whose activation it needs from the policy's training pass."""
+        raise AssertionError("every regularizer says it")
+
+    @property
+    def references(self) -> list[TokenReadout]:
+        """Readouts that it needs on the reference."""
+        raise AssertionError("every regularizer says it")
+
+    @property
+    def cards_readouts(self) -> list[Readout]:
+        """Readouts that are claims about one model, checked against it."""
+        return []
+
+    def compute(self, batch: Batch, weight: float) -> Term:
+        """Its values on a batch at the present weight."""
+        raise AssertionError("every regularizer says it")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConceptAnchor(Regularizer):
+    """Holds a concept's score near the reference's: λ (⟨h_θ, r⟩ − ⟨h_0, r⟩)².
+
+    Source: ProCon (arXiv 2509.06795), which anchors the projection on the refusal direction during fine-tuning. Deviations:
+    1. r is any probe or direction, as fitted; a probe's weight is not normalized, so that the difference is in log-odds.
+    2. Each counted token's difference, then the mean over a sequence's tokens, then over sequences, so that long sequences do
+       not weigh more; `pooled=True` squares the difference of pooled scores instead.
+    3. The schedule is the caller's; theirs is strong early (`Schedule(kind="decay")`).
+
+    Args:
+        readout (`Readout`): the concept.
+        pooled (`bool`, defaults to `False`): anchor a sequence's pooled score.
+        random_direction (`int`, *optional*): the control: a seed, from which a direction of the same norm is drawn that takes
+            the concept's place.
+    """
+
+    readout: Readout
+    pooled: bool = False
+    random_direction: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.random_direction is not None:
+            object.__setattr__(self, "readout", random_like(self.readout, self.random_direction))
+        _named(self, f"anchor_{self.readout.name}")
+
+    @property
+    def policy_point(self) -> str:
+        return self.readout.hook_point
+
+    @property
+    def references(self) -> list[TokenReadout]:
+        return [self.readout]
+
+    @property
+    def cards_readouts(self) -> list[Readout]:
+        return [self.readout]
+
+    def compute(self, batch: Batch, weight: float) -> Term:
+        tokens = batch.tokens(self.readout.include_end_of_turn)
+        now = self.readout(batch.policy(self.policy_point, tokens))  # (N, 1)
+        start = batch.reference(self.readout, tokens)
+        if self.pooled:
+            gap = _pooled(self.readout, now, tokens) - _pooled(self.readout, start, tokens)  # (M,)
+            gap = gap.masked_fill(~tokens.any, 0)
+            values = gap.pow(2)
+        else:
+            gap = tokens.means((now - start)[:, 0])
+            values = tokens.means((now - start)[:, 0].pow(2))
+        return Term(weight * values, {"squared_gap": values, "drift": gap})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DriftPenalty(Regularizer):
+    """Holds the activation near the reference's: λ ‖P (h_θ − h_0)‖² / ‖h_0‖² per token, on the whole stream or in a subspace.
+
+    Feature distillation in the residual stream, made relative so that layers of different norm weigh alike.
+
+    Args:
+        hook_point (`str`, *optional*): where, for the whole stream.
+        subspace (`Subspace`, *optional*): P is the projection on it. On GRPO and RLOO there must be one: their reference pass
+            comes before batches are shuffled, and only scores travel with them.
+    """
+
+    hook_point: str | None = None
+    subspace: Subspace | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.hook_point is None) == (self.subspace is None):
+            raise ValueError(
+                f"`DriftPenalty` was given `hook_point={self.hook_point!r}` and "
+                f"{'a' if self.subspace is not None else 'no'} `subspace` – expected just one: a subspace knows its hook point."
+            )
+        _named(self, f"drift_{self.policy_point.replace('.', '_')}")
+        if self.subspace is not None:
+            object.__setattr__(self, "_reference", Projection(self.name, self.subspace))
+        else:
+            object.__setattr__(self, "_reference", Whole(self.policy_point))
+
+    @property
+    def policy_point(self) -> str:
+        point = self.hook_point if self.subspace is None else self.subspace.hook_point
+        assert point is not None
+        return point
+
+    @property
+    def references(self) -> list[TokenReadout]:
+        return [self._reference]  # type: ignore[attr-defined]
+
+    def compute(self, batch: Batch, weight: float) -> Term:
+        tokens = batch.tokens(True)
+        now = batch.policy(self.policy_point, tokens)  # (N, D)
+        start = batch.reference(self.references[0], tokens)
+        if self.subspace is None:
+            square, norm = (now - start).pow(2).sum(-1), start.pow(2).sum(-1)
+        else:
+            square = (self.subspace.coordinates(now) - start[:, :-1]).pow(2).sum(-1)
+            norm = start[:, -1]
+        values = tokens.means(square / norm.clamp(min=torch.finfo(norm.dtype).tiny))
+        return Term(weight * values, {"relative_square": values})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeatureConstraint(Regularizer):
+    """Feature-level constrained preference optimization: δ is taken off the margin inside DPO's sigmoid.
+
+    −log σ(z − δ), δ = α (β D(y_l) − sg[β D(y_w)]), D(x, y) = (1/k) Σ_{i ∈ I_k} (c̄_θ,i − c̄_0,i)², c̄ the mean-pooled latents and
+    I_k the k largest of the policy's together with the k largest of the reference's.
+
+    Source: FPO (arXiv 2411.07618, equations 8 to 10); α is `weight`. Deviations:
+    1. z is the trainer's own margin: that of `sigmoid_norm` is FPO's, `sigmoid` is allowed too.
+    2. c̄ is the mean over the tokens that the trainer's loss counts.
+    3. With a probe in the place of latents there is one feature: D is the squared gap of mean scores.
+    4. α may follow a schedule.
+
+    Args:
+        readout (`Latents` or `Readout`): the features.
+        k (`int`, defaults to 32): of latents; at most as many as there are.
+        stop_gradient (`bool`, defaults to `True`): none through D(y_w).
+    """
+
+    readout: Latents | Readout
+    k: int = 32
+    stop_gradient: bool = True
+    weight: float = 0.5
+
+    per_pair = True
+    trainers = ("DPO",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"`k` is {self.k} – expected a number of latents, at least 1.")
+        _named(self, f"features_{self.readout.name}")
+        wide = isinstance(self.readout, Latents) and len(self.readout.encoder) > self.readout.encoder.shape[1]
+        # The narrower of the two travels from the reference pass: latents, or the activation that they come from.
+        object.__setattr__(self, "_reference", Whole(self.policy_point) if wide else self.readout)
+
+    @property
+    def policy_point(self) -> str:
+        return self.readout.hook_point
+
+    @property
+    def references(self) -> list[TokenReadout]:
+        return [self._reference]  # type: ignore[attr-defined]
+
+    @property
+    def cards_readouts(self) -> list[Readout]:
+        return [self.readout] if isinstance(self.readout, Readout) else []
+
+    def compute(self, batch: Batch, weight: float) -> Term:
+        assert batch.pairs is not None
+        tokens = batch.tokens(getattr(self.readout, "include_end_of_turn", True))
+        now = tokens.means(self.readout(batch.policy(self.policy_point, tokens)))  # (2P, S)
+        with torch.no_grad():
+            start = batch.reference(self.references[0], tokens)
+            start = tokens.means(self.readout(start) if isinstance(self.references[0], Whole) else start)
+        distance = self._distance(now, start)  # (2P,)
+        chosen, rejected = distance.chunk(2)
+        beta = batch.pairs.beta
+        kept = chosen.detach() if self.stop_gradient else chosen
+        delta = weight * beta * (rejected - kept)  # (P,)
+        values = torch.zeros_like(delta)
+        for loss_type, share in batch.pairs.loss_types:
+            z = margin(batch.pairs, loss_type)
+            # What TRL's loss becomes, less what it is.
+            values = values + share * (logsigmoid(z) - logsigmoid(z - delta))
+        metrics = {"delta": delta, "distance_chosen": chosen, "distance_rejected": rejected}
+        return Term(values, {key: value.detach() for key, value in metrics.items()})
+
+    def _distance(self, now: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        k = min(self.k, now.shape[1])
+        chosen = torch.zeros_like(now, dtype=torch.bool)
+        for features in (now.detach(), start):
+            chosen.scatter_(1, features.topk(k, dim=1).indices, True)
+        return ((now - start).pow(2) * chosen).sum(1) / k
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExplainAway(Regularizer):
+    """EA-DPO: a concept explains part of a preference away, or, with a negative λ, amplifies it.
+
+    −log σ(β D_θ + λ ΔA), ΔA = A(x, y⁺) − A(x, y⁻) on the reference: what the concept's score already explains of the preference
+    is not left for the policy to learn. It is plain DPO whose reference log-prob of y is lower by (λ/β) A(x, y), and that is how
+    it is done; it adds no term. TRL's `rewards/*` then contain the shift; those without it are logged under `interp/<name>/`.
+
+    Source: Goodfire (arXiv 2606.12360). Deviations:
+    1. A is a probe's calibrated, pooled and transformed score, or a latent's.
+    2. For `ipo` and `sigmoid_norm`, which divide by the length, the shift is multiplied by it first.
+    3. A pair with a completion that has no counted token is left as plain DPO has it.
+
+    Args:
+        readout (`Readout`): the concept.
+    """
+
+    readout: Readout
+    per_pair = True
+    trainers = ("DPO",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _named(self, f"explain_{self.readout.name}")
+
+    @property
+    def policy_point(self) -> None:
+        return None
+
+    @property
+    def references(self) -> list[TokenReadout]:
+        return [self.readout]
+
+    @property
+    def cards_readouts(self) -> list[Readout]:
+        return [self.readout]
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """A (2P,) of every completion; 0 for both of a pair in which one has no counted token."""
+        tokens = batch.tokens(self.readout.include_end_of_turn)
+        found = _pooled(self.readout, batch.reference(self.readout, tokens), tokens)
+        there = tokens.any.view(2, -1).all(0).repeat(2)
+        return found.masked_fill(~there, 0)
+
+    def shift(self, scores: torch.Tensor, lengths: torch.Tensor, beta: float, loss_type: str, weight: float) -> torch.Tensor:
+        """What is taken off the reference's log-probs (2P,)."""
+        shift = weight / beta * scores
+        return shift * lengths if loss_type in LENGTH_NORMALIZED_LOSSES else shift
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConceptPenalty(Regularizer):
+    """Trains against a concept's score directly: λ softplus(± s), s the log-odds of the policy's own activations.
+
+    **This is the term that is gamed.** Its gradient runs through the probe, and the shortest way down is to move the activation
+    off the probe's direction, not to change the text: in one DPO replication the term fell from 3.22 to 0.007 within 20 steps
+    while a refitted probe still told the texts apart (METHODS, section 2; the Obfuscation Atlas, arXiv 2602.15515, advises against
+    it altogether). It is here to study just that, so it asks for `allow_differentiable_probe=True` and for a monitor with another
+    artifact beside it.
+
+    Args:
+        readout (`Readout`): the concept; its calibrated and pooled score is a log-odds.
+        encourage (`bool`, defaults to `False`): pay for the concept instead of against it.
+        allow_differentiable_probe (`bool`): say that you have read this.
+    """
+
+    readout: Readout
+    encourage: bool = False
+    allow_differentiable_probe: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _named(self, f"penalty_{self.readout.name}")
+        if self.allow_differentiable_probe is not True:
+            raise ValueError(
+                f"`ConceptPenalty` on `{self.readout.name}` was given `allow_differentiable_probe={self.allow_differentiable_probe!r}` "
+                "– expected True. The gradient through a probe teaches the model to move its activations off the probe, not to "
+                "write other text: the score falls within some steps, and the behaviour stays. Use the score as a reward on "
+                "rollouts (`ConceptReward`) or hold it with a `ConceptAnchor`; to study the effect, pass the flag and a holdout "
+                "monitor."
+            )
+
+    @property
+    def policy_point(self) -> str:
+        return self.readout.hook_point
+
+    @property
+    def references(self) -> list[TokenReadout]:
+        return []
+
+    @property
+    def cards_readouts(self) -> list[Readout]:
+        return [self.readout]
+
+    def compute(self, batch: Batch, weight: float) -> Term:
+        tokens = batch.tokens(self.readout.include_end_of_turn)
+        scores = _pooled(self.readout, self.readout(batch.policy(self.policy_point, tokens)), tokens)  # (M,)
+        scores = torch.where(tokens.any, scores, torch.zeros_like(scores))
+        values = softplus(-scores if self.encourage else scores) * tokens.any
+        return Term(weight * values, {"penalty": values, "score": scores})
+
+
+KINDS: dict[str, type[Regularizer]] = {
+    "concept_anchor": ConceptAnchor,
+    "concept_penalty": ConceptPenalty,
+    "drift_penalty": DriftPenalty,
+    "explain_away": ExplainAway,
+    "feature_constraint": FeatureConstraint,
+}
+
+
+def margin(pairs: Pairs, loss_type: str) -> torch.Tensor:
+    """z (P,): what `DPOTrainer` puts into the sigmoid of this loss type, with reverse KL."""
+    scores = pairs.log_probs - pairs.reference
+    if loss_type in LENGTH_NORMALIZED_LOSSES:
+        scores = scores / pairs.lengths.clamp(min=1)
+    chosen, rejected = scores.chunk(2)
+    return pairs.beta * (chosen - rejected)
+
+
+def random_like(readout: Readout, seed: int) -> Readout:
+    """A control readout: a random direction of the same norm, drawn from `seed`."""
+    drawn = torch.randn(readout.weight.shape, generator=torch.Generator().manual_seed(seed))
+    weight = drawn / drawn.norm() * readout.weight.detach().cpu().float().norm()
+    return replace(readout, weight=weight, bias=0.0, scale=1.0, offset=0.0, transform=None, name=f"{readout.name}_random{seed}")
+
+
+def make_regularizer(given: Any) -> Regularizer:
+    """Regularizer of what a user wrote: an object, or, in a recipe, a mapping with `kind`, `card` and the kind's own options.
+
+    Raises:
+        `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
+    """
+    if isinstance(given, Regularizer):
+        return given
+    if isinstance(given, str) and given in KINDS:
+        raise ValueError(f"`{given}` is a kind of regularizer – expected a mapping `{{kind: {given}, card: …, weight: …}}`.")
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{given!r} – expected a regularizer ({', '.join(kind.__name__ for kind in KINDS.values())}) or a mapping with `kind`."
+        )
+    options = dict(given)
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        raise ValueError(
+            f"`kind` of a regularizer is {kind!r} – expected one of {', '.join(sorted(KINDS))}."
+            + (f" Did you mean `{near[0]}`?" if near else "")
+        )
+    if "schedule" in options and not isinstance(options["schedule"], Schedule):
+        options["schedule"] = Schedule.model_validate(options["schedule"])
+    if kind == "drift_penalty" and "cards" in options:
+        cards = options.pop("cards")
+        options["subspace"] = Subspace.from_readouts([Readout.from_card(load_card(card)) for card in cards])
+    elif "card" in options:
+        card = load_card(options.pop("card"))
+        if kind in ("concept_penalty", "explain_away"):  # the concept's score decides what is learned: a claim needs evidence
+            require_passed(card.card, card.path)
+        options["readout"] = Readout.from_card(card)
+    known = set(KINDS[kind].__dataclass_fields__)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(
+            f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: {', '.join(sorted(known))}."
+            + (f" Did you mean `{near[0]}`?" if near else "")
+        )
+    try:
+        return KINDS[kind](**options)
+    except TypeError as error:
+        missing = str(error).split("__init__() ")[-1]
+        raise ValueError(f"A regularizer of kind `{kind}` is {missing} – expected a `card` (or `cards`) and a `weight`.") from None
+
+
+def _pooled(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Tensor:
+    rows, mask = tokens.rows(scores)
+    return readout.pooled(rows, mask)
+
+
+def _named(regularizer: Regularizer, name: str) -> None:
+    if not regularizer.name:
+        object.__setattr__(regularizer, "name", name)
+
+
