@@ -1,4 +1,5 @@
-"""Interpretability inside RLHF training: probes as rewards and monitors in TRL's trainers.
+"""Interpretability inside RLHF training: probes and latents as rewards, regularizers and monitors in
+TRL's trainers.
 
 The names below are the public surface. They are loaded when they are first used: `import interp_rlhf` imports neither
 torch nor TRL.
@@ -12,12 +13,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ConceptAblation": "training.interventions",
+    "ConceptAnchor": "training.regularizers",
+    "ConceptPenalty": "training.regularizers",
     "ConceptReward": "training.rewards",
     "ConceptScores": "activations",
     "DriftCallback": "drift.callback",
     "DriftConfig": "drift.callback",
+    "DriftPenalty": "training.regularizers",
+    "ExplainAway": "training.regularizers",
+    "FeatureConstraint": "training.regularizers",
+    "InterpDPOTrainer": "trainers",
+    "InterpGRPOTrainer": "trainers",
+    "InterpKTOTrainer": "trainers",
+    "InterpRLOOTrainer": "trainers",
+    "InterpSFTTrainer": "trainers",
+    "Latents": "concepts.latents",
     "LinearProbe": "concepts.probe",
+    "PreventativeSteering": "training.interventions",
     "Readout": "concepts.readout",
+    "Schedule": "training.schedule",
+    "Subspace": "concepts.subspace",
     "TokenBatch": "activations",
     "attach": "attachment",
     "check_card": "validation.check",
@@ -29,12 +45,27 @@ _HOMES = {
 }
 
 __all__ = [
+    "ConceptAblation",
+    "ConceptAnchor",
+    "ConceptPenalty",
     "ConceptReward",
     "ConceptScores",
     "DriftCallback",
     "DriftConfig",
+    "DriftPenalty",
+    "ExplainAway",
+    "FeatureConstraint",
+    "InterpDPOTrainer",
+    "InterpGRPOTrainer",
+    "InterpKTOTrainer",
+    "InterpRLOOTrainer",
+    "InterpSFTTrainer",
+    "Latents",
     "LinearProbe",
+    "PreventativeSteering",
     "Readout",
+    "Schedule",
+    "Subspace",
     "TokenBatch",
     "attach",
     "check_card",
@@ -50,11 +81,17 @@ if TYPE_CHECKING:
     from .attachment import attach
     from .concepts.card import load_card
     from .concepts.examples import load_examples
+    from .concepts.latents import Latents
     from .concepts.probe import LinearProbe, fit_probe
     from .concepts.readout import Readout
+    from .concepts.subspace import Subspace
     from .drift.callback import DriftCallback, DriftConfig
     from .report import write_report
+    from .trainers import InterpDPOTrainer, InterpGRPOTrainer, InterpKTOTrainer, InterpRLOOTrainer, InterpSFTTrainer
+    from .training.interventions import ConceptAblation, PreventativeSteering
+    from .training.regularizers import ConceptAnchor, ConceptPenalty, DriftPenalty, ExplainAway, FeatureConstraint
     from .training.rewards import ConceptReward
+    from .training.schedule import Schedule
     from .validation.check import check_card
 
 

@@ -1,4 +1,4 @@
-"""The one-line door: puts rewards, monitors, measures and drift onto a trainer that is already built.
+"""The one-line door: puts rewards, regularizers, interventions, monitors, measures and drift onto a trainer that is built.
 
 In: a trainer of TRL (or, for drift alone, of transformers). Out: the same trainer, listened to, and an `Attachment`.
 """
@@ -14,14 +14,19 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .activations import reference_pass, unwrap
+from .activations import has_adapters, reference_pass, unwrap
 from .activations.batch import completion_text
 from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout
 from .drift.callback import DriftCallback, DriftConfig
 from .drift.recorder import record
 from .runlog import RunLog
-from .training.mixin import RolloutMixin, with_mixin
+from .training.checkpoints import ResumeCallback, require_aligned_saves
+from .training.interventions import TrainingIntervention, make_intervention
+from .training.loss_terms import LossTerms, reference_source, trainer_kind
+from .training.mixin import LossMixin, with_mixin
+from .training.refusals import refuse_terms
+from .training.regularizers import Regularizer, make_regularizer
 from .training.rewards import ConceptReward
 from .training.rollout import Reader, Rollout
 
@@ -38,30 +43,41 @@ class Attachment:
         trainer (`Trainer`): the trainer, now of a subclass of its class.
         rollout (`Rollout`, *optional*): reads its rollout batches; `own_forwards` counts the readings that needed a
             forward pass of our own. None where nothing is read on rollouts.
+        terms (`LossTerms`, *optional*): what joins its loss; `own_forwards` counts as above. None where nothing does.
         run_log (`RunLog`): where events go.
     """
 
-    def __init__(self, trainer: Any, rollout: Rollout | None, run_log: RunLog):
+    def __init__(
+        self, trainer: Any, rollout: Rollout | None, terms: LossTerms | None, run_log: RunLog, stock: type | None
+    ):
         self.trainer = trainer
         self.rollout = rollout
+        self.terms = terms
         self.run_log = run_log
+        self._stock = stock
 
     def detach(self) -> None:
         """Take hooks and mixin off again. Rewards stay in `reward_funcs` and raise when they are called."""
-        if self.rollout is None:
-            return
-        self.rollout.remove()
-        for function in self.trainer.reward_funcs:
+        for part in (self.rollout, self.terms):
+            if part is not None:
+                part.remove()
+        self.trainer.interp_terms = self.trainer.interp_rollout = None
+        self.trainer.interp_attached = False
+        for function in getattr(self.trainer, "reward_funcs", []):
             if isinstance(function, ConceptReward):
                 function.bind(None)
-        self.trainer.__class__ = type(self.trainer).__bases__[1]
-        self.trainer.remove_callback(_FirstPassCheck)
-        self.rollout = None
+        for callback in (_FirstPassCheck, ResumeCallback):
+            self.trainer.remove_callback(callback)
+        if self._stock is not None:
+            self.trainer.__class__ = self._stock
+        self.rollout = self.terms = self._stock = None
 
 
 def attach(
     trainer: Any,
     *,
+    regularizers: Sequence[Regularizer | Mapping[str, Any] | str | Path] = (),
+    interventions: Sequence[TrainingIntervention | Mapping[str, Any]] = (),
     monitors: Sequence[str | Path | Readout] = (),
     measures: Mapping[str, Measure] | None = None,
     drift: DriftConfig | None = None,
@@ -70,54 +86,108 @@ def attach(
     arm: str = "",
     samples_every: int = 10,
 ) -> Attachment:
-    """Put concept rewards, monitors, independent measures and drift onto a built trainer.
+    """Put concepts into the training of a built trainer: rewards, regularizers, interventions, and what only watches.
 
     Every `ConceptReward` among the trainer's `reward_funcs` is bound to it. Call it once, before `trainer.train()`.
+    `trainer.train(resume_from_checkpoint=True)` then takes the last checkpoint that is complete.
 
     Args:
-        trainer (`GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL or transformers.
-        monitors (`Sequence`): cards (or readouts) that are scored on every rollout and logged as
-            `interp/<card>/mean_score` and `interp/<card>/std`; they never touch the reward. The holdouts that the cards of
-            rewards name are added.
+        trainer (`DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL or
+            transformers.
+        regularizers (`Sequence`): terms that join the loss: objects, mappings as in a recipe, or cards, each of which is then a
+            `ConceptAnchor` with the card's weight. See `interp_rlhf.training.regularizers`.
+        interventions (`Sequence`): changes of the policy's training forward (SFT, DPO, KTO): objects, or mappings as in a recipe.
+        monitors (`Sequence`): cards (or readouts) that are scored and logged as `interp/<card>/mean_score`; they never touch
+            reward or loss. On GRPO and RLOO they read every rollout (with `interp/<card>/std`), and the holdouts that the
+            cards of rewards name are added. On DPO, KTO and SFT they read the policy in its own training pass, and its
+            drift where the trainer runs its reference anyway.
         measures (`dict[str, Callable]`, *optional*): independent measures of a completion's text, logged as
-            `interp/measure/<name>/mean`: a text to a float.
+            `interp/measure/<name>/mean`: a text to a float. On rollouts.
         drift (`DriftConfig`, *optional*): adds a `DriftCallback` with the same monitors.
-        reference (`nn.Module`, *optional*): the frozen reference, where the trainer has none (β = 0 without PEFT). Without
-            it, that case loads the model again from the path it came from.
+        reference (`nn.Module`, *optional*): the frozen reference, where the trainer has none (GRPO at β = 0, SFT, without
+            PEFT). Without it, that case loads the model again from the path it came from.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
         arm (`str`): name of this run where several are compared.
         samples_every (`int`, defaults to 10): rollout batches between two that leave sample completions in the run log.
 
     Raises:
-        `ValueError`: attached already, a trainer without rollouts, a readout that was made on another model, or a setting
-            under which scores would be wrong: tools, environments, `rollout_func`, `sync_ref_model`, images.
+        `ValueError`: attached already, a trainer that has no place for what is asked, a readout that was made on another model,
+            or a setting under which scores or gradients would be wrong; the message says which and what to do.
     """
-    if isinstance(trainer, RolloutMixin):
+    if getattr(trainer, "interp_attached", False):
         raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
+    kind = trainer_kind(trainer)
+    rollouts = kind in ("GRPO", "RLOO")
+    terms_wanted = [make_regularizer(given) for given in regularizers]
+    changes = [make_intervention(given) for given in interventions]
     rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
     cards = _with_holdouts([load_card(m) for m in monitors if not isinstance(m, Readout)], rewards)
     watched: dict[Readout, Reader] = {m: "reference" for m in monitors if isinstance(m, Readout)}
     watched |= {Readout.from_card(c): "policy" if c.card.reader == "policy" else "reference" for c in cards}
-    reads_rollouts = bool(rewards or watched or measures)
+    reads_rollouts = bool(rewards or measures or (watched and kind in (None, "GRPO", "RLOO")))
     if reads_rollouts:
         _refuse(trainer, rewards, watched)
+    refuse_terms(trainer, kind, terms_wanted, list(watched), changes)
+    if rollouts:
+        require_aligned_saves(trainer.args, trainer.args.save_steps)
     log = record(trainer, run_log, [*(r.card for r in rewards if r.card), *cards], arm)
     # Everything that can refuse comes before the trainer is touched, so that a corrected call finds it as it was.
     callback = None
     if drift is not None:
         callback = DriftCallback(trainer, drift.texts, list(watched), drift.labelled, drift.every, drift.hook_points)
+    terms = _terms(trainer, terms_wanted, [] if rollouts else list(watched), changes, reference)
     rollout = _rollout(trainer, rewards, watched, reference) if reads_rollouts else None
+    stock = None
+    if (rollout is not None or terms is not None or kind is not None) and not isinstance(trainer, LossMixin):
+        stock = type(trainer)
+        trainer.__class__ = with_mixin(stock, rollouts)
+    parts = {}
     if rollout is not None:
-        watchers = _Watch(trainer, rollout, rewards, watched, dict(measures or {}), log, samples_every)
-        trainer.__class__ = with_mixin(type(trainer))
-        trainer.interp_rollout, trainer.interp_watchers = rollout, [watchers]
+        watch = _Watch(trainer, rollout, rewards, watched, dict(measures or {}), log, samples_every)
+        trainer.interp_rollout, trainer.interp_watchers = rollout, [watch]
+        parts["rollouts"] = watch
         trainer.add_callback(_FirstPassCheck(rollout))
         for reward in rewards:
             reward.bind(rollout)
         _apply_weights(trainer, rewards)
+    if kind is not None:
+        trainer.interp_terms, trainer.interp_attached = terms, True
+        trainer.add_callback(ResumeCallback(parts, aligned=rollouts))
     if callback is not None:
         trainer.add_callback(callback)
-    return Attachment(trainer, rollout, log)
+    return Attachment(trainer, rollout, terms, log, stock)
+
+
+def _terms(
+    trainer: Any,
+    regularizers: Sequence[Regularizer],
+    monitors: Sequence[Readout],
+    interventions: Sequence[TrainingIntervention],
+    reference: Any,
+) -> LossTerms | None:
+    if not regularizers and not monitors and not interventions:
+        return None
+    needed = any(r.references for r in regularizers if r.weight != 0)
+    source = reference_source(trainer)
+    if source in ("pass", "cache"):
+        reference = trainer.ref_model  # what its own loss compares with
+    elif reference is None:
+        reference = _reference(trainer, needed)
+    claims = [readout for regularizer in regularizers for readout in regularizer.cards_readouts]
+    claims += [readout for intervention in interventions for readout in intervention.readouts]
+    for readout in [*claims, *monitors]:
+        if reference is not None or has_adapters(trainer.model):
+            with reference_pass(trainer.model, reference) as model:
+                readout.check_model(model)
+        else:  # the policy is what the reference was, until training begins
+            readout.check_model(trainer.model, exact=source == "cache")
+    terms = LossTerms(trainer, regularizers, monitors, interventions, reference)
+    try:
+        terms.precompute()
+    except BaseException:
+        terms.remove()
+        raise
+    return terms
 
 
 def _with_holdouts(cards: list[LoadedCard], rewards: Sequence[ConceptReward]) -> list[LoadedCard]:
@@ -137,9 +207,9 @@ def _refuse(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[R
 
     if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
         raise ValueError(
-            f"The trainer is a `{type(trainer).__name__}` – expected a `GRPOTrainer` or `RLOOTrainer`: rewards, monitors "
-            "and measures are read on rollouts. For other trainers use `attach(trainer, drift=DriftConfig(…))` or "
-            "`trainer.add_callback(DriftCallback(trainer, monitors=[…]))`."
+            f"The trainer is a `{type(trainer).__name__}` – expected a `GRPOTrainer` or `RLOOTrainer`: rewards and measures "
+            "are read on rollouts, monitors on those or in the loss of DPO, KTO and SFT. For other trainers use "
+            "`attach(trainer, drift=DriftConfig(…))` or `trainer.add_callback(DriftCallback(trainer, monitors=[…]))`."
         )
     read_here = [*(r.__name__ for r in rewards), *(m.name for m in monitors)]
     if not read_here:
@@ -196,21 +266,19 @@ def _rollout(
 
 def _reference(trainer: Any, needed: bool) -> Any:
     """The trainer's own reference model; None with PEFT, where it is the policy without adapters."""
-    if (
-        trainer.ref_model is not None
-        or not needed
-        or hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    ):
-        return trainer.ref_model
+    own = getattr(trainer, "ref_model", None)
+    if own is not None or not needed or has_adapters(trainer.model):
+        return own
     from transformers import AutoModelForCausalLM
 
     path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
     if not path:
         raise ValueError(
-            "beta is 0, there are no adapters, and the model was built in memory, so there is no frozen reference to read "
-            "– expected one. Pass `reference=` to `attach`, set `beta`, train with PEFT, or use `reader: policy`."
+            "The trainer has no reference model (`beta` is 0, or it has none by nature), there are no adapters, and the model was "
+            "built in memory, so there is no frozen reference to read – expected one. Pass `reference=` to `attach`, train with "
+            "PEFT, or, for a reward, set `beta` or use `reader: policy`."
         )
-    logger.info("beta is 0: loading the reference that is read from `%s`.", path)
+    logger.info("There is no reference model: loading the one that is read from `%s`.", path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=trainer.model.dtype)
     return model.to(trainer.accelerator.device).eval().requires_grad_(False)
 
@@ -280,6 +348,12 @@ class _Watch:
             ]
             self._log.append("samples", self._trainer.state.global_step, when="train", rows=rows)
         self._batches += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"batches": self._batches}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._batches = int(state["batches"])
 
     def _metric(self, key: str, values: Sequence[float | None], reduce: Callable[[Any], Any]) -> None:
         """Into TRL's own averages: over ranks here, over the steps of a logging interval there."""

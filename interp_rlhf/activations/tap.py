@@ -73,8 +73,8 @@ class Tap:
         readouts (`Sequence[TokenReadout]`): what to run; names must differ.
         record (`Collection[str]`): kinds of pass whose scores are kept for `take()`.
         is_reference (`bool`, defaults to `False`): every pass of this model is a reference pass.
-        keep (`Sequence[str]`): hook points whose activations are kept in the policy's passes, along with the log-probs that
-            the model returned; those passes are then recorded too.
+        keep (`Sequence[str]`): hook points whose activations are kept in the policy's passes, which are then recorded too.
+        keep_log_probs (`bool`, defaults to `False`): keep what TRL's fused head returned in those passes.
 
     Attributes:
         open (`bool`): while it is False, passes leave nothing behind.
@@ -88,6 +88,7 @@ class Tap:
         record: Collection[str] = ("reference",),
         is_reference: bool = False,
         keep: Sequence[str] = (),
+        keep_log_probs: bool = False,
     ):
         self.hook_points = group_by_hook_point(readouts)
         self.hook_points.update({point: [] for point in keep if point not in self.hook_points})
@@ -95,6 +96,7 @@ class Tap:
         self.keep_kind: PassKind = "policy"
         self._record = frozenset(record)
         self._keep = frozenset(keep)
+        self._keep_log_probs = keep_log_probs
         self._is_reference = is_reference
         self._adapter_layer = first_adapter_layer(model)
         self._passes: list[Pass] = []
@@ -108,7 +110,7 @@ class Tap:
         self._handles += [m.register_forward_hook(self._hook(point)) for point, m in modules.items()]
         self._handles.append(core.register_forward_hook(self._end))
         self._last: Pass | None = None
-        if keep:
+        if keep_log_probs:
             self._handles.append(unwrap(model).register_forward_hook(self._returned))
 
     def __enter__(self) -> Tap:
@@ -171,7 +173,7 @@ class Tap:
         return "policy_no_grad" if kwargs.get("use_cache") is False else None
 
     def _records(self, kind: PassKind) -> bool:
-        return kind in self._record or (bool(self._keep) and kind == self.keep_kind)
+        return kind in self._record or (kind == self.keep_kind and (bool(self._keep) or self._keep_log_probs))
 
     def _hook(self, hook_point: str) -> Any:
         def run(module: nn.Module, args: Any, output: Any) -> None:
@@ -195,7 +197,7 @@ class Tap:
             self._fired |= self._fired_now
         if self._records(current.kind):
             self._passes.append(current)
-            self._last = current
+            self._last = current if current.kind == self.keep_kind else None
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._last is not None:

@@ -1,35 +1,77 @@
-"""The mixin: where a rollout trainer of TRL is listened to.
+"""The mixin: where a trainer of TRL is listened to, and where terms join its loss.
 
-It overrides two private methods of `GRPOTrainer` and `RLOOTrainer`, both as pass-throughs; a test pins their signatures.
-Their own results are returned untouched.
+It overrides `get_batch_samples`, `compute_loss` and `train`, and of `GRPOTrainer` and `RLOOTrainer` three private methods, all of
+them as pass-throughs; a test pins the private ones' signatures. Without terms, results are returned untouched.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .checkpoints import last_complete_checkpoint
+from .loss_terms import LossTerms
 from .rollout import Rollout
 
 
-class RolloutMixin:
-    """Put before `GRPOTrainer` or `RLOOTrainer` in the bases of a trainer's class; `attach` does it.
+class LossMixin:
+    """Put before a trainer in the bases of its class; `attach` does it.
 
     Attributes:
-        interp_rollout (`Rollout`): reads the batches.
+        interp_terms (`LossTerms`, *optional*): what joins the loss.
+    """
+
+    interp_terms: LossTerms | None = None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own, but `resume_from_checkpoint=True` means the last checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if self.interp_terms is not None:
+            self.interp_terms.window(batches)
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        terms = self.interp_terms
+        if terms is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        with terms.passes(inputs) as own:
+            found = super().compute_loss(model, own, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        added = terms.added(inputs, own, num_items_in_batch)
+        if added is None:
+            return found
+        if return_outputs:
+            return found[0] + added.to(found[0].device), found[1]
+        return found + added.to(found.device)
+
+
+class RolloutMixin(LossMixin):
+    """The same before `GRPOTrainer` or `RLOOTrainer`, whose rollouts are read too.
+
+    Attributes:
+        interp_rollout (`Rollout`, *optional*): reads the batches.
         interp_watchers (`list`): called with (prompts, completions, rewards as TRL gathered them) after the rewards.
     """
 
-    interp_rollout: Rollout
+    interp_rollout: Rollout | None = None
     interp_watchers: list[Any]
     _interp_prompt_ids: list[list[int]]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        self.interp_rollout.start()
+        if self.interp_rollout is not None:
+            self.interp_rollout.start()
         result = super()._tokenize_prompts(prompts)  # type: ignore[misc]
         self._interp_prompt_ids = result[0]
         return result
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        if self.interp_rollout is None:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
         self.interp_rollout.open(self._interp_prompt_ids, completion_ids_list)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
         for watch in self.interp_watchers:
@@ -37,7 +79,16 @@ class RolloutMixin:
         self.interp_rollout.close()
         return rewards
 
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        terms = self.interp_terms
+        if terms is None or not terms.reads_rollouts:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        with terms.rollout():
+            output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        return terms.add_reference(output)
 
-def with_mixin(trainer_class: type) -> type:
+
+def with_mixin(trainer_class: type, rollouts: bool) -> type:
     """Subclass of a trainer's class that is listened to: `InterpGRPOTrainer` for `GRPOTrainer`."""
-    return type(f"Interp{trainer_class.__name__}", (RolloutMixin, trainer_class), {"__module__": __name__})
+    mixin = RolloutMixin if rollouts else LossMixin
+    return type(f"Interp{trainer_class.__name__}", (mixin, trainer_class), {"__module__": __name__})

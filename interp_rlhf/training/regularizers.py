@@ -7,9 +7,8 @@ cut: `loss_terms` reduces.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
 from ..validation.gate import require_passed
 from .counted import Counted
+from .from_mapping import from_mapping
 from .schedule import Schedule
 
 # Loss types of `DPOTrainer` whose value depends on β · (chosen − rejected score) alone (METHODS: EA-DPO), and those that divide
@@ -453,50 +453,35 @@ def random_like(readout: Readout, seed: int) -> Readout:
 
 
 def make_regularizer(given: Any) -> Regularizer:
-    """Regularizer of what a user wrote: an object, or, in a recipe, a mapping with `kind`, `card` and the kind's own options.
+    """Regularizer of what a user wrote.
+
+    Args:
+        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`) and the kind's options, as in
+            a recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
 
     Raises:
         `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
     """
     if isinstance(given, Regularizer):
         return given
-    if isinstance(given, str) and given in KINDS:
-        raise ValueError(f"`{given}` is a kind of regularizer – expected a mapping `{{kind: {given}, card: …, weight: …}}`.")
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"{given!r} – expected a regularizer ({', '.join(kind.__name__ for kind in KINDS.values())}) or a mapping with `kind`."
-        )
-    options = dict(given)
-    kind = options.pop("kind", None)
-    if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
-        raise ValueError(
-            f"`kind` of a regularizer is {kind!r} – expected one of {', '.join(sorted(KINDS))}."
-            + (f" Did you mean `{near[0]}`?" if near else "")
-        )
+    if isinstance(given, Path) or (isinstance(given, str) and given not in KINDS):
+        card = load_card(given)
+        return ConceptAnchor(readout=Readout.from_card(card), weight=card.card.weight)
+    made: Regularizer = from_mapping(given, KINDS, "regularizer", _load)
+    return made
+
+
+def _load(kind: str, options: dict[str, Any]) -> None:
     if "schedule" in options and not isinstance(options["schedule"], Schedule):
         options["schedule"] = Schedule.model_validate(options["schedule"])
     if kind == "drift_penalty" and "cards" in options:
         cards = options.pop("cards")
         options["subspace"] = Subspace.from_readouts([Readout.from_card(load_card(card)) for card in cards])
-    elif "card" in options:
+    elif kind != "drift_penalty" and "card" in options:
         card = load_card(options.pop("card"))
-        if kind in ("concept_penalty", "explain_away"):  # the concept's score decides what is learned: a claim needs evidence
+        if kind in ("concept_penalty", "explain_away"):  # the score decides what is learned: a claim needs evidence
             require_passed(card.card, card.path)
         options["readout"] = Readout.from_card(card)
-    known = set(KINDS[kind].__dataclass_fields__)
-    unknown = sorted(set(options) - known)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ValueError(
-            f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: {', '.join(sorted(known))}."
-            + (f" Did you mean `{near[0]}`?" if near else "")
-        )
-    try:
-        return KINDS[kind](**options)
-    except TypeError as error:
-        missing = str(error).split("__init__() ")[-1]
-        raise ValueError(f"A regularizer of kind `{kind}` is {missing} – expected a `card` (or `cards`) and a `weight`.") from None
 
 
 def _pooled(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Tensor:

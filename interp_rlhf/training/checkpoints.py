@@ -1,0 +1,125 @@
+"""Checkpoints: which one a run may resume from, where a rollout trainer may save, and what of ours is saved with it.
+
+In: a trainer and its output folder. Out: a complete checkpoint, or an error with the `save_steps` to use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """A part that counts something which a resumed run must know."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The checkpoint of the highest step in a folder that was written to its end; None where there is none.
+
+    transformers writes `trainer_state.json` last, so a kill inside a save leaves a folder without a whole one.
+    """
+    folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.is_dir() and f.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[-1]), reverse=True):
+        if (lacking := _lacks(folder)) is None:
+            return str(folder)
+        logger.warning("`%s` is not complete (%s): the one before it is taken.", folder, lacking)
+    logger.warning("`%s` holds no complete checkpoint: the run starts at step 0.", output_dir)
+    return None
+
+
+def _lacks(folder: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    step = int(folder.name.split("-")[-1])
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return "no whole `trainer_state.json`"
+    if state.get("global_step") != step:
+        return f"its `trainer_state.json` is of step {state.get('global_step')}"
+    for needed in ("scheduler.pt", "rng_state*.pth"):
+        if not list(folder.glob(needed)):
+            return f"no `{needed}`"
+    weights = list(folder.glob("*.safetensors"))
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return f"`{file.name}` is torn"
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(shards - {file.name for file in weights}):
+            return f"no `{absent[0]}`"
+    engine = [*folder.glob("global_step*"), *folder.glob("pytorch_model*")]
+    return None if weights or engine else "no weights"
+
+
+def save_multiple(args: Any) -> int:
+    """Optimizer steps between two points at which a rollout trainer holds no generated batch that it has still to use."""
+    every = args.steps_per_generation * args.num_iterations  # micro-steps
+    return int(every // math.gcd(args.gradient_accumulation_steps, every))
+
+
+def require_aligned_saves(args: Any, save_steps: float | None) -> None:
+    """Refuse saves in the middle of a generated batch: a run resumed there draws others (TRL 1.16).
+
+    Args:
+        args (`GRPOConfig` or `RLOOConfig`): the trainer's.
+        save_steps (`int`, *optional*): steps between saves, a share below 1 counts as not known yet.
+
+    Raises:
+        `ValueError`: they are not aligned; the message has the number to use.
+    """
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    multiple = save_multiple(args)
+    if multiple == 1 or strategy == "no" or (strategy == "steps" and (save_steps is None or save_steps < 1)):
+        return
+    if strategy == "steps" and int(save_steps or 0) % multiple == 0:
+        return
+    nearest = max(multiple, round((save_steps or 0) / multiple) * multiple) if strategy == "steps" else multiple
+    what = f"`save_steps` is {int(save_steps or 0)}" if strategy == "steps" else f"`save_strategy` is `{strategy}`"
+    raise ValueError(
+        f"{what} – expected a multiple of {multiple} steps: one generated batch is used for {multiple} optimizer steps "
+        f"(`steps_per_generation` {args.steps_per_generation} × `num_iterations` {args.num_iterations}, accumulation "
+        f"{args.gradient_accumulation_steps}), and a run resumed in between would draw another one. Use "
+        f"`save_strategy=\"steps\", save_steps={nearest}`."
+    )
+
+
+class ResumeCallback(TrainerCallback, ExportableState):
+    """Puts the counters of attached parts into `trainer_state.json`, and back where a run resumes.
+
+    Args:
+        parts (`dict[str, Stateful]`): by name.
+        aligned (`bool`): whether saves must be aligned with generated batches.
+    """
+
+    def __init__(self, parts: Mapping[str, Stateful], aligned: bool):
+        self._parts, self._aligned = parts, aligned
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: part.state() for name, part in self._parts.items()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._aligned:
+            require_aligned_saves(args, state.save_steps)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            for name, part in self._parts.items():
+                if name in saved["attributes"]:
+                    part.load_state(saved["attributes"][name])

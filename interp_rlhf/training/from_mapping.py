@@ -1,0 +1,60 @@
+"""Objects of what a recipe says: a mapping with `kind` and the options of that kind.
+
+In: a mapping as YAML gives it. Out: an object, or an error that says what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+
+def from_mapping(
+    given: Any, kinds: Mapping[str, Any], what: str, load: Callable[[str, dict[str, Any]], None]
+) -> Any:
+    """Object of one of several kinds.
+
+    Args:
+        given (`dict`): `kind`, and options of that kind.
+        kinds (`dict[str, type]`): dataclasses by kind.
+        what (`str`): what they are, for errors.
+        load (`Callable`): turns options that are files into what they hold, in place.
+
+    Raises:
+        `ValueError`: no mapping, an unknown kind, an unknown or missing option.
+    """
+    if isinstance(given, str) and given in kinds:
+        raise ValueError(f"`{given}` is a kind of {what} – expected a mapping `{{kind: {given}, card: …}}`.")
+    if not isinstance(given, Mapping):
+        names = ", ".join(f"`{kind.__name__}`" for kind in kinds.values())
+        raise ValueError(f"{given!r} is no {what} – expected one of {names}, or a mapping with `kind`.")
+    options = dict(given)
+    kind = options.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(
+            f"`kind` of a {what} is {kind!r} – expected one of {', '.join(f'`{k}`' for k in sorted(kinds))}."
+            + _nearest(str(kind), kinds)
+        )
+    load(kind, options)
+    fields = {field.name: field for field in dataclasses.fields(kinds[kind]) if field.init}
+    unknown = sorted(set(options) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: "
+            f"{', '.join(f'`{key}`' for key in sorted(fields))}.{_nearest(unknown[0], fields)}"
+        )
+    needed = [key for key, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    absent = [key for key in needed if key not in options]
+    if absent:
+        files = " (of a `card`)" if "readout" in absent else " (of `cards`)" if "subspace" in absent else ""
+        raise ValueError(
+            f"A {what} of kind `{kind}` has no {', '.join(f'`{key}`' for key in absent)} – expected it{files}."
+        )
+    return kinds[kind](**options)
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""

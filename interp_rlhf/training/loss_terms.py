@@ -1,0 +1,485 @@
+"""What happens around a trainer's `compute_loss`: gates are opened, passes are matched to the batch, terms are reduced.
+
+In: regularizers, monitors and interventions of one trainer. Out: a scalar that is added to its loss, and metrics. Sums run over
+sequences and the division by their number comes last, so that accumulation, ranks and padding leave a term unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..activations import (
+    Intervention,
+    Pass,
+    Tap,
+    TokenReadout,
+    end_of_turn_ids,
+    has_adapters,
+    read_inputs,
+    reference_pass,
+)
+from ..concepts.readout import Readout
+from .counted import Counted, counted, input_ids
+from .interventions import TrainingIntervention
+from .regularizers import ExplainAway, Pairs, Regularizer, Term
+
+# What a batch holds beside the backbone's own arguments.
+NOT_FOR_THE_MODEL = {"labels", "completion_mask", "label", "ref_chosen_logps", "ref_rejected_logps", "ref_logps"}
+REFERENCE_KEY = "interp_reference/"
+
+# Where the reference is read: in a pass that the trainer makes on rollouts or in its loss, in scores that were computed once at
+# `attach`, or in a pass of our own.
+Source = Literal["rollout", "pass", "cache", "own"]
+
+
+def trainer_kind(trainer: Any) -> str | None:
+    """`DPO`, `KTO`, `SFT`, `GRPO` or `RLOO`; None for another trainer."""
+    from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
+
+    classes = {"DPO": DPOTrainer, "KTO": KTOTrainer, "SFT": SFTTrainer, "GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
+    return next((kind for kind, trainer_class in classes.items() if isinstance(trainer, trainer_class)), None)
+
+
+def reference_source(trainer: Any) -> Source:
+    """Where this trainer's reference is read."""
+    kind = trainer_kind(trainer)
+    if kind in ("GRPO", "RLOO"):
+        return "rollout"
+    if kind == "SFT":
+        return "own"
+    return "cache" if trainer.precompute_ref_logps else "pass"
+
+
+@dataclass(frozen=True, eq=False)
+class _Keyed:
+    """A readout under a name of its own: two terms may read the same concept."""
+
+    name: str
+    readout: TokenReadout
+
+    @property
+    def hook_point(self) -> str:
+        return self.readout.hook_point
+
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        return self.readout(activation)
+
+
+class _Batch:
+    """What regularizers see of a batch; see `regularizers.Batch`."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        end_of_turn: set[int],
+        activations: Mapping[str, torch.Tensor],
+        references: Mapping[TokenReadout, torch.Tensor],
+        pairs: Pairs | None,
+    ):
+        self.pairs = pairs
+        self._inputs, self._end_of_turn = inputs, end_of_turn
+        self._activations, self._references = activations, references
+        self._tokens: dict[bool, Counted] = {}
+        self._chosen: dict[tuple[str, int], torch.Tensor] = {}
+
+    def tokens(self, include_end_of_turn: bool) -> Counted:
+        if include_end_of_turn not in self._tokens:
+            leave_out = set() if include_end_of_turn else self._end_of_turn
+            self._tokens[include_end_of_turn] = counted(self._inputs, leave_out)
+        return self._tokens[include_end_of_turn]
+
+    def policy(self, hook_point: str, tokens: Counted) -> torch.Tensor:
+        # Terms at one hook point share the selection, and so its gradient's memory.
+        key = (hook_point, id(tokens))
+        if key not in self._chosen:
+            activation = self._activations[hook_point]
+            self._chosen[key] = activation[tokens.mask.to(activation.device)].float().to(tokens.mask.device)
+        return self._chosen[key]
+
+    def reference(self, readout: TokenReadout, tokens: Counted) -> torch.Tensor:
+        return self._references[readout].to(tokens.mask.device)[tokens.mask]
+
+
+class LossTerms:
+    """Regularizers, monitors and interventions of one trainer.
+
+    Args:
+        trainer (`Trainer`): a built trainer of TRL.
+        regularizers (`Sequence[Regularizer]`): those of weight 0 are left out: the run is then that of plain TRL.
+        monitors (`Sequence[Readout]`): scored on the policy's own training pass, without gradient.
+        interventions (`Sequence[TrainingIntervention]`): change the policy's training forward.
+        reference (`nn.Module`, *optional*): the frozen reference, where it is a model of its own.
+
+    Attributes:
+        own_forwards (`int`): forwards of our own that were needed.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        regularizers: Sequence[Regularizer],
+        monitors: Sequence[Readout] = (),
+        interventions: Sequence[TrainingIntervention] = (),
+        reference: nn.Module | None = None,
+    ):
+        self.trainer = trainer
+        self.kind = trainer_kind(trainer)
+        self.source = reference_source(trainer)
+        self.regularizers = [r for r in regularizers if r.weight != 0]
+        self.monitors = list(monitors)
+        self.interventions = list(interventions)
+        self.own_forwards = 0
+        self._reference = reference
+        processing = trainer.processing_class
+        self._end_of_turn = end_of_turn_ids(trainer.model, getattr(processing, "tokenizer", processing))
+        wanted = [readout for regularizer in self.regularizers for readout in regularizer.references]
+        if self.source == "pass":  # the reference runs anyway: a monitor's drift is free
+            wanted += self.monitors
+        self._keys = {readout: f"{i}:{readout.name}" for i, readout in enumerate(dict.fromkeys(wanted))}
+        keyed = [_Keyed(key, readout) for readout, key in self._keys.items()]
+        # Interventions first: hooks run in the order in which they came, and what is read is what the loss sees.
+        self._changes = [Intervention(trainer.model, i.hook_point, i.change) for i in self.interventions]
+        points = [r.policy_point for r in self.regularizers if r.policy_point is not None]
+        points += [monitor.hook_point for monitor in self.monitors]
+        self._needs_log_probs = any(r.per_pair for r in self.regularizers)
+        own = reference is not None and has_its_own_passes(self.source)
+        self.policy_tap = Tap(
+            trainer.model,
+            [] if own or not has_its_own_passes(self.source) else keyed,
+            keep=tuple(dict.fromkeys(points)),
+            keep_log_probs=self._needs_log_probs,
+        )
+        self.reference_tap = Tap(reference, keyed, is_reference=True) if own and keyed and reference is not None else None
+        self._taps = [tap for tap in (self.policy_tap, self.reference_tap) if tap is not None]
+        for tap in self._taps:
+            tap.open = False
+        self._keyed = keyed
+        self._cache: dict[bytes, dict[str, torch.Tensor]] | None = None
+        self._units: int | None = None
+        self._early: dict[str, torch.Tensor] = {}
+        self._plain: torch.Tensor | None = None
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for hooks in [*self._taps, *self._changes]:
+            hooks.remove()
+
+    @property
+    def reads_rollouts(self) -> bool:
+        """Whether reference scores are taken where rollouts are scored."""
+        return self.source == "rollout" and bool(self._keyed)
+
+    def precompute(self) -> None:
+        """Scores of every row of the trainer's data sets on the reference, once, for `precompute_ref_log_probs=True`."""
+        from tqdm.auto import tqdm
+
+        if self.source != "cache" or not self._keyed:
+            return
+        trainer = self.trainer
+        held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
+        size = trainer.args.per_device_train_batch_size
+        self._cache = {}
+        with self._reference_model() as model, trainer.accelerator.autocast():
+            for name, dataset in {"train": trainer.train_dataset, **held_out}.items():
+                if dataset is None:
+                    continue
+                for start in tqdm(range(0, len(dataset), size), desc=f"Reference scores ({name})", leave=False):
+                    rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+                    batch = trainer.data_collator(rows)
+                    ids = batch["input_ids"].to(trainer.accelerator.device)
+                    mask = batch["attention_mask"].to(ids.device).bool()
+                    scores = read_inputs(model, {"input_ids": ids, "attention_mask": mask.long()}, self._keyed)
+                    for row in range(len(ids)):
+                        found = {key: values[row][mask[row]].cpu() for key, values in scores.items()}
+                        self._cache[_row_key(ids[row][mask[row]])] = found
+
+    def window(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """The micro-batches of the coming optimizer step, on this rank: sequences are counted over all of them."""
+        if self.source == "rollout" or not self.regularizers:
+            return
+        units = sum(counted(batch).sequences for batch in batches)
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            units = int(accelerator.reduce(torch.tensor(units, device=accelerator.device), "sum"))
+        self._units = units
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Records the reference's scores while a rollout batch is scored."""
+        for tap in self._taps:
+            tap.clear()
+            tap.open = True
+        self.policy_tap.keep_kind = "policy"  # no pass of a rollout has a gradient
+        try:
+            yield
+        finally:
+            for tap in self._taps:
+                tap.open = False
+
+    def add_reference(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The rollout batch with the reference's scores in it, so that they are shuffled and split along with it."""
+        passes = [p for tap in self._taps for p in tap.take() if p.kind == "reference"]
+        ids = input_ids(output)
+        if not passes or not torch.equal(torch.cat([_ids(p) for p in passes]), ids):
+            raise RuntimeError(
+                "The reference's passes over this rollout batch were not found – expected TRL to compute the reference's log-probs "
+                f"on its {len(ids)} completions, as it does with `beta` above 0. Found {len(passes)} passes."
+            )
+        scores = {key: torch.cat([p.scores[key] for p in passes]) for key in self._keys.values()}
+        return {**output, **{REFERENCE_KEY + key: values for key, values in scores.items()}}
+
+    @contextmanager
+    def passes(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Open while the trainer computes its loss on a batch; gives the batch that it shall do so on."""
+        trainer = self.trainer
+        training = trainer.model.training
+        weights = self._weights()
+        trainer_inputs = inputs
+        precomputed = getattr(trainer, "precompute_ref_logps", None)
+        self._early = {}
+        for tap in self._taps:
+            tap.clear()
+            tap.open = True
+        self.policy_tap.keep_kind = "policy" if training else "policy_no_grad"
+        try:
+            if self.source == "own" and any(weights[r] and r.references for r in self.regularizers):
+                self._early = self._read_own(inputs)
+            if any(weights[r] and r.per_pair for r in self.regularizers):
+                trainer_inputs = self._with_reference_log_probs(inputs, weights)
+                trainer.precompute_ref_logps = True
+            for change in self._changes:
+                change.open = training
+            yield trainer_inputs
+        finally:
+            if precomputed is not None:
+                trainer.precompute_ref_logps = precomputed
+            for hooks in [*self._taps, *self._changes]:
+                hooks.open = False
+
+    def added(self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], num_items: Any) -> torch.Tensor | None:
+        """What is added to the loss that the trainer computed on a batch; logs metrics."""
+        passes = [p for tap in self._taps for p in tap.take()]
+        if any(change.fired == 0 for change in self._changes) and self.trainer.model.training:
+            raise RuntimeError(
+                f"The intervention at {', '.join(f'`{i.hook_point}`' for i in self.interventions)} changed nothing in the first "
+                "training pass – expected its module to run in it. With `torch_compile`, attach before the first forward."
+            )
+        weights = self._weights()
+        active = [r for r in self.regularizers if weights[r]]
+        if not active and not self.monitors:
+            return None
+        batch = self._batch(inputs, trainer_inputs, passes, active)
+        metrics: dict[str, torch.Tensor] = {}
+        total: torch.Tensor | None = None
+        with torch.autocast(batch.tokens(True).mask.device.type, enabled=False):
+            for regularizer in active:
+                if isinstance(regularizer, ExplainAway):
+                    metrics |= self._unshifted(regularizer, batch)
+                    continue
+                term = regularizer.compute(batch, weights[regularizer])
+                self._require_finite(regularizer, term)
+                metrics |= {f"interp/{regularizer.name}/{key}": values for key, values in term.metrics.items()}
+                metrics[f"interp/{regularizer.name}/loss"] = term.values
+                share = term.values.sum() * self._scale(regularizer, inputs, num_items, len(term.values))
+                total = share if total is None else total + share
+            with torch.no_grad():
+                for monitor in self.monitors:
+                    metrics |= self._monitored(monitor, batch)
+        self._log(metrics, {regularizer.name: weights[regularizer] for regularizer in active})
+        return total
+
+    def _weights(self) -> dict[Regularizer, float]:
+        state = self.trainer.state
+        return {r: r.weight * r.schedule.factor(state.global_step, state.max_steps) for r in self.regularizers}
+
+    def _scale(self, regularizer: Regularizer, inputs: Mapping[str, Any], num_items: Any, units: int) -> float:
+        """Factor of a micro-batch's sum, so that what all micro-batches and ranks add up to is the mean over the step."""
+        trainer = self.trainer
+        if not trainer.model.training:
+            return 1 / max(units, 1)
+        steps, ranks = trainer.current_gradient_accumulation_steps, trainer.accelerator.num_processes
+        if self.source == "rollout":
+            everywhere = units * steps * ranks
+        else:
+            assert self._units is not None, "`get_batch_samples` comes before `compute_loss`"
+            everywhere = self._units // 2 if regularizer.per_pair else self._units
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = trainer.model_accepts_loss_kwargs and num_items is not None
+        # Engines average gradients over ranks, and the trainer divides by the accumulation where the loss was not.
+        return ranks * (1 if scaled else steps) / max(everywhere, 1)
+
+    def _batch(
+        self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], passes: Sequence[Pass], active: Sequence[Regularizer]
+    ) -> _Batch:
+        ids = input_ids(inputs)
+        here = [p for p in passes if p.input_ids is not None and torch.equal(p.input_ids.to(ids.device), ids)]
+        policy = next((p for p in here if p.kind == self.policy_tap.keep_kind), None)
+        points = {r.policy_point for r in active if r.policy_point} | {m.hook_point for m in self.monitors}
+        if points and (policy is None or points - set(policy.activations)):
+            missing = sorted(points - set(policy.activations if policy else ()))
+            raise RuntimeError(
+                f"Hook point{'s' if len(missing) > 1 else ''} {', '.join(f'`{point}`' for point in missing)} did not fire in the "
+                f"policy's pass over this batch of {tuple(ids.shape)} tokens – expected a firing per pass. Either the model was "
+                "compiled before the hooks were added (`torch_compile`: attach before the first forward, or turn it off), or a "
+                "fused kernel replaces the module (turn it off, or read at a decoder layer)."
+            )
+        references = {} if self.source == "rollout" else self._early
+        if self.source == "rollout":
+            references = {key: inputs[REFERENCE_KEY + key] for key in self._keys.values() if REFERENCE_KEY + key in inputs}
+        elif self.source == "pass":
+            reference = next((p for p in here if p.kind == "reference"), None)
+            references = reference.scores if reference is not None else self._early
+        elif self.source == "cache":
+            references = self._cached(inputs)
+        missing = [r for regularizer in active for r in regularizer.references if self._keys[r] not in references]
+        if missing:
+            raise RuntimeError(
+                f"No reference scores of {', '.join(f'`{readout.name}`' for readout in missing)} for this batch of "
+                f"{tuple(ids.shape)} tokens – expected a pass of the reference over just these tokens."
+            )
+        pairs = None
+        if any(r.per_pair for r in active):
+            pairs = self._pairs(inputs, trainer_inputs, policy)
+        activations = policy.activations if policy is not None else {}
+        found = {readout: references[key] for readout, key in self._keys.items() if key in references}
+        return _Batch(inputs, self._end_of_turn, activations, found, pairs)
+
+    def _pairs(self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], policy: Pass | None) -> Pairs:
+        if policy is None or policy.log_probs is None:
+            raise RuntimeError("The policy's pass returned no `log_probs` – expected TRL's fused head, which DPO uses by default.")
+        mask = inputs["completion_mask"]
+        log_probs = policy.log_probs[:, -(mask.shape[1] - 1) :].sum(1)
+        reference = torch.cat([trainer_inputs["ref_chosen_logps"], trainer_inputs["ref_rejected_logps"]])
+        trainer = self.trainer
+        kinds = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
+        return Pairs(log_probs, reference, mask.sum(1), trainer.beta, kinds)
+
+    def _with_reference_log_probs(
+        self, inputs: dict[str, Any], weights: Mapping[Regularizer, float]
+    ) -> dict[str, Any]:
+        """The batch with the reference's log-probs in it, shifted by what is to be explained away."""
+        trainer = self.trainer
+        if trainer.precompute_ref_logps:
+            log_probs = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            log_probs = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs))
+            ids = input_ids(inputs)
+            for recorded in [p for tap in self._taps for p in tap.take()]:
+                if recorded.kind == "reference" and torch.equal(_ids(recorded), ids):
+                    self._early = recorded.scores
+        self._plain = log_probs
+        shifting = [r for r in self.regularizers if isinstance(r, ExplainAway) and weights[r]]
+        references = self._cached(inputs) if self.source == "cache" else self._early
+        for regularizer in shifting:
+            found = {r: references[self._keys[r]] for r in regularizer.references}
+            batch = _Batch(inputs, self._end_of_turn, {}, found, None)
+            scores = regularizer.scores(batch)
+            lengths = inputs["completion_mask"].sum(1)
+            log_probs = log_probs - regularizer.shift(
+                scores, lengths, trainer.beta, trainer.loss_types[0], weights[regularizer]
+            )
+        chosen, rejected = log_probs.chunk(2)
+        return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def _unshifted(self, regularizer: ExplainAway, batch: _Batch) -> dict[str, torch.Tensor]:
+        """The concept's scores, and DPO's rewards as they are without any shift."""
+        assert batch.pairs is not None and self._plain is not None
+        rewards = batch.pairs.beta * (batch.pairs.log_probs.detach() - self._plain)
+        found = {}
+        for what, values in {"score": regularizer.scores(batch), "rewards": rewards}.items():
+            chosen, rejected = values.chunk(2)
+            found |= {f"{what}/chosen": chosen, f"{what}/rejected": rejected, f"{what}/margins": chosen - rejected}
+        found["rewards/accuracies"] = (found["rewards/margins"] > 0).float()
+        return {f"interp/{regularizer.name}/{key}": values for key, values in found.items()}
+
+    def _monitored(self, monitor: Readout, batch: _Batch) -> dict[str, torch.Tensor]:
+        tokens = batch.tokens(monitor.include_end_of_turn)
+        rows, mask = tokens.rows(monitor(batch.policy(monitor.hook_point, tokens).detach()))
+        scores = monitor.pooled(rows, mask)  # (M,)
+        counts = tokens.any
+        name = f"interp/{monitor.name}"
+        found = {f"{name}/mean_score": scores[counts]}
+        if self.kind == "DPO":
+            half = len(scores) // 2
+            found[f"{name}/mean_score_chosen"] = scores[:half][counts[:half]]
+            found[f"{name}/mean_score_rejected"] = scores[half:][counts[half:]]
+        if monitor in batch._references:
+            start, _ = tokens.rows(batch.reference(monitor, tokens))
+            found[f"{name}/drift"] = (scores - monitor.pooled(start, mask))[counts]
+        return found
+
+    def _read_own(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        self.own_forwards += 1
+        for_the_model = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_MODEL}
+        with self._reference_model() as model, self.trainer.accelerator.autocast():
+            return read_inputs(model, for_the_model, self._keyed)
+
+    @contextmanager
+    def _reference_model(self) -> Iterator[nn.Module]:
+        if self._reference is None and not has_adapters(self.trainer.model):
+            yield self.trainer.model  # before training, in `precompute` alone: the policy is its own reference
+            return
+        with reference_pass(self.trainer.model, self._reference) as model:
+            yield model
+
+    def _cached(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        assert self._cache is not None, "`precompute` comes at `attach`"
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        found: dict[str, torch.Tensor] = {}
+        for row in range(len(ids)):
+            key = _row_key(ids[row][mask[row]])
+            if key not in self._cache:
+                raise RuntimeError(
+                    "A row of this batch has no reference scores – expected every row to be among those of `train_dataset` and "
+                    "`eval_dataset` at `attach`. Attach after the data is final, or set `precompute_ref_log_probs=False`."
+                )
+            for name, values in self._cache[key].items():
+                if name not in found:
+                    found[name] = torch.zeros(*ids.shape, values.shape[-1], device=ids.device)
+                found[name][row][mask[row]] = values.to(ids.device)
+        return found
+
+    def _require_finite(self, regularizer: Regularizer, term: Term) -> None:
+        if not torch.isfinite(term.values).all():
+            raise ValueError(
+                f"Regularizer `{regularizer.name}` is {term.values.detach().tolist()} on this batch – expected finite numbers. The "
+                "activations or the weight are too large; a run with such a loss is lost."
+            )
+
+    def _log(self, metrics: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> None:
+        """Means over the sequences of all ranks into TRL's own averages: one collective."""
+        mode = "train" if self.trainer.model.training else "eval"
+        if metrics:
+            sums = torch.stack([values.detach().float().sum() for values in metrics.values()])
+            counts = torch.tensor([len(values) for values in metrics.values()], device=sums.device, dtype=sums.dtype)
+            accelerator = self.trainer.accelerator
+            both = torch.stack([sums, counts])
+            if accelerator.num_processes > 1:
+                both = accelerator.reduce(both, "sum")
+            for name, (total, count) in zip(metrics, both.T.tolist(), strict=True):
+                if count:
+                    self.trainer._metrics[mode][name].append(total / count)
+        for name, weight in weights.items():
+            self.trainer._metrics[mode][f"interp/{name}/weight"].append(weight)
+
+
+def has_its_own_passes(source: Source) -> bool:
+    """Whether the trainer itself runs the reference."""
+    return source in ("pass", "rollout")
+
+
+def _ids(recorded: Pass) -> torch.Tensor:
+    if recorded.input_ids is None:
+        raise RuntimeError("A pass was fed embeddings – expected token ids: without them no score can be matched to its token.")
+    return recorded.input_ids
+
+
+def _row_key(ids: torch.Tensor) -> bytes:
+    return bytes(ids.cpu().to(torch.int64).numpy().tobytes())

@@ -1,0 +1,212 @@
+"""Refusals: everything under which a term would be wrong or without effect, before the first step.
+
+In: a built trainer and what shall join its loss. Out: nothing, or an error that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..activations import decoder_layers, embedding_point, has_adapters, resolve, unwrap
+from ..concepts.readout import Readout
+from .interventions import TRAINERS, TrainingIntervention
+from .regularizers import (
+    LENGTH_NORMALIZED_LOSSES,
+    MARGIN_LOSSES,
+    ConceptPenalty,
+    DriftPenalty,
+    ExplainAway,
+    FeatureConstraint,
+    Regularizer,
+)
+
+
+def refuse_terms(
+    trainer: Any,
+    kind: str | None,
+    regularizers: Sequence[Regularizer],
+    monitors: Sequence[Readout],
+    interventions: Sequence[TrainingIntervention],
+) -> None:
+    """Raises:
+    `ValueError`: a term that would be wrong, or without effect, in this trainer.
+    """
+    if not regularizers and not interventions and (kind in ("GRPO", "RLOO") or not monitors):
+        return
+    if kind is None:
+        raise ValueError(
+            f"The trainer is a `{type(trainer).__name__}` – expected TRL's `DPOTrainer`, `KTOTrainer`, `SFTTrainer`, "
+            "`GRPOTrainer` or `RLOOTrainer`: terms join their losses. For drift alone, `attach(trainer, drift=…)` takes any."
+        )
+    _refuse_engine(trainer, kind)
+    names = [regularizer.name for regularizer in regularizers]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(
+            f"Two regularizers are named {', '.join(f'`{name}`' for name in doubled)} – expected names that differ, since metrics are "
+            "logged under them. Pass `name=`."
+        )
+    for regularizer in regularizers:
+        _refuse_regularizer(trainer, kind, regularizer, monitors)
+    for intervention in interventions:
+        _refuse_intervention(trainer, kind, intervention)
+
+
+def _refuse_engine(trainer: Any, kind: str) -> None:
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("sp", "cp"):
+        if parallel is not None and getattr(parallel, f"{name}_enabled", False):
+            what = {"sp": "sequence", "cp": "context"}[name]
+            raise ValueError(
+                f"`parallelism_config` turns {what} parallelism on – expected none: each rank then holds a piece of every "
+                f"sequence, and a mean over its tokens is none. Set `{name}_size=1`."
+            )
+    reasons = {"sync_ref_model": "the reference would move during the run, and what is held near it with it"}
+    if kind != "SFT":
+        reasons["padding_free"] = "both completions of a pair would lie in one row"
+    for setting, reason in reasons.items():
+        if getattr(trainer.args, setting, False):
+            raise ValueError(f"`{setting}` is True – expected False here: {reason}.")
+    if has_adapters(trainer.model):
+        config = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"The adapter is of type `{config.peft_type}` – expected one that changes weights, such as LoRA: virtual tokens shift "
+                "every position."
+            )
+
+
+def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monitors: Sequence[Readout]) -> None:
+    name, which = f"`{regularizer.name}`", type(regularizer).__name__
+    if kind not in regularizer.trainers:
+        raise ValueError(
+            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(regularizer.trainers)}: it changes the "
+            "margin of a preference pair."
+        )
+    if kind in ("GRPO", "RLOO") and regularizer.references:
+        if trainer.beta == 0:
+            raise ValueError(
+                f"`beta` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could be held near. Set "
+                "`beta` (0.02, say), or pass `drift=` to watch without holding."
+            )
+        if isinstance(regularizer, DriftPenalty) and regularizer.subspace is None:
+            raise ValueError(
+                f"{name} compares the whole stream – expected a `subspace` in a `{type(trainer).__name__}`: its reference pass comes "
+                "before batches are shuffled, and only scores travel with them. Pass "
+                "`subspace=Subspace.from_readouts([…])` or `from_pca`."
+            )
+    if kind in ("DPO", "KTO") and trainer.precompute_ref_logps and isinstance(regularizer, DriftPenalty):
+        if regularizer.subspace is None:
+            raise ValueError(
+                f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
+                "computed once and kept, whole activations would not fit."
+            )
+    if isinstance(regularizer, ConceptPenalty):
+        own = regularizer.readout.header
+        others = [m for m in monitors if m.header is None or own is None or m.header != own]
+        if not [m for m in others if m is not regularizer.readout]:
+            raise ValueError(
+                f"{name} trains against its own probe and there is no holdout monitor – expected one with another artifact in "
+                "`monitors`: the probe's own score says nothing once its gradient is used."
+            )
+    if isinstance(regularizer, ExplainAway | FeatureConstraint):
+        _refuse_losses(trainer, regularizer)
+    if regularizer.policy_point is not None:
+        _refuse_hook_point(trainer, name, regularizer.policy_point)
+
+
+def _refuse_losses(trainer: Any, regularizer: ExplainAway | FeatureConstraint) -> None:
+    name = f"`{regularizer.name}`"
+    exact: Sequence[str] = [*MARGIN_LOSSES, *LENGTH_NORMALIZED_LOSSES]
+    if isinstance(regularizer, FeatureConstraint):
+        exact = ("sigmoid", "sigmoid_norm")
+    wrong = [loss for loss in trainer.loss_types if loss not in exact]
+    if wrong:
+        raise ValueError(
+            f"`loss_type` is {', '.join(f'`{loss}`' for loss in wrong)} – expected one of {', '.join(f'`{loss}`' for loss in sorted(exact))} with "
+            f"{name}: elsewhere the loss does not depend on β · (chosen − rejected score) alone, and the term would be another one."
+        )
+    if isinstance(regularizer, ExplainAway) and len({loss in LENGTH_NORMALIZED_LOSSES for loss in trainer.loss_types}) > 1:
+        raise ValueError(
+            f"`loss_type` mixes {', '.join(f'`{loss}`' for loss in trainer.loss_types)} – expected all or none of them to divide by the "
+            f"length with {name}: one reference cannot be shifted by two amounts."
+        )
+    settings = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_liger_kernel": False}
+    if isinstance(regularizer, FeatureConstraint):
+        settings["use_weighting"] = False
+    for setting, needed in settings.items():
+        given = getattr(trainer, setting, getattr(trainer.args, setting, needed))
+        if given != needed:
+            raise ValueError(f"`{setting}` is {given!r} – expected {needed!r} with {name}: its formula is for that one.")
+
+
+def _refuse_intervention(trainer: Any, kind: str, intervention: TrainingIntervention) -> None:
+    which = type(intervention).__name__
+    if kind not in TRAINERS:
+        raise ValueError(
+            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(TRAINERS)}: rollouts are generated by the "
+            "model as it is, so that the importance ratio of the changed one would be wrong from step 0. Use it in SFT, DPO or KTO."
+        )
+    module = resolve(trainer.model, intervention.hook_point)
+    if trainer.args.gradient_checkpointing and not isinstance(module, GradientCheckpointingLayer) and _inside(trainer, intervention.hook_point):
+        raise ValueError(
+            f"`gradient_checkpointing` is on and `{which}` is at `{intervention.hook_point}`, inside a decoder layer – expected a whole "
+            "layer: the layer is run again in the backward pass, where the intervention is closed. Use "
+            f"`{_layer_of(trainer, intervention.hook_point)}`, or turn checkpointing off."
+        )
+
+
+def _refuse_hook_point(trainer: Any, name: str, hook_point: str) -> None:
+    resolve(trainer.model, hook_point)
+    kwargs = getattr(trainer.args, "gradient_checkpointing_kwargs", None) or {}
+    if trainer.args.gradient_checkpointing and kwargs.get("use_reentrant") and _inside(trainer, hook_point):
+        raise ValueError(
+            f"{name} reads at `{hook_point}`, inside a decoder layer, and `gradient_checkpointing_kwargs` has `use_reentrant=True` – "
+            f"expected a whole layer such as `{_layer_of(trainer, hook_point)}`, or `use_reentrant=False`: the first run of a layer "
+            "makes no graph there, and the term's gradient would be lost without a word."
+        )
+    if not trains_below(trainer.model, hook_point):
+        raise ValueError(
+            f"{name} is at `{hook_point}` and no trainable parameter is at or below it – expected at least one: its loss would be shown "
+            "and its gradient be 0. Put adapters on lower layers, or read further up."
+        )
+
+
+def _layer_of(trainer: Any, hook_point: str) -> str | None:
+    layers = decoder_layers(trainer.model)
+    return next((layer for layer in layers if hook_point == layer or hook_point.startswith(f"{layer}.")), None)
+
+
+def _inside(trainer: Any, hook_point: str) -> bool:
+    return _layer_of(trainer, hook_point) not in (None, hook_point)
+
+
+def trains_below(model: Any, hook_point: str) -> bool:
+    """Whether a trainable parameter takes part in the activation at a hook point."""
+    base = unwrap(model)
+    layers = decoder_layers(base)
+    prefix = layers[0].rsplit(".", 1)[0] + "."
+    embedding = embedding_point(base)
+    own = _index(hook_point, prefix)
+    if own is None:  # the embedding is below all layers, a final norm above them
+        own = -1 if hook_point == embedding else len(layers)
+    names = [name for name, _ in base.named_parameters()]
+    inside = [i for i, name in enumerate(names) if name.startswith(f"{hook_point}.")]
+    last = max(inside, default=len(names))
+    for i, (name, parameter) in enumerate(base.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        index = _index(name, prefix)
+        if index is None:
+            if name.startswith(f"{embedding}.") or (own == len(layers) and i <= last):
+                return True
+        elif index < own or (index == own and i <= last):
+            return True
+    return False
+
+
+def _index(name: str, prefix: str) -> int | None:
+    return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
