@@ -78,7 +78,7 @@ class Readout:
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
         """Scores (B, T, 1) of an activation (B, T, D), float32."""
-        weight = self.weight.to(activation.device)
+        weight = self.weight.detach().to(activation.device)  # a readout never gets a gradient
         return (activation @ weight + self.bias).unsqueeze(-1)
 
     def score(self, scores: ConceptScores) -> list[float | None]:

@@ -105,9 +105,9 @@ class Subspace:
 
     def coordinates(self, activation: torch.Tensor) -> torch.Tensor:
         """Coordinates (..., R) of an activation (..., D)."""
-        return activation @ self.basis.to(activation).T
+        return activation @ self.basis.detach().to(activation).T
 
     def ablate(self, activation: torch.Tensor) -> torch.Tensor:
         """The activation without its component in the subspace: h − Qᵀ Q h."""
-        basis = self.basis.to(activation)
+        basis = self.basis.detach().to(activation)
         return activation - (activation @ basis.T) @ basis
