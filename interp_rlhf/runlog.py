@@ -77,7 +77,8 @@ class RunLog:
 def read_run_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Events of a run log in the order in which they were written.
 
-    Lines that a crash tore are skipped: they never were complete.
+    Lines that a crash tore are skipped: they never were complete. A `run` event at step s above 0 is a resumption from the checkpoint
+    of that step: what the same arm had logged after it is left out, since it did not happen in the run that there is now.
 
     Raises:
         `FileNotFoundError`: no such file.
@@ -88,12 +89,32 @@ def read_run_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"`{path}` does not exist – expected a run log (JSON lines). Runs write theirs to `<output_dir>/interp.jsonl`."
         )
-    events = list(_complete_events(path))
+    events = _in_force(_complete_events(path))
     if not events:
         raise ValueError(
             f"`{path}` holds no complete event – expected a run log, one JSON object with `event` per line."
         )
     return events
+
+
+def _in_force(events: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[tuple[str, dict[str, Any]]] = []
+    arm = ""
+    for event in events:
+        if event["event"] == "run":
+            arm = str(event.get("arm", ""))
+            if step := event.get("step"):
+                kept = [(of, old) for of, old in kept if of != arm or not _undone(old, step)]
+        kept.append((arm, event))
+    return [event for _, event in kept]
+
+
+def _undone(event: dict[str, Any], step: int) -> bool:
+    at = event.get("step")
+    if not isinstance(at, int) or event["event"] == "run":
+        return False
+    # Samples of training are of the rollout for the next step: the checkpoint came before them.
+    return at > step or (at == step and event["event"] == "samples" and event.get("when") == "train")
 
 
 def _complete_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ from .texts import TEXTS
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
+START_FILE = "interp_drift_start.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,26 @@ class DriftCallback(TrainerCallback):
         self._last_step = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = self._load_start() if state.global_step > 0 else None
-        if state.global_step > 0 and self._start is None:
+        self._start = None
+        if state.global_step > 0:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            for folder in (self._log.path.parent, checkpoint):
+                self._start = self._start or self._load_start(folder / START_FILE)
+            if self._start is not None:
+                self._last_step = state.global_step  # what the run had to say of this step, it said before it was saved
+                return
             logger.warning(
-                "Resumed at step %d without `%s` of the same texts and hook points: drift is now measured from here.",
-                state.global_step, self._start_file(),
+                "Resumed at step %d without `%s` of the same texts and hook points in `%s` or `%s`: drift is now measured from here.",
+                state.global_step, START_FILE, self._log.path.parent, checkpoint,
             )  # fmt: skip
         self._evaluate(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The start travels with the checkpoint, which may be moved away from the run."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        source = self._log.path.with_name(START_FILE)
+        if self._log.writable and checkpoint.is_dir() and source.exists():
+            write_atomically(checkpoint / START_FILE, source.read_bytes())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # At the last step here and not in `on_train_end`: by then trackers have closed.
@@ -187,9 +201,6 @@ class DriftCallback(TrainerCallback):
                 found[monitor.name]["auroc"] = float(roc_auc_score(labels[rows], kept))
         return found
 
-    def _start_file(self) -> Path:
-        return self._log.path.with_name("interp_drift_start.safetensors")
-
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.hook_points).encode())
         digest.update(self._batch.input_ids.numpy().tobytes())
@@ -201,14 +212,14 @@ class DriftCallback(TrainerCallback):
         assert self._start is not None
         if self._log.writable:
             tensors = {point: values.contiguous() for point, values in self._start.items()}
-            write_atomically(self._start_file(), save(tensors, metadata={"fingerprint": self._fingerprint()}))
+            write_atomically(self._log.path.with_name(START_FILE), save(tensors, metadata={"fingerprint": self._fingerprint()}))
 
-    def _load_start(self) -> dict[str, torch.Tensor] | None:
+    def _load_start(self, path: Path) -> dict[str, torch.Tensor] | None:
         from safetensors import safe_open
 
-        if not self._start_file().exists():
+        if not path.exists():
             return None
-        with safe_open(self._start_file(), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != self._fingerprint():
                 return None
             return {point: file.get_tensor(point) for point in self.hook_points}
