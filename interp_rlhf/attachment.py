@@ -92,7 +92,8 @@ def attach(
     `trainer.train(resume_from_checkpoint=True)` then takes the last checkpoint that is complete.
 
     Args:
-        trainer (`DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL or
+        trainer (`DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any
+        trainer of TRL or
             transformers.
         regularizers (`Sequence`): terms that join the loss: objects, mappings as in a recipe, or cards, each of which is then a
             `ConceptAnchor` with the card's weight. See `interp_rlhf.training.regularizers`.
@@ -274,7 +275,8 @@ def _reference(trainer: Any, needed: bool) -> Any:
     path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
     if not path:
         raise ValueError(
-            "The trainer has no reference model (`beta` is 0, or it has none by nature), there are no adapters, and the model was "
+            "The trainer has no reference model (`beta` is 0, or it has none by nature), there are no adapters, and "
+            "the model was "
             "built in memory, so there is no frozen reference to read – expected one. Pass `reference=` to `attach`, train with "
             "PEFT, or, for a reward, set `beta` or use `reader: policy`."
         )

@@ -77,7 +77,8 @@ class RunLog:
 def read_run_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Events of a run log in the order in which they were written.
 
-    Lines that a crash tore are skipped: they never were complete. A `run` event at step s above 0 is a resumption from the checkpoint
+    Lines that a crash tore are skipped: they never were complete. A `run` event at step s above 0 is a resumption
+    from the checkpoint
     of that step: what the same arm had logged after it is left out, since it did not happen in the run that there is now.
 
     Raises:

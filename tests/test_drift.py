@@ -144,7 +144,7 @@ def test_attach_adds_drift_to_any_trainer_and_rollout_terms_to_none_but_rollouts
     trainer.train()
     assert any("interp/drift/model.layers.0/cka" in row for row in trainer.state.log_history)
     with pytest.raises(ValueError, match=r"is a `SFTTrainer` – expected a `GRPOTrainer` or `RLOOTrainer`"):
-        attach(sft_trainer(tmp_path, load(), tokenizer), monitors=[make_readout(load())])
+        attach(sft_trainer(tmp_path, load(), tokenizer), measures={"length": len})
 
 
 def test_labelled_examples_may_be_given_loaded(tmp_path, load, tokenizer):

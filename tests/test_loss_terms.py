@@ -82,14 +82,18 @@ def test_sequences_weigh_alike_where_micro_batches_are_packed_unequally(load, mo
     rows = rows_of("SFT", 12)
     terms, sequences = {}, {}
     for name, changes in {
-        "packed": {"packing": True, "max_length": 80, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},
+        "packed": {
+            "packing": True,
+            "max_length": 80,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 12,
+        },
         "padded": {"per_device_train_batch_size": 12},
     }.items():
         losses = {}
         for weight in (0.0, 3.0):
-            trainer = build(
-                "SFT", load, model_folder, tokenizer, tmp_path / f"{name}{weight}", rows=rows, max_steps=1, learning_rate=0.0, **changes
-            )  # fmt: skip
+            once = {"rows": rows, "max_steps": 1, "learning_rate": 0.0, **changes}
+            trainer = build("SFT", load, model_folder, tokenizer, tmp_path / f"{name}{weight}", **once)
             attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=weight)])
             trainer.train()
             losses[weight] = logged(trainer, "loss")[0]
@@ -111,7 +115,9 @@ def test_checkpointing_does_not_change_gradients(kind, lora, load, model_folder,
         "on": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     }.items():
-        trainer = build(kind, load, model_folder, tokenizer, tmp_path / name, lora=lora, optim="sgd", max_steps=1, **changes)
+        trainer = build(
+            kind, load, model_folder, tokenizer, tmp_path / name, lora=lora, optim="sgd", max_steps=1, **changes
+        )
         attach(trainer, regularizers=terms_for(kind, trainer.model, weight=5.0))
         trainer.train()
         found[name] = weights_of(trainer)
@@ -139,7 +145,9 @@ def test_gaps_are_those_of_policy_and_reference_row_by_row(kind, lora, load, mod
     for ids, mask in rows_by_hand(trainer, trainer.train_dataset, {tokenizer.eos_token_id}):
         scores = [readout(activations_by_hand(m, ids, readout.hook_point))[mask, 0] for m in (policy, reference)]
         gaps.append(float((scores[0] - scores[1]).pow(2).mean()))
-        now, start = (monitor(activations_by_hand(m, ids, monitor.hook_point))[mask, 0].mean() for m in (policy, reference))
+        now, start = (
+            monitor(activations_by_hand(m, ids, monitor.hook_point))[mask, 0].mean() for m in (policy, reference)
+        )
         watched.append(float(now))
         drifts.append(float(now - start))
     trainer.train()
@@ -148,9 +156,13 @@ def test_gaps_are_those_of_policy_and_reference_row_by_row(kind, lora, load, mod
     assert expected > 1e-4
     for prefix in ("", "eval_"):
         assert logged(trainer, f"{prefix}interp/anchor_concept/squared_gap")[0] == pytest.approx(expected, rel=2e-4)
-        assert logged(trainer, f"{prefix}interp/watched/mean_score")[0] == pytest.approx(sum(watched) / len(watched), abs=2e-4)
+        assert logged(trainer, f"{prefix}interp/watched/mean_score")[0] == pytest.approx(
+            sum(watched) / len(watched), abs=2e-4
+        )
         if kind != "SFT":
-            assert logged(trainer, f"{prefix}interp/watched/drift")[0] == pytest.approx(sum(drifts) / len(drifts), abs=2e-4)
+            assert logged(trainer, f"{prefix}interp/watched/drift")[0] == pytest.approx(
+                sum(drifts) / len(drifts), abs=2e-4
+            )
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -300,8 +312,14 @@ def test_both_doors_are_one(kind, load, model_folder, tokenizer, tmp_path):
 def test_packed_rows_are_read_sequence_by_sequence(packing, load, model_folder, tokenizer, tmp_path):
     """No attention mask, positions that start anew: terms are those of the same sequences one by one."""
     rows = rows_of("SFT", 8)
-    changes = {"packing": True, "max_length": 64, "per_device_train_batch_size": 2} if packing else {"padding_free": True, "max_length": None}
-    trainer = build("SFT", load, model_folder, tokenizer, tmp_path, rows=rows, max_steps=1, learning_rate=0.0, **changes)
+    changes = (
+        {"packing": True, "max_length": 64, "per_device_train_batch_size": 2}
+        if packing
+        else {"padding_free": True, "max_length": None}
+    )
+    trainer = build(
+        "SFT", load, model_folder, tokenizer, tmp_path, rows=rows, max_steps=1, learning_rate=0.0, **changes
+    )
     seen = []
     attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=0.1)])
     original = trainer.interp_terms.added
@@ -372,7 +390,9 @@ def test_detach_gives_the_stock_trainer_back(load, model_folder, tokenizer, tmp_
 
 def test_dpo_by_hand_helpers_agree_with_trl(load, model_folder, tokenizer, tmp_path):
     """What the hand computations of the other tests stand on."""
-    trainer = build("DPO", load, model_folder, tokenizer, tmp_path, per_device_train_batch_size=8, max_steps=1, learning_rate=0.0)
+    trainer = build(
+        "DPO", load, model_folder, tokenizer, tmp_path, per_device_train_batch_size=8, max_steps=1, learning_rate=0.0
+    )
     policy = snapshot(trainer, load)
     chosen = [log_probs_by_hand(policy, *row) for row in rows_by_hand(trainer, trainer.train_dataset)[:8]]
     trainer.train()

@@ -103,18 +103,24 @@ def test_explaining_away_is_its_formula(loss_type, precompute, weight, load, tok
     assert abs(float(expected - loss_by_hand(BETA * margin, loss_type).mean())) > 1e-3
     # TRL's rewards contain the shift; ours do not.
     plain = BETA * (hand["policy"] - hand["reference"])
-    assert logged(trainer, "interp/explain_concept/rewards/chosen")[0] == pytest.approx(float(plain[0].mean()), abs=2e-4)
+    assert logged(trainer, "interp/explain_concept/rewards/chosen")[0] == pytest.approx(
+        float(plain[0].mean()), abs=2e-4
+    )
     assert logged(trainer, "interp/explain_concept/rewards/margins")[0] == pytest.approx(
         float((plain[0] - plain[1]).mean()), abs=2e-4
     )
     shift = weight * hand["score"] * (hand["length"] if loss_type in ("ipo", "sigmoid_norm") else 1)
     assert logged(trainer, "rewards/chosen")[0] == pytest.approx(float((plain + shift)[0].mean()), abs=1e-3)
-    assert logged(trainer, "interp/explain_concept/score/margins")[0] == pytest.approx(float(explained.mean()), abs=1e-4)
+    assert logged(trainer, "interp/explain_concept/score/margins")[0] == pytest.approx(
+        float(explained.mean()), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm"])
 @pytest.mark.parametrize("features", ["latents", "wide_latents", "probe"])
-def test_feature_constraint_is_its_formula_on_a_pair_of_different_lengths(loss_type, features, load, tokenizer, tmp_path):
+def test_feature_constraint_is_its_formula_on_a_pair_of_different_lengths(
+    loss_type, features, load, tokenizer, tmp_path
+):
     words = "warm kind hope care and or but so"
     rows = [
         {
@@ -129,7 +135,9 @@ def test_feature_constraint_is_its_formula_on_a_pair_of_different_lengths(loss_t
     )  # fmt: skip
     random = torch.Generator().manual_seed(5)
     count = {"latents": 16, "wide_latents": 64, "probe": 1}[features]
-    readout = Latents("latents", LAYER, torch.randn(count, 32, generator=random), torch.randn(count, generator=random) * 0.1)
+    readout = Latents(
+        "latents", LAYER, torch.randn(count, 32, generator=random), torch.randn(count, generator=random) * 0.1
+    )
     if features == "probe":
         readout = make_readout(trainer.model, include_end_of_turn=True)
     k, alpha = 3, 0.8
@@ -233,7 +241,9 @@ def test_ablation_leaves_nothing_in_the_subspace_forward_and_backward(kind, load
     model = perturb(load())
     plain = make_trainer(kind, perturb(load()), tokenizer, tmp_path / "plain", max_steps=1, learning_rate=0.0)
     plain.train()
-    trainer = make_trainer(kind, model, tokenizer, tmp_path, max_steps=1, learning_rate=0.0, eval_rows=rows_of(kind, 4))
+    trainer = make_trainer(
+        kind, model, tokenizer, tmp_path, max_steps=1, learning_rate=0.0, eval_rows=rows_of(kind, 4)
+    )
     seen = []
 
     def keep(module, args, output):
@@ -256,9 +266,7 @@ def test_ablation_leaves_nothing_in_the_subspace_forward_and_backward(kind, load
     assert float(subspace.coordinates(gradient).abs().max()) < 1e-6 * max(1.0, float(gradient.abs().max()))
     assert logged(trainer, "loss")[0] != logged(plain, "loss")[0]
     if kind == "DPO":  # the reference is what it was: TRL's reward is β (log π − log π_0)
-        reference = [
-            logged(t, "logps/chosen")[0] - logged(t, "rewards/chosen")[0] / t.beta for t in (plain, trainer)
-        ]
+        reference = [logged(t, "logps/chosen")[0] - logged(t, "rewards/chosen")[0] / t.beta for t in (plain, trainer)]
         assert reference[0] == pytest.approx(reference[1], abs=2e-3)
 
 
@@ -300,7 +308,9 @@ def test_subspaces_span_what_they_were_made_from(load, tokenizer):
     control = subspace.random(3)
     assert torch.allclose(control.basis @ subspace.basis.T, torch.zeros(3, 3), atol=1e-5)
     assert torch.equal(control.basis, subspace.random(3).basis)
-    components = Subspace.from_pca(model, tokenizer, ["warm kind good day", "cold rude bad night sorry"], LAYER, rank=2)
+    components = Subspace.from_pca(
+        model, tokenizer, ["warm kind good day", "cold rude bad night sorry"], LAYER, rank=2
+    )
     assert torch.allclose(components.basis @ components.basis.T, torch.eye(2), atol=1e-5)
     latents = Latents("l", LAYER, torch.randn(4, 32), torch.zeros(4))
     assert Subspace.from_readouts([latents.choose([1, 2])]).basis.shape == (2, 32)
@@ -335,7 +345,10 @@ def test_recipes_say_terms_as_mappings(load, tokenizer, tmp_path):
         {"kind": "concept_anchor", "card": str(card), "weight": 1, "schedule": {"kind": "warmup", "steps": 10}}
     )
     assert warmed.schedule == Schedule(kind="warmup", steps=10)
-    assert make_regularizer({"kind": "drift_penalty", "cards": [str(card)], "weight": 1}).subspace.basis.shape == (1, 32)
+    assert make_regularizer({"kind": "drift_penalty", "cards": [str(card)], "weight": 1}).subspace.basis.shape == (
+        1,
+        32,
+    )
     assert make_regularizer({"kind": "explain_away", "card": str(card), "weight": -1}).weight == -1
     assert make_intervention({"kind": "concept_ablation", "cards": [str(card)]}).subspace.basis.shape == (1, 32)
     assert make_intervention({"kind": "preventative_steering", "card": str(card), "alpha": 1.5}).alpha == 1.5
@@ -430,7 +443,9 @@ REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"
         ("SFT", nowhere, {}, "model.layers.9"),
     ],
 )  # fmt: skip
-def test_what_would_be_wrong_is_refused_before_the_first_step(kind, asked, changes, message, load, tokenizer, tmp_path):
+def test_what_would_be_wrong_is_refused_before_the_first_step(
+    kind, asked, changes, message, load, tokenizer, tmp_path
+):
     trainer = make_trainer(kind, load(), tokenizer, tmp_path, **changes)
     stock, callbacks = type(trainer), len(trainer.callback_handler.callbacks)
     with pytest.raises(ValueError, match=message):

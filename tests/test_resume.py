@@ -24,7 +24,17 @@ from interp_rlhf.training.checkpoints import last_complete_checkpoint, save_mult
 HERE = Path(__file__).resolve().parent
 STEPS = 12
 # Timings, and the two counters that TRL starts anew (TRL.md, section 8).
-RESTARTED = ("runtime", "per_second", "seconds", "num_tokens", "train_loss", "step_time", "total_flos", "time", "duration")
+RESTARTED = (
+    "runtime",
+    "per_second",
+    "seconds",
+    "num_tokens",
+    "train_loss",
+    "step_time",
+    "total_flos",
+    "time",
+    "duration",
+)
 
 RUN = """
 import sys
@@ -51,8 +61,8 @@ terms = [
     DriftPenalty(subspace=Subspace.from_readouts([readout]), weight=0.5, name="held"),
 ]
 attach(
-    trainer, regularizers=terms, monitors=[make_readout(model, "watched", seed=4)], drift=DriftConfig(every=4, texts=["warm day"]),
-    samples_every=3,
+    trainer, regularizers=terms, monitors=[make_readout(model, "watched", seed=4)],
+    drift=DriftConfig(every=4, texts=["warm day"]), samples_every=3,
 )
 print("ready", flush=True)
 trainer.train(resume_from_checkpoint=True)
@@ -138,7 +148,9 @@ def test_killed_at_random_moments_and_inside_a_save_then_resumed(kind, model_fol
 
 
 def finished_run(tmp_path, load, tokenizer, **changes):
-    trainer = make_trainer("DPO", load(), tokenizer, tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **changes)
+    trainer = make_trainer(
+        "DPO", load(), tokenizer, tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **changes
+    )
     attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=0.1)])
     trainer.train()
     return trainer
@@ -179,11 +191,18 @@ def finished_run_again(tmp_path, load, tokenizer):
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_saves_inside_a_generated_batch_are_refused_with_the_number_to_use(kind, load, tokenizer, tmp_path):
-    changes = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    changes = {
+        "num_iterations": 2,
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
 
     def attached(**more):
         trainer = make_trainer(kind, load(), tokenizer, tmp_path, lora={}, max_steps=8, **{**changes, **more})
-        return trainer, lambda: attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=0.1)])
+        return trainer, lambda: attach(
+            trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=0.1)]
+        )
 
     trainer, call = attached(save_strategy="steps", save_steps=6)
     assert save_multiple(trainer.args) == 4
@@ -192,7 +211,9 @@ def test_saves_inside_a_generated_batch_are_refused_with_the_number_to_use(kind,
     with pytest.raises(ValueError, match=r"`save_strategy` is `epoch`.*save_steps=4"):
         attached(save_strategy="epoch")[1]()
     attached(save_strategy="steps", save_steps=8)[1]()
-    trainer, call = attached(save_strategy="steps", save_steps=0.25)  # a share of the run: 2 steps, known when it begins
+    trainer, call = attached(
+        save_strategy="steps", save_steps=0.25
+    )  # a share of the run: 2 steps, known when it begins
     call()
     with pytest.raises(ValueError, match="`save_steps` is 2 – expected a multiple of 4"):
         trainer.train()

@@ -20,7 +20,9 @@ def rows_of(kind: str, count: int = 8, seed: int = 1):
         return [{"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(low, high)))}]
 
     if kind == "DPO":
-        return [{"prompt": said("user"), "chosen": said("assistant"), "rejected": said("assistant")} for _ in range(count)]
+        return [
+            {"prompt": said("user"), "chosen": said("assistant"), "rejected": said("assistant")} for _ in range(count)
+        ]
     if kind == "KTO":
         return [{"prompt": said("user"), "completion": said("assistant"), "label": i % 2 == 0} for i in range(count)]
     if kind == "SFT":
@@ -38,7 +40,9 @@ def lora_config(**changes):
     return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **changes})
 
 
-def make_trainer(kind, model, tokenizer, folder, lora=None, ours=False, rows=None, eval_rows=None, attach=None, **changes):
+def make_trainer(
+    kind, model, tokenizer, folder, lora=None, ours=False, rows=None, eval_rows=None, attach=None, **changes
+):
     """A trainer on a CPU; `ours` builds the subclass, with the keywords of `attach`."""
     import trl
 
@@ -127,10 +131,7 @@ def rows_by_hand(trainer, dataset, leave_out=()):
     for row in range(len(batch["input_ids"])):
         real = batch["attention_mask"][row].bool()
         ids = batch["input_ids"][row][real]
-        if "labels" in batch:
-            mask = batch["labels"][row][real] != -100
-        else:
-            mask = batch["completion_mask"][row][real].bool()
+        mask = batch["labels"][row][real] != -100 if "labels" in batch else batch["completion_mask"][row][real].bool()
         mask = mask & ~torch.isin(ids, torch.tensor(sorted(leave_out), dtype=torch.long))
         found.append((ids, mask))
     return found

@@ -41,7 +41,9 @@ class Subspace:
         norms = vectors.double().norm(dim=1, keepdim=True)
         if not (norms > 0).any():
             raise ValueError("All `vectors` are 0 – expected at least one that is not.")
-        unit = vectors.double()[norms[:, 0] > 0] / norms[norms[:, 0] > 0]  # so that a long vector does not hide a short one
+        unit = (
+            vectors.double()[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
+        )  # so that a long vector does not hide a short one
         _, sizes, basis = torch.linalg.svd(unit, full_matrices=False)
         return cls(hook_point, basis[sizes > 1e-6 * sizes[0]].float().contiguous())
 

@@ -119,10 +119,13 @@ class DriftCallback(TrainerCallback):
             for folder in (self._log.path.parent, checkpoint):
                 self._start = self._start or self._load_start(folder / START_FILE)
             if self._start is not None:
-                self._last_step = state.global_step  # what the run had to say of this step, it said before it was saved
+                self._last_step = (
+                    state.global_step
+                )  # what the run had to say of this step, it said before it was saved
                 return
             logger.warning(
-                "Resumed at step %d without `%s` of the same texts and hook points in `%s` or `%s`: drift is now measured from here.",
+                "Resumed at step %d without `%s` of the same texts and hook points in `%s` or `%s`: drift is now "
+                "measured from here.",
                 state.global_step, START_FILE, self._log.path.parent, checkpoint,
             )  # fmt: skip
         self._evaluate(state.global_step)
@@ -212,7 +215,9 @@ class DriftCallback(TrainerCallback):
         assert self._start is not None
         if self._log.writable:
             tensors = {point: values.contiguous() for point, values in self._start.items()}
-            write_atomically(self._log.path.with_name(START_FILE), save(tensors, metadata={"fingerprint": self._fingerprint()}))
+            write_atomically(
+                self._log.path.with_name(START_FILE), save(tensors, metadata={"fingerprint": self._fingerprint()})
+            )
 
     def _load_start(self, path: Path) -> dict[str, torch.Tensor] | None:
         from safetensors import safe_open

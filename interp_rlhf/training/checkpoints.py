@@ -97,7 +97,7 @@ def require_aligned_saves(args: Any, save_steps: float | None) -> None:
         f"{what} – expected a multiple of {multiple} steps: one generated batch is used for {multiple} optimizer steps "
         f"(`steps_per_generation` {args.steps_per_generation} × `num_iterations` {args.num_iterations}, accumulation "
         f"{args.gradient_accumulation_steps}), and a run resumed in between would draw another one. Use "
-        f"`save_strategy=\"steps\", save_steps={nearest}`."
+        f'`save_strategy="steps", save_steps={nearest}`.'
     )
 
 

@@ -11,9 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def from_mapping(
-    given: Any, kinds: Mapping[str, Any], what: str, load: Callable[[str, dict[str, Any]], None]
-) -> Any:
+def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable[[str, dict[str, Any]], None]) -> Any:
     """Object of one of several kinds.
 
     Args:
@@ -45,7 +43,11 @@ def from_mapping(
             f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: "
             f"{', '.join(f'`{key}`' for key in sorted(fields))}.{_nearest(unknown[0], fields)}"
         )
-    needed = [key for key, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    needed = [
+        key
+        for key, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     absent = [key for key in needed if key not in options]
     if absent:
         files = " (of a `card`)" if "readout" in absent else " (of `cards`)" if "subspace" in absent else ""

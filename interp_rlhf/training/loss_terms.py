@@ -155,8 +155,11 @@ class LossTerms:
             keep=tuple(dict.fromkeys(points)),
             keep_log_probs=self._needs_log_probs,
         )
-        self.reference_tap = Tap(reference, keyed, is_reference=True) if own and keyed and reference is not None else None
+        self.reference_tap = (
+            Tap(reference, keyed, is_reference=True) if own and keyed and reference is not None else None
+        )
         self._taps = [tap for tap in (self.policy_tap, self.reference_tap) if tap is not None]
+        self._hooks: list[Tap | Intervention] = [*self._taps, *self._changes]
         for tap in self._taps:
             tap.open = False
         self._keyed = keyed
@@ -167,7 +170,7 @@ class LossTerms:
 
     def remove(self) -> None:
         """Take all hooks off."""
-        for hooks in [*self._taps, *self._changes]:
+        for hooks in self._hooks:
             hooks.remove()
 
     @property
@@ -182,7 +185,9 @@ class LossTerms:
         if self.source != "cache" or not self._keyed:
             return
         trainer = self.trainer
-        held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
+        held_out = (
+            trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
+        )
         size = trainer.args.per_device_train_batch_size
         self._cache = {}
         with self._reference_model() as model, trainer.accelerator.autocast():
@@ -228,7 +233,8 @@ class LossTerms:
         ids = input_ids(output)
         if not passes or not torch.equal(torch.cat([_ids(p) for p in passes]), ids):
             raise RuntimeError(
-                "The reference's passes over this rollout batch were not found – expected TRL to compute the reference's log-probs "
+                "The reference's passes over this rollout batch were not found – expected TRL to compute the "
+                "reference's log-probs "
                 f"on its {len(ids)} completions, as it does with `beta` above 0. Found {len(passes)} passes."
             )
         scores = {key: torch.cat([p.scores[key] for p in passes]) for key in self._keys.values()}
@@ -259,7 +265,7 @@ class LossTerms:
         finally:
             if precomputed is not None:
                 trainer.precompute_ref_logps = precomputed
-            for hooks in [*self._taps, *self._changes]:
+            for hooks in self._hooks:
                 hooks.open = False
 
     def added(self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], num_items: Any) -> torch.Tensor | None:
@@ -316,7 +322,11 @@ class LossTerms:
         return ranks * (1 if scaled else steps) / max(everywhere, 1)
 
     def _batch(
-        self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], passes: Sequence[Pass], active: Sequence[Regularizer]
+        self,
+        inputs: dict[str, Any],
+        trainer_inputs: dict[str, Any],
+        passes: Sequence[Pass],
+        active: Sequence[Regularizer],
     ) -> _Batch:
         ids = input_ids(inputs)
         here = [p for p in passes if p.input_ids is not None and torch.equal(p.input_ids.to(ids.device), ids)]
@@ -332,16 +342,18 @@ class LossTerms:
             )
         references = {} if self.source == "rollout" else self._early
         if self.source == "rollout":
-            references = {key: inputs[REFERENCE_KEY + key] for key in self._keys.values() if REFERENCE_KEY + key in inputs}
+            references = {
+                key: inputs[REFERENCE_KEY + key] for key in self._keys.values() if REFERENCE_KEY + key in inputs
+            }
         elif self.source == "pass":
             reference = next((p for p in here if p.kind == "reference"), None)
             references = reference.scores if reference is not None else self._early
         elif self.source == "cache":
             references = self._cached(inputs)
-        missing = [r for regularizer in active for r in regularizer.references if self._keys[r] not in references]
-        if missing:
+        unread = [r for regularizer in active for r in regularizer.references if self._keys[r] not in references]
+        if unread:
             raise RuntimeError(
-                f"No reference scores of {', '.join(f'`{readout.name}`' for readout in missing)} for this batch of "
+                f"No reference scores of {', '.join(f'`{readout.name}`' for readout in unread)} for this batch of "
                 f"{tuple(ids.shape)} tokens – expected a pass of the reference over just these tokens."
             )
         pairs = None
@@ -353,7 +365,9 @@ class LossTerms:
 
     def _pairs(self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], policy: Pass | None) -> Pairs:
         if policy is None or policy.log_probs is None:
-            raise RuntimeError("The policy's pass returned no `log_probs` – expected TRL's fused head, which DPO uses by default.")
+            raise RuntimeError(
+                "The policy's pass returned no `log_probs` – expected TRL's fused head, which DPO uses by default."
+            )
         mask = inputs["completion_mask"]
         log_probs = policy.log_probs[:, -(mask.shape[1] - 1) :].sum(1)
         reference = torch.cat([trainer_inputs["ref_chosen_logps"], trainer_inputs["ref_rejected_logps"]])
@@ -390,9 +404,10 @@ class LossTerms:
 
     def _unshifted(self, regularizer: ExplainAway, batch: _Batch) -> dict[str, torch.Tensor]:
         """The concept's scores, and DPO's rewards as they are without any shift."""
-        assert batch.pairs is not None and self._plain is not None
+        assert batch.pairs is not None
+        assert self._plain is not None
         rewards = batch.pairs.beta * (batch.pairs.log_probs.detach() - self._plain)
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for what, values in {"score": regularizer.scores(batch), "rewards": rewards}.items():
             chosen, rejected = values.chunk(2)
             found |= {f"{what}/chosen": chosen, f"{what}/rejected": rejected, f"{what}/margins": chosen - rejected}
@@ -449,7 +464,8 @@ class LossTerms:
     def _require_finite(self, regularizer: Regularizer, term: Term) -> None:
         if not torch.isfinite(term.values).all():
             raise ValueError(
-                f"Regularizer `{regularizer.name}` is {term.values.detach().tolist()} on this batch – expected finite numbers. The "
+                f"Regularizer `{regularizer.name}` is {term.values.detach().tolist()} on this batch – expected "
+                "finite numbers. The "
                 "activations or the weight are too large; a run with such a loss is lost."
             )
 
@@ -477,7 +493,9 @@ def has_its_own_passes(source: Source) -> bool:
 
 def _ids(recorded: Pass) -> torch.Tensor:
     if recorded.input_ids is None:
-        raise RuntimeError("A pass was fed embeddings – expected token ids: without them no score can be matched to its token.")
+        raise RuntimeError(
+            "A pass was fed embeddings – expected token ids: without them no score can be matched to its token."
+        )
     return recorded.input_ids
 
 

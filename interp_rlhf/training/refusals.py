@@ -46,7 +46,8 @@ def refuse_terms(
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(
-            f"Two regularizers are named {', '.join(f'`{name}`' for name in doubled)} – expected names that differ, since metrics are "
+            f"Two regularizers are named {', '.join(f'`{name}`' for name in doubled)} – expected names that differ, "
+            "since metrics are "
             "logged under them. Pass `name=`."
         )
     for regularizer in regularizers:
@@ -74,7 +75,8 @@ def _refuse_engine(trainer: Any, kind: str) -> None:
         config = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
         if config.is_prompt_learning:
             raise ValueError(
-                f"The adapter is of type `{config.peft_type}` – expected one that changes weights, such as LoRA: virtual tokens shift "
+                f"The adapter is of type `{config.peft_type}` – expected one that changes weights, such as LoRA: "
+                "virtual tokens shift "
                 "every position."
             )
 
@@ -83,27 +85,30 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
     name, which = f"`{regularizer.name}`", type(regularizer).__name__
     if kind not in regularizer.trainers:
         raise ValueError(
-            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(regularizer.trainers)}: it changes the "
+            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(regularizer.trainers)}: "
+            "it changes the "
             "margin of a preference pair."
         )
     if kind in ("GRPO", "RLOO") and regularizer.references:
         if trainer.beta == 0:
             raise ValueError(
-                f"`beta` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could be held near. Set "
+                f"`beta` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could "
+                "be held near. Set "
                 "`beta` (0.02, say), or pass `drift=` to watch without holding."
             )
         if isinstance(regularizer, DriftPenalty) and regularizer.subspace is None:
             raise ValueError(
-                f"{name} compares the whole stream – expected a `subspace` in a `{type(trainer).__name__}`: its reference pass comes "
+                f"{name} compares the whole stream – expected a `subspace` in a `{type(trainer).__name__}`: its "
+                "reference pass comes "
                 "before batches are shuffled, and only scores travel with them. Pass "
                 "`subspace=Subspace.from_readouts([…])` or `from_pca`."
             )
-    if kind in ("DPO", "KTO") and trainer.precompute_ref_logps and isinstance(regularizer, DriftPenalty):
-        if regularizer.subspace is None:
-            raise ValueError(
-                f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
-                "computed once and kept, whole activations would not fit."
-            )
+    whole = isinstance(regularizer, DriftPenalty) and regularizer.subspace is None
+    if kind in ("DPO", "KTO") and trainer.precompute_ref_logps and whole:
+        raise ValueError(
+            f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
+            "computed once and kept, whole activations would not fit."
+        )
     if isinstance(regularizer, ConceptPenalty):
         own = regularizer.readout.header
         others = [m for m in monitors if m.header is None or own is None or m.header != own]
@@ -126,12 +131,18 @@ def _refuse_losses(trainer: Any, regularizer: ExplainAway | FeatureConstraint) -
     wrong = [loss for loss in trainer.loss_types if loss not in exact]
     if wrong:
         raise ValueError(
-            f"`loss_type` is {', '.join(f'`{loss}`' for loss in wrong)} – expected one of {', '.join(f'`{loss}`' for loss in sorted(exact))} with "
-            f"{name}: elsewhere the loss does not depend on β · (chosen − rejected score) alone, and the term would be another one."
+            f"`loss_type` is {', '.join(f'`{loss}`' for loss in wrong)} – expected one of "
+            f"{', '.join(f'`{loss}`' for loss in sorted(exact))} with "
+            f"{name}: elsewhere the loss does not depend on β · (chosen − rejected score) alone, and the term would "
+            "be another one."
         )
-    if isinstance(regularizer, ExplainAway) and len({loss in LENGTH_NORMALIZED_LOSSES for loss in trainer.loss_types}) > 1:
+    if (
+        isinstance(regularizer, ExplainAway)
+        and len({loss in LENGTH_NORMALIZED_LOSSES for loss in trainer.loss_types}) > 1
+    ):
         raise ValueError(
-            f"`loss_type` mixes {', '.join(f'`{loss}`' for loss in trainer.loss_types)} – expected all or none of them to divide by the "
+            f"`loss_type` mixes {', '.join(f'`{loss}`' for loss in trainer.loss_types)} – expected all or none of "
+            "them to divide by the "
             f"length with {name}: one reference cannot be shifted by two amounts."
         )
     settings = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_liger_kernel": False}
@@ -140,20 +151,29 @@ def _refuse_losses(trainer: Any, regularizer: ExplainAway | FeatureConstraint) -
     for setting, needed in settings.items():
         given = getattr(trainer, setting, getattr(trainer.args, setting, needed))
         if given != needed:
-            raise ValueError(f"`{setting}` is {given!r} – expected {needed!r} with {name}: its formula is for that one.")
+            raise ValueError(
+                f"`{setting}` is {given!r} – expected {needed!r} with {name}: its formula is for that one."
+            )
 
 
 def _refuse_intervention(trainer: Any, kind: str, intervention: TrainingIntervention) -> None:
     which = type(intervention).__name__
     if kind not in TRAINERS:
         raise ValueError(
-            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(TRAINERS)}: rollouts are generated by the "
-            "model as it is, so that the importance ratio of the changed one would be wrong from step 0. Use it in SFT, DPO or KTO."
+            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(TRAINERS)}: rollouts are "
+            "generated by the "
+            "model as it is, so that the importance ratio of the changed one would be wrong from step 0. Use it in "
+            "SFT, DPO or KTO."
         )
     module = resolve(trainer.model, intervention.hook_point)
-    if trainer.args.gradient_checkpointing and not isinstance(module, GradientCheckpointingLayer) and _inside(trainer, intervention.hook_point):
+    if (
+        trainer.args.gradient_checkpointing
+        and not isinstance(module, GradientCheckpointingLayer)
+        and _inside(trainer, intervention.hook_point)
+    ):
         raise ValueError(
-            f"`gradient_checkpointing` is on and `{which}` is at `{intervention.hook_point}`, inside a decoder layer – expected a whole "
+            f"`gradient_checkpointing` is on and `{which}` is at `{intervention.hook_point}`, inside a decoder "
+            "layer – expected a whole "
             "layer: the layer is run again in the backward pass, where the intervention is closed. Use "
             f"`{_layer_of(trainer, intervention.hook_point)}`, or turn checkpointing off."
         )
@@ -164,13 +184,16 @@ def _refuse_hook_point(trainer: Any, name: str, hook_point: str) -> None:
     kwargs = getattr(trainer.args, "gradient_checkpointing_kwargs", None) or {}
     if trainer.args.gradient_checkpointing and kwargs.get("use_reentrant") and _inside(trainer, hook_point):
         raise ValueError(
-            f"{name} reads at `{hook_point}`, inside a decoder layer, and `gradient_checkpointing_kwargs` has `use_reentrant=True` – "
-            f"expected a whole layer such as `{_layer_of(trainer, hook_point)}`, or `use_reentrant=False`: the first run of a layer "
+            f"{name} reads at `{hook_point}`, inside a decoder layer, and `gradient_checkpointing_kwargs` has "
+            "`use_reentrant=True` – "
+            f"expected a whole layer such as `{_layer_of(trainer, hook_point)}`, or `use_reentrant=False`: the "
+            "first run of a layer "
             "makes no graph there, and the term's gradient would be lost without a word."
         )
     if not trains_below(trainer.model, hook_point):
         raise ValueError(
-            f"{name} is at `{hook_point}` and no trainable parameter is at or below it – expected at least one: its loss would be shown "
+            f"{name} is at `{hook_point}` and no trainable parameter is at or below it – expected at least one: its "
+            "loss would be shown "
             "and its gradient be 0. Put adapters on lower layers, or read further up."
         )
 

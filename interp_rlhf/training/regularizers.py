@@ -7,9 +7,9 @@ cut: `loss_terms` reduces.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import logsigmoid, softplus
@@ -109,12 +109,12 @@ class Regularizer:
     """
 
     weight: float
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     name: str = ""
 
     # Whether values are per pair of a preference trainer, and trainers that it works in.
-    per_pair = False
-    trainers = ("DPO", "GRPO", "KTO", "RLOO", "SFT")
+    per_pair: ClassVar[bool] = False
+    trainers: ClassVar[tuple[str, ...]] = ("DPO", "GRPO", "KTO", "RLOO", "SFT")
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, int | float) or self.weight != self.weight or abs(self.weight) == float("inf"):
@@ -273,8 +273,8 @@ class FeatureConstraint(Regularizer):
     stop_gradient: bool = True
     weight: float = 0.5
 
-    per_pair = True
-    trainers = ("DPO",)
+    per_pair: ClassVar[bool] = True
+    trainers: ClassVar[tuple[str, ...]] = ("DPO",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,8 +343,8 @@ class ExplainAway(Regularizer):
     """
 
     readout: Readout
-    per_pair = True
-    trainers = ("DPO",)
+    per_pair: ClassVar[bool] = True
+    trainers: ClassVar[tuple[str, ...]] = ("DPO",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -369,7 +369,9 @@ class ExplainAway(Regularizer):
         there = tokens.any.view(2, -1).all(0).repeat(2)
         return found.masked_fill(~there, 0)
 
-    def shift(self, scores: torch.Tensor, lengths: torch.Tensor, beta: float, loss_type: str, weight: float) -> torch.Tensor:
+    def shift(
+        self, scores: torch.Tensor, lengths: torch.Tensor, beta: float, loss_type: str, weight: float
+    ) -> torch.Tensor:
         """What is taken off the reference's log-probs (2P,)."""
         shift = weight / beta * scores
         return shift * lengths if loss_type in LENGTH_NORMALIZED_LOSSES else shift
@@ -381,7 +383,8 @@ class ConceptPenalty(Regularizer):
 
     **This is the term that is gamed.** Its gradient runs through the probe, and the shortest way down is to move the activation
     off the probe's direction, not to change the text: in one DPO replication the term fell from 3.22 to 0.007 within 20 steps
-    while a refitted probe still told the texts apart (METHODS, section 2; the Obfuscation Atlas, arXiv 2602.15515, advises against
+    while a refitted probe still told the texts apart (METHODS, section 2; the Obfuscation Atlas, arXiv 2602.15515,
+    advises against
     it altogether). It is here to study just that, so it asks for `allow_differentiable_probe=True` and for a monitor with another
     artifact beside it.
 
@@ -400,7 +403,8 @@ class ConceptPenalty(Regularizer):
         _named(self, f"penalty_{self.readout.name}")
         if self.allow_differentiable_probe is not True:
             raise ValueError(
-                f"`ConceptPenalty` on `{self.readout.name}` was given `allow_differentiable_probe={self.allow_differentiable_probe!r}` "
+                f"`ConceptPenalty` on `{self.readout.name}` was given "
+                f"`allow_differentiable_probe={self.allow_differentiable_probe!r}` "
                 "– expected True. The gradient through a probe teaches the model to move its activations off the probe, not to "
                 "write other text: the score falls within some steps, and the behaviour stays. Use the score as a reward on "
                 "rollouts (`ConceptReward`) or hold it with a `ConceptAnchor`; to study the effect, pass the flag and a holdout "
@@ -449,14 +453,17 @@ def random_like(readout: Readout, seed: int) -> Readout:
     """A control readout: a random direction of the same norm, drawn from `seed`."""
     drawn = torch.randn(readout.weight.shape, generator=torch.Generator().manual_seed(seed))
     weight = drawn / drawn.norm() * readout.weight.detach().cpu().float().norm()
-    return replace(readout, weight=weight, bias=0.0, scale=1.0, offset=0.0, transform=None, name=f"{readout.name}_random{seed}")
+    return replace(
+        readout, weight=weight, bias=0.0, scale=1.0, offset=0.0, transform=None, name=f"{readout.name}_random{seed}"
+    )
 
 
 def make_regularizer(given: Any) -> Regularizer:
     """Regularizer of what a user wrote.
 
     Args:
-        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`) and the kind's options, as in
+        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`) and the kind's
+        options, as in
             a recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
 
     Raises:
@@ -492,5 +499,3 @@ def _pooled(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Te
 def _named(regularizer: Regularizer, name: str) -> None:
     if not regularizer.name:
         object.__setattr__(regularizer, "name", name)
-
-

@@ -32,7 +32,9 @@ class Schedule(BaseModel):
     @model_validator(mode="after")
     def _sensible(self) -> Schedule:
         if isinstance(self.steps, float) and self.steps > 1:
-            raise ValueError(f"`steps` is {self.steps} – expected a whole number of steps, or a share of the run up to 1.0")
+            raise ValueError(
+                f"`steps` is {self.steps} – expected a whole number of steps, or a share of the run up to 1.0"
+            )
         return self
 
     def factor(self, step: int, max_steps: int) -> float:

