@@ -28,8 +28,9 @@ import torch
 from datasets import Dataset
 from ledger import THEIRS, Ledger, keeping
 from peft import LoraConfig
-from timing import Row, Sample, alternate, finish, parser, prepare
-from transformers import AutoConfig, AutoTokenizer, PrinterCallback, TrainerCallback
+from steps import StepClock, timed_step
+from timing import Row, alternate, finish, parser, prepare
+from transformers import AutoConfig, AutoTokenizer, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
@@ -44,19 +45,6 @@ QUESTION = "Please tell me in your own words about the {} of a small town by the
 TOPICS = ["history", "food", "weather", "people", "music", "schools", "harbour", "markets", "winters", "gardens"]
 
 Make = Callable[[Any, float], GRPOTrainer]  # a reward function and beta to a trainer
-
-
-class StepClock(TrainerCallback):
-    """Calls a function where a step begins and where training ends."""
-
-    def __init__(self, mark: Callable[[], None]):
-        self.mark = mark
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.mark()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.mark()
 
 
 def constant_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -117,18 +105,6 @@ def share_rows(make: Make, readout: Readout, steps: int) -> tuple[list[Row], dic
         Row("own_forwards", [float(rollout.own_forwards)], "0", f"{rollout.taken} readings taken from TRL's passes"),
     ]
     return rows, millis
-
-
-def timed_step(seeded: Callable[[], GRPOTrainer]) -> Sample:
-    """From the beginning of the step to the end of training: without the making of optimizer and data loader."""
-    begun: list[Sample] = []
-    clock = StepClock(lambda: begun.append(Sample(time.process_time(), time.perf_counter())))
-    trainer = seeded()
-    trainer.add_callback(clock)
-    trainer.train()
-    ended = Sample(time.process_time(), time.perf_counter())
-    trainer.remove_callback(clock)
-    return Sample(ended.cpu - begun[0].cpu, ended.wall - begun[0].wall)
 
 
 def constant_rows(make: Make, readout: Readout, pairs: int, seed: int) -> list[Row]:

@@ -1,0 +1,221 @@
+"""What three terms in the loss cost a real `trl.DPOTrainer` step.
+
+A probe's anchor, a feature constraint on 4,096 latents and a drift penalty in a subspace of eight dimensions, all at the
+middle block, against the plain step: TRL's own trainer, LoRA (r = 16 on the query and value projections) and full
+fine-tuning, learning rate 0. The naive variant computes the same terms from forwards of its own, as one would with
+`output_hidden_states=True`. Without `--model` the model is an 8-block Llama of width 512 with random
+weights; with it, a folder, for instance the embedded SmolLM2.
+
+  three_terms_vs_plain              LoRA: CPU time of a step with the terms over a plain step
+  three_terms_vs_plain_full         the same in full fine-tuning
+  separate_forwards_vs_plain[_full] the naive variant over a plain step
+  three_terms_vs_plain_peak_memory[_full], separate_forwards_vs_plain_peak_memory[_full]
+                                    highest resident memory of a process that makes two such steps, over that of two plain steps
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import synthetic
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from steps import timed_step
+from timing import Row, alternate, finish, parser, prepare, rows_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import DPOConfig, DPOTrainer
+
+from interp_rlhf import ConceptAnchor, DriftPenalty, FeatureConstraint, Latents, Subspace, attach
+from interp_rlhf.activations import reference_pass
+from interp_rlhf.training.loss_terms import _Batch
+from interp_rlhf.training.regularizers import Pairs, Regularizer
+
+VOCABULARY = 16_384
+PAIRS_PER_STEP, LATENTS, RANK_OF_SUBSPACE, RANK = 4, 4096, 8, 16
+BETA = 0.1
+TEXT = "the harbour of a small town wakes slowly when winter fog hides every boat and gulls call over wet roofs until noon"
+WORDS = TEXT.split(" ")
+VARIANTS = ("plain", "terms", "naive")
+
+
+def pairs_of(tokenizer: Any, real: bool, seed: int) -> Dataset:
+    """Pairs of different lengths: prompts of 16 to 31 words, completions of 40 to 71."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        count = rng.randint(low, high)
+        if real:
+            return " ".join(rng.choices(WORDS, k=count))
+        return synthetic.make_texts([count], VOCABULARY, rng.randrange(2**31))[0]
+
+    def said(role: str, low: int, high: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": text(low, high)}]
+
+    rows = [
+        {"prompt": said("user", 16, 31), "chosen": said("assistant", 40, 71), "rejected": said("assistant", 40, 71)}
+        for _ in range(PAIRS_PER_STEP)
+    ]
+    return Dataset.from_list(rows)
+
+
+def terms_of(folder: Path, seed: int) -> list[Regularizer]:
+    """The three terms; readouts are random, since speed does not depend on what they have learned."""
+    config = AutoConfig.from_pretrained(folder)
+    block, width = config.num_hidden_layers // 2, config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    point = f"model.layers.{block}"
+    encoder = torch.randn(LATENTS, width, generator=generator) / width**0.5
+    vectors = torch.randn(RANK_OF_SUBSPACE, width, generator=generator)
+    return [
+        ConceptAnchor(readout=synthetic.make_readout(width, block, seed), weight=0.1),
+        FeatureConstraint(readout=Latents("latents", point, encoder, torch.zeros(LATENTS)), weight=0.5),
+        DriftPenalty(subspace=Subspace.spanned_by(point, vectors), weight=0.1),
+    ]
+
+
+class NaiveTrainer(DPOTrainer):
+    """The same three terms from forwards of their own."""
+
+    naive_terms: list[Regularizer]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        block = int(self.naive_terms[0].policy_point.rsplit(".", 1)[1])  # type: ignore[union-attr]
+        arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        output = model(**arguments, output_hidden_states=True)
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        with torch.no_grad(), reference_pass(self.model, self.ref_model) as reference:
+            start = reference(**arguments, output_hidden_states=True)
+        point = self.naive_terms[0].policy_point
+        assert point is not None
+        references = {r: r(start.hidden_states[block + 1]) for term in self.naive_terms for r in term.references}
+        pairs = Pairs(
+            _summed(output.logits, labels), _summed(start.logits, labels), inputs["completion_mask"].sum(1), self.beta,
+            [("sigmoid", 1.0)],
+        )  # fmt: skip
+        batch = _Batch(inputs, set(), {point: output.hidden_states[block + 1]}, references, pairs)
+        return loss + sum(term.compute(batch, term.weight).values.mean() for term in self.naive_terms)
+
+
+def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    kept = labels[:, 1:] != -100
+    found = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (found * kept).sum(1)
+
+
+def make_trainer(folder: Path, output: str, variant: str, lora: bool, real: bool, seed: int) -> DPOTrainer:
+    """A DPO trainer whose every step is the same batch."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    arguments = DPOConfig(
+        output_dir=output, per_device_train_batch_size=PAIRS_PER_STEP, learning_rate=0.0, max_steps=1, logging_steps=1,
+        beta=BETA, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        seed=seed,
+    )  # fmt: skip
+    made = NaiveTrainer if variant == "naive" else DPOTrainer
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora_config = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None
+    trainer = made(
+        model=model, args=arguments, train_dataset=pairs_of(tokenizer, real, seed), processing_class=tokenizer,
+        peft_config=lora_config,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    if variant == "terms":
+        attach(trainer, regularizers=terms_of(folder, seed))
+    if variant == "naive":
+        trainer.naive_terms = terms_of(folder, seed)
+    return trainer
+
+
+def high_water_mark() -> int:
+    """Highest resident memory of this process in bytes; `ru_maxrss` would begin with that of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def peak_memory(folder: Path, variant: str, lora: bool, seed: int, real: bool) -> float:
+    """Highest resident memory in bytes of a fresh process that makes two steps."""
+    command = [sys.executable, __file__, "--seed", str(seed), "--peak-of", variant, *(["--lora"] if lora else [])]
+    command += ["--model", str(folder), *([] if real else ["--random"])]
+    # Large blocks go back to the system when they are freed, so that the peak is what was in use at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    return float(json.loads(output.splitlines()[-1]))
+
+
+def main() -> None:
+    arguments_of = parser(__doc__, pairs=7)
+    arguments_of.add_argument("--model", type=Path, help="folder of a real causal LM with a chat template")
+    arguments_of.add_argument(
+        "--peak-of", choices=VARIANTS, help="make two steps of this kind and print the peak in bytes"
+    )
+    arguments_of.add_argument("--lora", action="store_true", help="with --peak-of: LoRA instead of full fine-tuning")
+    arguments_of.add_argument("--random", action="store_true", help="with --peak-of: the model is the random one")
+    arguments_of.add_argument(
+        "--memory-pairs", type=int, default=3, help="processes of each kind (default: %(default)s)"
+    )
+    arguments = arguments_of.parse_args()
+    prepare(arguments)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    seed, real = arguments.seed, arguments.model is not None and not arguments.random
+    with tempfile.TemporaryDirectory() as name:
+        folder = (
+            arguments.model.expanduser() if arguments.model else synthetic.save(Path(name) / "model", VOCABULARY, seed)
+        )
+        counter = itertools.count()
+
+        def make(variant: str, lora: bool) -> Callable[[], DPOTrainer]:
+            trainer = make_trainer(folder, f"{name}/{next(counter)}", variant, lora, real, seed)
+            return lambda: trainer
+
+        if arguments.peak_of:
+            trainer = make(arguments.peak_of, arguments.lora)()
+            trainer.args.max_steps = 2
+            trainer.train()
+            print(json.dumps(high_water_mark()))
+            return
+        rows = []
+        for lora in (True, False):
+            suffix = "" if lora else "_full"
+            kind = "LoRA" if lora else "full fine-tuning"
+            plain = make("plain", lora)
+            for variant, key, target in (("terms", "three_terms", "≤ 1.05"), ("naive", "separate_forwards", "")):
+                samples = alternate(
+                    make(variant, lora),
+                    plain,
+                    arguments.pairs,
+                    f"{key}, {kind}",
+                    timed=lambda f: timed_step(f, epoch=True),
+                )
+                rows += rows_of(f"{key}_vs_plain{suffix}", samples, target, kind)
+            peaks = {v: [] for v in VARIANTS}
+            for _ in range(arguments.memory_pairs):
+                for variant in VARIANTS:
+                    peaks[variant].append(peak_memory(folder, variant, lora, seed, real))
+            for variant, key, target in (("terms", "three_terms", "≤ 1.03"), ("naive", "separate_forwards", "")):
+                values = [a / b for a, b in zip(peaks[variant], peaks["plain"], strict=True)]
+                note = f"{kind}; plain {peaks['plain'][0] / 2**30:.2f} GiB"
+                rows.append(Row(f"{key}_vs_plain_peak_memory{suffix}", values, target, note))
+    settings = {
+        "model": str(arguments.model) if real else f"Llama, {synthetic.BLOCKS} blocks, width {synthetic.WIDTH}, random",
+        "pairs_per_step": PAIRS_PER_STEP, "latents": LATENTS, "subspace_rank": RANK_OF_SUBSPACE, "lora_rank": RANK, "beta": BETA,
+        "learning_rate": 0.0, "memory_pairs": arguments.memory_pairs,
+    }  # fmt: skip
+    finish("dpo", rows, arguments, settings)
+
+
+if __name__ == "__main__":
+    main()
