@@ -121,8 +121,8 @@ def make_trainer(folder: Path, output: str, variant: str, lora: bool, real: bool
     tokenizer = AutoTokenizer.from_pretrained(folder)
     arguments = DPOConfig(
         output_dir=output, per_device_train_batch_size=PAIRS_PER_STEP, learning_rate=0.0, max_steps=1, logging_steps=1,
-        beta=BETA, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-        seed=seed,
+        beta=BETA, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, seed=seed,
     )  # fmt: skip
     made = NaiveTrainer if variant == "naive" else DPOTrainer
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
