@@ -398,3 +398,13 @@ def test_dpo_by_hand_helpers_agree_with_trl(load, model_folder, tokenizer, tmp_p
     trainer.train()
     assert logged(trainer, "logps/chosen")[0] == pytest.approx(sum(chosen) / 8, rel=1e-5)
     assert isinstance(trainer.train_dataset, Dataset)
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_rollout_trainers_evaluate_with_their_terms(kind, load, model_folder, tokenizer, tmp_path):
+    trainer = build(kind, load, model_folder, tokenizer, tmp_path, eval_rows=rows_of(kind, 4), per_device_eval_batch_size=4)
+    attach(trainer, regularizers=terms_for(kind, trainer.model))
+    before = trainer.evaluate()
+    trainer.train()
+    assert before["eval_interp/anchor_concept/squared_gap"] > 1e-4
+    assert trainer.evaluate()["eval_interp/held/relative_square"] > 0

@@ -235,3 +235,20 @@ def test_a_resumed_run_undoes_what_came_after_its_checkpoint(tmp_path):
         ("run", 0, None), ("samples", 0, None), ("metric", 1, 1), ("samples", 1, None), ("metric", 2, 2), ("run", 0, None),
         ("metric", 3, 30), ("run", 2, None), ("metric", 3, 33),
     ]  # fmt: skip
+
+
+def test_counters_survive_though_transformers_rebuilds_callbacks(load, tokenizer, tmp_path):
+    def built(steps):
+        trainer = make_trainer(
+            "GRPO", load(), tokenizer, tmp_path, lora={}, max_steps=steps, save_strategy="steps", save_steps=1,
+            restore_callback_states_from_checkpoint=True,
+        )  # fmt: skip
+        attach(trainer, monitors=[make_readout(trainer.model)], samples_every=2)
+        return trainer
+
+    built(3).train()
+    trainer = built(5)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.interp_watchers[0].state() == {"batches": 5}
+    samples = [event["step"] for event in read_run_log(tmp_path / "interp.jsonl") if event["event"] == "samples"]
+    assert samples == [0, 2, 4]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 logger = logging.getLogger(__name__)
+STATE_KEY = "interp_rlhf"
 
 
 class Stateful(Protocol):
@@ -101,8 +101,10 @@ def require_aligned_saves(args: Any, save_steps: float | None) -> None:
     )
 
 
-class ResumeCallback(TrainerCallback, ExportableState):
-    """Puts the counters of attached parts into `trainer_state.json`, and back where a run resumes.
+class ResumeCallback(TrainerCallback):
+    """Keeps the counters of attached parts in the trainer's state, which `trainer_state.json` holds, and restores them.
+
+    Not by `ExportableState`: transformers would rebuild the callback from its numbers alone, without the parts.
 
     Args:
         parts (`dict[str, Stateful]`): by name.
@@ -112,14 +114,13 @@ class ResumeCallback(TrainerCallback, ExportableState):
     def __init__(self, parts: Mapping[str, Stateful], aligned: bool):
         self._parts, self._aligned = parts, aligned
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {name: part.state() for name, part in self._parts.items()}}
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._aligned:
             require_aligned_saves(args, state.save_steps)
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0:
-            for name, part in self._parts.items():
-                if name in saved["attributes"]:
-                    part.load_state(saved["attributes"][name])
+        saved = state.stateful_callbacks.get(STATE_KEY, {})
+        for name, part in self._parts.items():
+            if name in saved:
+                part.load_state(saved[name])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks[STATE_KEY] = {name: part.state() for name, part in self._parts.items()}

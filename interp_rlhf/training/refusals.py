@@ -65,6 +65,11 @@ def _refuse_engine(trainer: Any, kind: str) -> None:
                 f"`parallelism_config` turns {what} parallelism on – expected none: each rank then holds a piece of every "
                 f"sequence, and a mean over its tokens is none. Set `{name}_size=1`."
             )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"One process drives {trainer.args.n_gpu} GPUs (`DataParallel`) – expected one process per GPU: each replica sees a "
+            "piece of the batch. Start the script with `accelerate launch`."
+        )
     reasons = {"sync_ref_model": "the reference would move during the run, and what is held near it with it"}
     if kind != "SFT":
         reasons["padding_free"] = "both completions of a pair would lie in one row"
