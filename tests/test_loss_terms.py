@@ -59,11 +59,14 @@ def build(kind, load, model_folder, tokenizer, folder, lora=False, moved=True, *
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "SFT dft"])
 def test_four_rows_at_once_equal_two_times_two(kind, lora, load, model_folder, tokenizer, tmp_path):
     found = []
+    kind, _, loss_type = kind.partition(" ")
     for size, steps in ((4, 1), (2, 2)):
         changes = {"loss_type": "apo_zero_unpaired"} if kind == "KTO" else {}  # its KL is an estimate per micro-batch
+        if loss_type:
+            changes["loss_type"] = loss_type
         trainer = build(
             kind, load, model_folder, tokenizer, tmp_path / str(size), lora=lora, per_device_train_batch_size=size,
             gradient_accumulation_steps=steps, optim="sgd", max_steps=3, **changes,

@@ -298,6 +298,7 @@ class LossTerms:
                 for monitor in self.monitors:
                     metrics |= self._monitored(monitor, batch)
         self._log(metrics, {regularizer.name: weights[regularizer] for regularizer in active})
+        self._early, self._plain = {}, None
         return total
 
     def _weights(self) -> dict[Regularizer, float]:
@@ -317,7 +318,8 @@ class LossTerms:
             everywhere = self._units // 2 if regularizer.per_pair else self._units
         scaled = trainer.loss_is_scaled_for_ga
         if scaled is None:
-            scaled = trainer.model_accepts_loss_kwargs and num_items is not None
+            accepts = trainer.model_accepts_loss_kwargs and num_items is not None
+            scaled = accepts or trainer.compute_loss_func is not None
         # Engines average gradients over ranks, and the trainer divides by the accumulation where the loss was not.
         return ranks * (1 if scaled else steps) / max(everywhere, 1)
 
