@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="interp-rlhf",
-        description="Interpretability inside RLHF training: probes as rewards and monitors in TRL's trainers.",
+        description="Interpretability inside RLHF training: probes as rewards, regularizers and monitors in TRL's trainers.",
         epilog="Start with `interp-rlhf demo`: the whole story on a real 135M chat model, on a CPU.",
     )
     parser.add_argument("--version", action="version", version=f"interp-rlhf {__version__}")
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(probe)
     _add_check(probe)
     _add_report(commands)
+    _add_recipes(commands)
     return parser
 
 
@@ -142,3 +143,21 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     report.add_argument("--title", help="title of the page")
     report.set_defaults(run="report")
+
+
+def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    recipes = commands.add_parser("recipes", help="launch scripts and configurations").add_subparsers(
+        title="commands", required=True, metavar="COMMAND"
+    )
+    copy = recipes.add_parser(
+        "copy",
+        help="copy the recipes that come with the package into a folder",
+        description="Copies scripts, YAML, data and accelerate configurations into DIR/recipes, to be edited and launched "
+        "there. Cards that they name are found in the package.",
+        epilog="example: interp-rlhf recipes copy . && accelerate launch --config_file recipes/accelerate_configs/cpu.yaml "
+        "recipes/dpo.py --config recipes/keep_a_concept/dpo/config_anchor.yaml",
+    )
+    copy.add_argument("folder", metavar="DIR", help="where `recipes/` goes")
+    copy.add_argument("--force", action="store_true", help="overwrite files that were changed")
+    copy.add_argument("--json", action="store_true", help="print the files as JSON")
+    copy.set_defaults(run="recipes_copy")

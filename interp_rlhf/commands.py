@@ -133,6 +133,37 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def recipes_copy(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf recipes copy`."""
+    from .concepts.card import locate
+
+    source = locate("recipes/README.md").parent
+    target = Path(arguments.folder) / "recipes"
+    files = sorted(f for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    changed = [
+        str(target / f.relative_to(source))
+        for f in files
+        if (there := target / f.relative_to(source)).exists() and there.read_bytes() != f.read_bytes()
+    ]
+    if changed and not arguments.force:
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in changed)} – expected no file that differs from the package's: "
+            "nothing was copied. "
+            "Choose another folder, or pass --force to overwrite."
+        )
+    for file in files:
+        there = target / file.relative_to(source)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(file.read_bytes())
+    if arguments.json:
+        print(json.dumps({"folder": str(target), "files": [str(f.relative_to(source)) for f in files]}))
+        return 0
+    print(f"{len(files)} files in {target}; {target / 'README.md'} says what each recipe asks and what to look at")
+    print(f"next: cd {shlex.quote(str(target.parent))} && accelerate launch --config_file recipes/accelerate_configs/cpu.yaml "
+          "recipes/dpo.py --config recipes/keep_a_concept/dpo/config_anchor.yaml")  # fmt: skip
+    return 0
+
+
 def _load(name: str | None) -> tuple[Any, Any, str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -25,6 +25,7 @@ ROOMS = [
     "trainers",
     "report",
     "demo",
+    "recipe",
     "commands",
     "cli",
 ]

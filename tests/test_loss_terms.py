@@ -405,7 +405,9 @@ def test_dpo_by_hand_helpers_agree_with_trl(load, model_folder, tokenizer, tmp_p
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_rollout_trainers_evaluate_with_their_terms(kind, load, model_folder, tokenizer, tmp_path):
-    trainer = build(kind, load, model_folder, tokenizer, tmp_path, eval_rows=rows_of(kind, 4), per_device_eval_batch_size=4)
+    trainer = build(
+        kind, load, model_folder, tokenizer, tmp_path, eval_rows=rows_of(kind, 4), per_device_eval_batch_size=4
+    )
     attach(trainer, regularizers=terms_for(kind, trainer.model))
     before = trainer.evaluate()
     trainer.train()

@@ -39,7 +39,7 @@ from interp_rlhf.training.counted import counted
 HOOK_POINT = "model.layers.15"
 SEEDS = (0, 1, 2)
 TRAIN, HELD_OUT = 200, 300
-WEIGHT = 0.1
+WEIGHT = 1.0
 RESAMPLES = 10_000
 SETTINGS = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 5e-4,

@@ -1,0 +1,140 @@
+"""What the launch scripts in `recipes/` share: the `interp:` section of their YAML, data, model and resumption.
+
+In: what TRL's strict parser read. Out: arguments for TRL's trainers and for `attach`. No second configuration system:
+everything else
+in a recipe is TRL's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .concepts.card import locate
+from .drift.callback import DriftConfig
+from .training.rewards import ConceptReward
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+LISTS = ("regularizers", "interventions", "monitors", "rewards")
+KEYS = (*LISTS, "drift", "arm", "run_log", "samples_every")
+
+
+@dataclass
+class InterpArguments:
+    """The `interp:` section of a recipe.
+
+    Args:
+        interp (`dict`): plain lists `regularizers`, `interventions`, `monitors` and `rewards` (cards, for rollouts),
+        a mapping `drift`
+            (fields of `DriftConfig`), and `arm`, `run_log`, `samples_every` as in `attach`.
+
+    Raises:
+        `ValueError`: an unknown key, or a value of another shape.
+    """
+
+    interp: str | None = field(
+        default=None,
+        metadata={
+            "help": "Section of the YAML (or JSON on the command line) with regularizers, interventions, monitors, "
+            "rewards, drift, "
+            "arm, run_log, samples_every: what interp_rlhf.attach takes."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        given: Any = json.loads(self.interp) if isinstance(self.interp, str) else self.interp
+        self.section: dict[str, Any] = _section({} if given is None else given)
+
+    def attach_keywords(self) -> dict[str, Any]:
+        """Keywords of `attach`."""
+        found = {key: value for key, value in self.section.items() if key not in ("rewards", "drift")}
+        if "drift" in self.section:
+            found["drift"] = DriftConfig(**self.section["drift"])
+        return found
+
+    def rewards(self) -> list[ConceptReward]:
+        """Reward functions of the cards under `rewards`.
+
+        Raises:
+            `ValueError`: there are none.
+        """
+        cards = self.section.get("rewards", [])
+        if not cards:
+            raise ValueError(
+                "`interp.rewards` names no card – expected at least one: rollouts are trained on rewards. Add "
+                "`rewards: [reward/warmth/reward.v1.yaml]`."
+            )
+        return [
+            ConceptReward.from_card(**card) if isinstance(card, Mapping) else ConceptReward.from_card(card)
+            for card in cards
+        ]
+
+
+def _section(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"`interp` is {given!r} – expected a mapping with {', '.join(f'`{key}`' for key in KEYS)}.")
+    _refuse_unknown("interp", given, KEYS)
+    for key in LISTS:
+        if not isinstance(given.get(key, []), list):
+            raise ValueError(f"`interp.{key}` is {given[key]!r} – expected a list, also of one.")
+    drift = given.get("drift", {})
+    if not isinstance(drift, Mapping):
+        raise ValueError(f"`interp.drift` is {drift!r} – expected a mapping such as `{{every: 50}}`.")
+    _refuse_unknown("interp.drift", drift, [f.name for f in dataclasses.fields(DriftConfig)])
+    return dict(given)
+
+
+def _refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(
+            f"{', '.join(f'`{where}.{key}`' for key in unknown)} – expected {', '.join(f'`{key}`' for key in sorted(known))}."
+            + (f" Did you mean `{near[0]}`?" if near else "")
+        )
+
+
+def datasets_of(script: Any) -> dict[str, Any]:
+    """`train_dataset` and, where there is one, `eval_dataset` of TRL's `ScriptArguments`.
+
+    `dataset_name` is a file (`.jsonl`, `.json`, `.csv`, `.parquet`), from here or among the shipped recipes, or what
+    `datasets.load_dataset` takes.
+    """
+    from datasets import load_dataset
+
+    name = str(script.dataset_name)
+    suffix = Path(name).suffix
+    if suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        kind = "json" if suffix in (".jsonl", ".json") else suffix[1:]
+        loaded = load_dataset(kind, data_files=str(locate(name)))
+    else:
+        loaded = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    found = {"train_dataset": loaded[script.dataset_train_split]}
+    if script.dataset_test_split in loaded:
+        found["eval_dataset"] = loaded[script.dataset_test_split]
+    return found
+
+
+def model_of(model: Any, args: Any) -> str:
+    """Path or Hub id of TRL's `ModelConfig`, whose precision and attention go into `args`; `SmolLM2-135M-Instruct` "
+    "is the embedded one."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }  # fmt: skip
+    if model.model_name_or_path == EMBEDDED:
+        from .demo.model import default_model
+
+        return str(default_model())
+    return str(model.model_name_or_path)
+
+
+def resume_of(args: Any) -> bool | str | None:
+    """What `trainer.train` is to resume from: `--resume_from_checkpoint true` is the last complete checkpoint."""
+    given = args.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(given).lower(), given)

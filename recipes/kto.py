@@ -1,0 +1,32 @@
+"""Kahneman-Tversky optimization with concepts in the loss.
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/kto.py \\
+        --config recipes/keep_a_concept/kto/config_anchor.yaml
+
+Columns of the data: `prompt`, `completion`, `label`. Everything but the `interp:` section is TRL's own; unknown keys are refused.
+"""
+
+from trl import KTOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from interp_rlhf import InterpKTOTrainer
+from interp_rlhf.recipe import InterpArguments, datasets_of, model_of, resume_of
+
+ARGUMENTS = (ScriptArguments, KTOConfig, ModelConfig, InterpArguments)
+
+
+def main() -> None:
+    parser = TrlParser(ARGUMENTS, description=__doc__)
+    script, args, model, ours = parser.parse_args_and_config()
+    trainer = InterpKTOTrainer(
+        model=model_of(model, args),
+        args=args,
+        peft_config=get_peft_config(model),
+        **datasets_of(script),
+        **ours.attach_keywords(),
+    )
+    trainer.train(resume_from_checkpoint=resume_of(args))
+    trainer.save_model(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
