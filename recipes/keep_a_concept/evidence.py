@@ -1,10 +1,9 @@
 """Does a `ConceptAnchor` hold a concept where DPO moves it, and at what price?
 
 SmolLM2-135M-Instruct with LoRA learns 200 pairs of TruthfulQA (best against best incorrect answer). Three probes read
-the policy on
-300 other pairs, before and after: sentiment (rt-polarity), truth of city statements (Geometry of Truth), warmth (the
-shipped card).
-Plain DPO runs first; the probe that it moves most is then anchored, and beside it a random direction of the same norm.
+the policy on 300 other pairs, before and after: sentiment (rt-polarity), truth of city statements (Geometry of Truth),
+warmth (the shipped card). Plain DPO runs first; the probe that it moves most is then anchored, and beside it a random
+direction of the same norm.
 
     python recipes/keep_a_concept/evidence.py --data ../shared/data --out recipes/keep_a_concept/evidence.json
 
@@ -61,7 +60,8 @@ def pairs_of(data: Path) -> tuple[list[dict], list[dict]]:
         }
         for i in order
     ]
-    return made[:TRAIN], made[TRAIN:]
+    # Held-out pairs of like length beside each other: less padding to compute.
+    return made[:TRAIN], sorted(made[TRAIN:], key=lambda pair: len(str(pair)))
 
 
 def probes_of(data: Path, model, tokenizer, folder: Path) -> tuple[list[Readout], dict]:
