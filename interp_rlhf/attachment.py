@@ -21,18 +21,20 @@ from .concepts.readout import Readout
 from .drift.callback import DriftCallback, DriftConfig
 from .drift.recorder import record
 from .runlog import RunLog
-from .training.checkpoints import ResumeCallback, require_aligned_saves
+from .training.checkpoints import ResumeCallback, require_aligned_saves, save_multiple
 from .training.interventions import TrainingIntervention, make_intervention
 from .training.loss_terms import LossTerms, reference_source, trainer_kind
 from .training.mixin import LossMixin, with_mixin
 from .training.refusals import refuse_terms
-from .training.regularizers import Regularizer, make_regularizer
+from .training.regularizers import ConceptPenalty, ExplainAway, Regularizer, make_regularizer
 from .training.rewards import ConceptReward
 from .training.rollout import Reader, Rollout
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 4
+WITHIN_GROUP = 0.02
+MOVED_BATCHES = 3
 Measure = Callable[[str], float]
 
 
@@ -131,11 +133,22 @@ def attach(
     refuse_terms(trainer, kind, terms_wanted, list(watched), changes)
     if rollouts:
         require_aligned_saves(trainer.args, trainer.args.save_steps)
+        if drift is not None and drift.on_verdict == "stop" and drift.every % save_multiple(trainer.args):
+            raise ValueError(
+                f"`on_verdict` is `stop` and `every` of the drift configuration is {drift.every} – expected a multiple of "
+                f"{save_multiple(trainer.args)}: each evaluation without an alarm saves a checkpoint, and only there can a run with "
+                "these generation settings be resumed."
+            )
     log = record(trainer, run_log, [*(r.card for r in rewards if r.card), *cards], arm)
     # Everything that can refuse comes before the trainer is touched, so that a corrected call finds it as it was.
     callback = None
     if drift is not None:
-        callback = DriftCallback(trainer, drift.texts, list(watched), drift.labelled, drift.every, drift.hook_points)
+        trained = _pressure(rewards, terms_wanted)
+        own = {readout.name: readout for readout in (*trained, *watched)}
+        callback = DriftCallback(
+            trainer, monitors=list(own.values()), pressure={r.name: sign for r, sign in trained.items()}, config=drift,
+            reference=reference if reference is not None else getattr(trainer, "ref_model", None), run_log=log.path,
+        )  # fmt: skip
     terms = _terms(trainer, terms_wanted, [] if rollouts else list(watched), changes, reference)
     rollout = _rollout(trainer, rewards, watched, reference) if reads_rollouts else None
     stock = None
@@ -147,6 +160,8 @@ def attach(
         watch = _Watch(trainer, rollout, rewards, watched, dict(measures or {}), log, samples_every)
         trainer.interp_rollout, trainer.interp_watchers = rollout, [watch]
         parts["rollouts"] = watch
+        if callback is not None:
+            callback.batches = watch.moved
         trainer.add_callback(_FirstPassCheck(rollout))
         for reward in rewards:
             reward.bind(rollout)
@@ -189,6 +204,17 @@ def _terms(
         terms.remove()
         raise
     return terms
+
+
+def _pressure(rewards: Sequence[ConceptReward], regularizers: Sequence[Regularizer]) -> dict[Readout, int]:
+    """Readouts that training pushes, and where to: +1 up, −1 down."""
+    found = {reward.readout: 1 if reward.role == "reward" else -1 for reward in rewards}
+    for term in regularizers:
+        if isinstance(term, ConceptPenalty):
+            found[term.readout] = 1 if term.encourage else -1
+        elif isinstance(term, ExplainAway):
+            found[term.readout] = -1 if term.weight > 0 else 1
+    return found
 
 
 def _with_holdouts(cards: list[LoadedCard], rewards: Sequence[ConceptReward]) -> list[LoadedCard]:
@@ -323,6 +349,9 @@ class _Watch:
         self._monitors, self._measures = monitors, measures
         self._log, self._samples_every = log, samples_every
         self._batches = 0
+        self._warned = False
+        self._seen: dict[str, list[dict[str, Any]]] = {}
+        self._usual: dict[str, float] = {}
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], rewards: torch.Tensor) -> None:
         found: dict[str, list[float | None]] = {}
@@ -330,10 +359,13 @@ class _Watch:
             found[readout.name] = self._rollout.values(readout, reader)
             self._metric(f"interp/{readout.name}/mean_score", found[readout.name], np.mean)
             self._metric(f"interp/{readout.name}/std", found[readout.name], np.std)
+            self._remember(readout.name, found[readout.name], prompts, completions)
         texts = [completion_text(completion) for completion in completions]
         for name, measure in self._measures.items():
             found[name] = [float(measure(text)) for text in texts]
             self._metric(f"interp/measure/{name}/mean", found[name], np.mean)
+            self._metric(f"interp/measure/{name}/std", found[name], np.std)
+        self._about_reward(rewards, found)
         if not self._trainer.model.training:
             return  # evaluation: metrics, no samples of training
         if self._batches % self._samples_every == 0 and self._log.writable:
@@ -351,11 +383,57 @@ class _Watch:
             self._log.append("samples", self._trainer.state.global_step, when="train", rows=rows)
         self._batches += 1
 
+    def _remember(self, name: str, scores: Sequence[float | None], prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+        known = [(value, i) for i, value in enumerate(scores) if value is not None]
+        if not known or not self._trainer.model.training:
+            return
+        mean = float(np.mean([value for value, _ in known]))
+        usual = self._usual.setdefault(name, mean)
+        far = sorted(known, key=lambda item: -abs(item[0] - usual))[:2]
+        samples = [
+            {"prompt": _prompt_text(prompts[i]), "completion": completion_text(completions[i]), "score": value} for value, i in far
+        ]
+        seen = self._seen.setdefault(name, [])
+        seen.append({"step": self._trainer.state.global_step, "mean_score": mean, "samples": samples})
+        seen.sort(key=lambda batch: -abs(batch["mean_score"] - usual))
+        del seen[MOVED_BATCHES:]
+
+    def moved(self) -> dict[str, list[dict[str, Any]]]:
+        """Per monitor the batches since the last call whose scores were farthest from those of the run's first batch."""
+        found, self._seen = self._seen, {}
+        return found
+
+    def _about_reward(self, rewards: torch.Tensor, found: Mapping[str, Sequence[float | None]]) -> None:
+        """What the total reward goes with, on this rank's rows: length, measures, and the prompt alone."""
+        trainer = self._trainer
+        ids = self._rollout.completion_ids
+        assert ids is not None
+        first = trainer.accelerator.process_index * len(ids)
+        weights = trainer.reward_weights.to(rewards.device)
+        total = (rewards * weights).nansum(1)[first : first + len(ids)].double().cpu().numpy()  # as TRL adds them up
+        others = {"length": [float(len(own)) for own in ids]} | {name: found[name] for name in self._measures}
+        mode = "train" if trainer.model.training else "eval"
+        for name, values in others.items():
+            if (value := correlation(total, np.array(values, dtype=float))) is not None:
+                trainer._metrics[mode][f"interp/reward/{name}_correlation"].append(value)
+        size = trainer.num_generations if mode == "train" else trainer.num_generations_eval
+        if size > 1 and len(total) % size == 0 and total.std() > 0:
+            groups = total.reshape(-1, size)
+            share = float(groups.var(1).mean() / total.var())
+            trainer._metrics[mode]["interp/reward/within_group_share"].append(share)
+            if share < WITHIN_GROUP and len(groups) > 1 and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%.1f %% of the reward's variance is within groups of completions of one prompt – expected more than %.0f %%: the "
+                    "reward is nearly a function of the prompt, which no policy can change.", 100 * share, 100 * WITHIN_GROUP,
+                )  # fmt: skip
+
     def state(self) -> dict[str, Any]:
-        return {"batches": self._batches}
+        return {"batches": self._batches, "usual": self._usual, "seen": self._seen}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._batches = int(state["batches"])
+        self._usual, self._seen = dict(state["usual"]), dict(state["seen"])
 
     def _metric(self, key: str, values: Sequence[float | None], reduce: Callable[[Any], Any]) -> None:
         """Into TRL's own averages: over ranks here, over the steps of a logging interval there."""
@@ -365,6 +443,15 @@ class _Watch:
         if kept:
             mode = "train" if self._trainer.model.training else "eval"
             self._trainer._metrics[mode][key].append(float(reduce(kept)))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's correlation; None where either does not vary or there are fewer than three pairs."""
+    kept = np.isfinite(a) & np.isfinite(b)
+    a, b = a[kept], b[kept]
+    if len(a) < 3 or a.std() < 1e-12 or b.std() < 1e-12:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _prompt_text(prompt: Any) -> str:

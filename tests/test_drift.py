@@ -1,42 +1,16 @@
-"""Drift metrics against closed forms, and the callback on TRL's and on plain transformers trainers."""
+"""The drift callback on TRL's and on plain transformers trainers."""
 
 from __future__ import annotations
 
 import logging
-import math
 
 import pytest
-import torch
 from datasets import Dataset
 from tiny import labelled_rows, make_card, make_readout, sentences
 
 from interp_rlhf import DriftCallback, DriftConfig, attach, load_examples
 from interp_rlhf.concepts.examples import write_jsonl
-from interp_rlhf.drift.metrics import cosine, linear_cka, relative_norm
 from interp_rlhf.runlog import read_run_log
-
-
-def random(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_metrics_against_closed_forms():
-    a = random(0, 400, 8)
-    rotation = torch.linalg.qr(random(1, 8, 8))[0]
-    assert cosine(a, a) == pytest.approx(1.0)
-    assert cosine(a, -2 * a) == pytest.approx(-1.0)
-    assert relative_norm(a, 3 * a) == pytest.approx(3.0)
-    assert linear_cka(a, a @ rotation) == pytest.approx(1.0)  # blind to rotation …
-    assert abs(cosine(a, a @ rotation)) < 0.7  # … which the cosine sees
-    assert linear_cka(a, 5 * a + 7) == pytest.approx(1.0)
-    # Two independent Gaussian matrices: E ‖A'ᵀB'‖² = N D², ‖A'ᵀA'‖ ≈ N √D, so CKA ≈ D / N.
-    assert linear_cka(a, random(2, 400, 8)) == pytest.approx(8 / 400, abs=0.02)
-    # A permutation of the rows breaks the pairing as independence does.
-    assert linear_cka(a, a[torch.randperm(400, generator=torch.Generator().manual_seed(3))]) < 0.1
-    # cos of (1, 0) with (1, 1) is 1/√2, and the norm ratio √2.
-    before, after = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
-    assert cosine(before, after) == pytest.approx(1 / math.sqrt(2))
-    assert relative_norm(before, after) == pytest.approx(math.sqrt(2))
 
 
 def plain_trainer(tmp_path, model, tokenizer, **changes):
@@ -82,7 +56,7 @@ def test_drift_reaches_log_history_and_run_log_at_its_own_steps(make, tmp_path, 
     assert rows[0][key + "cosine"] == pytest.approx(1.0)
     assert rows[0][key + "relative_norm"] == pytest.approx(1.0)
     assert rows[4][key + "cosine"] < rows[0][key + "cosine"] - 1e-4
-    assert 0 < rows[4]["interp/warmth/drift_auroc"] <= 1
+    assert 0 < rows[4]["interp/warmth/drift_frozen_auroc"] <= 1
     losses = [row["step"] for row in trainer.state.log_history if "loss" in row]
     assert losses == [2, 4]  # the trainer's own logging is where it was
     events = read_run_log(tmp_path / "out" / "interp.jsonl")
@@ -90,7 +64,7 @@ def test_drift_reaches_log_history_and_run_log_at_its_own_steps(make, tmp_path, 
     assert events[-1]["event"] == "end"  # the last measurement comes before trackers close
     drift = next(e for e in events if e["event"] == "drift" and e["step"] == 4)
     assert drift["hook_points"]["model.layers.1"]["cosine"] == rows[4][key + "cosine"]
-    assert drift["monitors"]["warmth"]["auroc"] == rows[4]["interp/warmth/drift_auroc"]
+    assert drift["monitors"]["warmth"]["frozen_auroc"] == rows[4]["interp/warmth/drift_frozen_auroc"]
     assert {e["step"] for e in events if e["event"] == "metric"} >= {2, 4}
 
 
@@ -127,10 +101,10 @@ def test_first_tokens_are_left_out_and_long_batteries_are_cut(tmp_path, load, to
     trainer = plain_trainer(tmp_path, load(), tokenizer)
     callback = DriftCallback(trainer, ["warm day", "cold night rain"])
     lengths = [len(tokenizer(text)["input_ids"]) for text in ("warm day", "cold night rain")]
-    assert callback._batch.completion_mask.sum(1).tolist() == [n - 1 for n in lengths]
+    assert callback.battery.batch.completion_mask.sum(1).tolist() == [n - 1 for n in lengths]
     with caplog.at_level(logging.WARNING):
         callback = DriftCallback(trainer, [" ".join(["day"] * 100)] * 50)
-    assert int(callback._batch.attention_mask.sum()) <= 2048
+    assert int(callback.battery.batch.attention_mask.sum()) <= 2048
     assert "Drift is measured on the first" in caplog.text
     with pytest.raises(ValueError, match="`every` is 0"):
         DriftCallback(trainer, every=0)
@@ -148,11 +122,11 @@ def test_attach_adds_drift_to_any_trainer_and_rollout_terms_to_none_but_rollouts
 
 
 def test_labelled_examples_may_be_given_loaded(tmp_path, load, tokenizer):
-    write_jsonl(labelled_rows(6), tmp_path / "labelled.jsonl")
+    write_jsonl(labelled_rows(12), tmp_path / "labelled.jsonl")
     trainer = plain_trainer(tmp_path, load(), tokenizer, max_steps=1)
     monitor = make_readout(load(), name="watched")
     trainer.add_callback(
         DriftCallback(trainer, monitors=[monitor], labelled=load_examples(tmp_path / "labelled.jsonl"))
     )
     trainer.train()
-    assert any("interp/watched/drift_auroc" in row for row in trainer.state.log_history)
+    assert any("interp/watched/drift_frozen_auroc" in row for row in trainer.state.log_history)

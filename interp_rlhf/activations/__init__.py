@@ -8,7 +8,7 @@ from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
 from .hook_points import backbone, decoder_layers, embedding_point, has_adapters, hidden_size, resolve, unwrap
 from .identity import identity, structure
 from .intervene import Intervention
-from .read import read, read_activations, read_inputs, read_means, reference_pass
+from .read import read, read_activations, read_inputs, read_means, read_predictions, reference_pass
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "read_activations",
     "read_inputs",
     "read_means",
+    "read_predictions",
     "reference_pass",
     "resolve",
     "structure",

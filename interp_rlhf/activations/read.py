@@ -21,6 +21,8 @@ from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
 
 # Sees the rows of a batch, their token positions and the activation (rows, T, D) at one hook point.
 Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
+# Sees the token positions and the logits (rows, T, V).
+LogitSink = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class _Done(Exception):
@@ -131,6 +133,51 @@ def read_activations(
     Returns:
         `dict[str, torch.FloatTensor]`: hook point to activations (N, D), float32, N the number of counted tokens.
     """
+    found, sink = _collect(batch)
+    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None)
+    return found
+
+
+def read_predictions(
+    model: nn.Module, batch: TokenBatch, hook_points: Sequence[str], kept: torch.Tensor, *, batch_tokens: int = 512
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Activations as by `read_activations`, and what the model predicts, all by one whole forward.
+
+    Args:
+        kept (`torch.LongTensor` of shape (K,)): which of the N counted tokens to keep the whole prediction of.
+
+    Returns:
+        Activations by hook point; the log-prob (N,) of each counted token given what precedes it, NaN for the first token of a
+        row; log-probs (K, V), float32, of the distributions that predict the kept tokens.
+    """
+    found, sink = _collect(batch)
+    counted = batch.completion_mask.flatten()
+    target = counted.cumsum(0) - 1
+    log_probs = torch.full((int(counted.sum()),), torch.nan)
+    wanted = torch.full((len(log_probs),), -1, dtype=torch.long)
+    wanted[kept] = torch.arange(len(kept))
+    rows: dict[int, torch.Tensor] = {}
+
+    def predictions(places: torch.Tensor, logits: torch.Tensor) -> None:
+        ids = batch.input_ids.flatten()
+        for row, line in enumerate(places):
+            line = line[line >= 0]
+            here = counted[line[1:]].nonzero().squeeze(1)  # predicted by the position before
+            if not len(here):
+                continue
+            found = logits[row, here.to(logits.device)].float().log_softmax(-1).cpu()
+            tokens = line[1:][here]
+            log_probs[target[tokens]] = found.gather(1, ids[tokens, None])[:, 0]
+            for place, prediction in zip(wanted[target[tokens]].tolist(), found, strict=True):
+                if place >= 0:
+                    rows[place] = prediction.clone()
+
+    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None, predictions)
+    return found, log_probs, torch.stack([rows[i] for i in range(len(kept))])
+
+
+def _collect(batch: TokenBatch) -> tuple[dict[str, torch.Tensor], Sink]:
+    """A sink that keeps the activations of counted tokens in the order of the batch, and where it keeps them."""
     counted = batch.completion_mask.flatten()
     target = counted.cumsum(0) - 1  # row in the result of each counted token
     found: dict[str, torch.Tensor] = {}
@@ -141,8 +188,7 @@ def read_activations(
         wanted = (places >= 0) & counted[places.clamp(min=0)]
         found[hook_point][target[places[wanted]]] = activation.detach().float().cpu()[wanted]
 
-    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None)
-    return found
+    return found, sink
 
 
 def read_inputs(
@@ -176,7 +222,7 @@ def read_inputs(
 
     handles = [resolve(model, point).register_forward_hook(hook(point)) for point in groups]
     try:
-        with reading(), _measuring(core), torch.no_grad():
+        with reading(), measuring(core), torch.no_grad():
             core(**{**inputs, "use_cache": False})
     except _Done:
         pass
@@ -227,10 +273,14 @@ def _forward(
     sink: Sink,
     batch_tokens: int,
     progress: str | None,
+    predictions: LogitSink | None = None,
 ) -> None:
-    """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`."""
+    """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`.
+
+    With `predictions` the whole model runs, and its logits go there.
+    """
     _check(model, batch)
-    core = backbone(model)
+    core = backbone(model) if predictions is None else unwrap(model)
     modules = {point: resolve(model, point) for point in hook_points}
     waiting: set[str] = set()
     places = torch.empty(0)
@@ -239,7 +289,7 @@ def _forward(
         def run(module: nn.Module, args: Any, output: Any) -> None:
             sink(point, places, output_tensor(output))
             waiting.discard(point)
-            if not waiting:
+            if not waiting and predictions is None:
                 raise _Done
 
         return run
@@ -250,15 +300,19 @@ def _forward(
         total=int(batch.attention_mask.sum()), desc=progress, unit="token", disable=progress is None, leave=False
     )
     try:
-        with bar, reading(), _measuring(core), torch.no_grad():
+        with bar, reading(), measuring(core), torch.no_grad():
             for input_ids, attention_mask, places in _buckets(batch, batch_tokens):  # noqa: B007, the hooks read it
                 waiting = set(modules)
                 try:
-                    core(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+                    output = core(
+                        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+                    )
                 except _Done:
                     pass
                 else:
-                    raise _did_not_fire(waiting, core)
+                    if waiting or predictions is None:
+                        raise _did_not_fire(waiting, core)
+                    predictions(places, output.logits)
                 bar.update(int(attention_mask.sum()))
     finally:
         for handle in handles:
@@ -294,8 +348,8 @@ def _buckets(batch: TokenBatch, batch_tokens: int) -> Iterator[tuple[torch.Tenso
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """No dropout, so that a reading repeats and draws no random numbers; every module's flag is put back as it was.
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Without dropout, so that a reading repeats and draws no random numbers; every module's flag is put back as it was.
 
     The trainer's own model object keeps its flag: TRL reads its mode from it, and only the backbone is touched.
     """

@@ -1,76 +1,119 @@
-"""The drift callback: on fixed texts, the policy against its own start.
+"""The drift callback: on fixed texts and prompts, the policy against its own start, with a verdict.
 
-In: a built trainer, of TRL or of transformers. Out: metrics through the trainer's log, and `drift` events in the run log. It
-reads the policy between two steps and leaves it as it was: training flags, random state, and TRL's own metrics.
+In: a built trainer, of TRL or of transformers. Out: metrics through the trainer's log, and `drift`, `samples` and `verdict` events
+in the run log. It reads the policy between two steps and leaves it as it was: training flags, random state, and TRL's own metrics.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import logging
+import math
+import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..activations import (
-    TokenBatch,
-    decoder_layers,
-    end_of_turn_ids,
-    read,
-    read_activations,
-    resolve,
-    tokenize_examples,
-)
-from ..concepts.artifact import write_atomically
+from ..activations import decoder_layers, end_of_turn_ids, resolve, tokenize_examples
 from ..concepts.card import LoadedCard
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
-from . import metrics
+from ..runlog import read_run_log
+from .battery import Battery, Snapshot, spread
+from .monitors import LabelledSet, Reading, concept_angle, scores_of
+from .own_text import OwnText, Sampled, per_prompt, summarize
 from .recorder import record
 from .texts import TEXTS
+from .verdicts import Verdict, gather, judge
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 2048
 START_FILE = "interp_drift_start.safetensors"
+LAST_GOOD = "last_good"
+SHOWN = 5  # prompts that moved a monitor most, and samples, per evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DriftConfig:
-    """What `attach(trainer, drift=…)` passes on to `DriftCallback`; the fields are documented there."""
+    """What `attach(trainer, drift=…)` watches, and how often.
+
+    Attributes:
+        every (`int`, defaults to 50): optimizer steps between two evaluations; there is one at the start and one at the end.
+        texts (`Sequence`, *optional*): texts or examples (see `tokenize_examples`); by default 24 neutral ones that come with the
+            package. At most 2,048 tokens are used. The first token of each text and tokens whose norm stands out are left out.
+        hook_points (`Sequence[str]`, *optional*): where to measure; by default four decoder layers spread over the depth. Those of the
+            monitors are added.
+        labelled (`str`, `Path` or `Examples`, *optional*): labelled examples (20 or more) on which monitors are read frozen,
+            re-standardized and refitted; without them, monitors are read frozen on `texts`.
+        prompts (`Sequence`, *optional*): prompts (8 or more) that the policy answers at every evaluation: what the text does and what the
+            representation does are told apart on them, where there is a frozen reference (`reference_model`, or PEFT).
+        max_new_tokens (`int`, defaults to 32): of those answers.
+        measures (`dict[str, Callable]`, *optional*): independent measures of their text: a text to a float.
+        on_verdict (`str`, defaults to `"log"`): or `stop`: an alarm (`verdicts.ALARMS`) ends training; `last_good/` in the output folder
+            is the checkpoint of the last evaluation without one.
+        max_overhead (`float`, *optional*): share of the training time that evaluations may take, 0.02 say: they become rarer than
+            `every` where they would take more.
+        baseline (`str` or `Path`, *optional*): run log of a run without the term: its movement of each monitor is taken off.
+        seed (`int`, defaults to 0): of sampling, folds and bootstraps.
+    """
 
     every: int = 50
     texts: Sequence[Any] | None = None
-    labelled: str | Path | Examples | None = None
     hook_points: Sequence[str] | None = None
+    labelled: str | Path | Examples | None = None
+    prompts: Sequence[Any] | None = None
+    max_new_tokens: int = 32
+    measures: Mapping[str, Callable[[str], float]] | None = None
+    on_verdict: Literal["log", "stop"] = "log"
+    max_overhead: float | None = None
+    baseline: str | Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"`every` is {self.every} – expected a number of optimizer steps, at least 1.")
+        if self.on_verdict not in ("log", "stop"):
+            raise ValueError(f"`on_verdict` is {self.on_verdict!r} – expected `log` or `stop`.")
+        if self.max_overhead is not None and not 0 < self.max_overhead < 1:
+            raise ValueError(f"`max_overhead` is {self.max_overhead} – expected a share of the training time, 0.02 say.")
+        if self.measures and not self.prompts:
+            raise ValueError("`measures` was given without `prompts` – expected prompts, whose answers are measured.")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What later evaluations are compared with."""
+
+    snapshot: Snapshot
+    readings: dict[str, Reading]
+    sampled: Sampled | None
 
 
 class DriftCallback(TrainerCallback):
-    """Logs how far the policy's activations have moved from where they started.
+    """Logs how far the policy has moved from where it started, inside and in its text, and judges it.
 
     Add it to any trainer: `trainer.add_callback(DriftCallback(trainer))`.
 
     Args:
         trainer (`transformers.Trainer`): already built.
-        texts (`Sequence`, *optional*): texts or examples (see `tokenize_examples`); by default 24 neutral ones that come
-            with the package. At most 2,048 tokens are used; what is over is left out with a warning. The first token of
-            each text is left out of every metric.
         monitors (`Sequence`): cards or readouts, read frozen on the policy.
-        labelled (`str`, `Path` or `Examples`, *optional*): labelled examples on which monitors are read, for the AUROC;
-            without them, monitors give their mean score on `texts`.
-        every (`int`, defaults to 50): optimizer steps between two evaluations; there is one at the start and one at the
-            end.
-        hook_points (`Sequence[str]`, *optional*): where to measure; by default four decoder layers spread over the depth.
+        pressure (`dict[str, int]`, *optional*): names of monitors that training pushes, +1 up or −1 down; `attach` fills it in.
+        reference (`nn.Module`, *optional*): the frozen reference for the policy's own text; with PEFT it is the base model.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
+        config (`DriftConfig`, *optional*), **settings: the fields of `DriftConfig`, as one or by name.
 
-    Logged under `interp/drift/<hook point>/` are `cosine`, `relative_norm` and `cka` (see `drift.metrics`), under
-    `interp/<monitor>/` `drift_mean_score` and `drift_auroc`, and `interp/drift/overhead_seconds`.
+    Logged under `interp/drift/<hook point>/` are `cosine`, `relative_norm`, `cka`, `procrustes`, `shift_rank`, `first_tokens` and
+    `norm_outliers` (see `drift.metrics`), under `interp/drift/` `kl`, `perplexity`, `alarm` (1 where the verdict is one) and
+    `overhead_seconds`, under `interp/<monitor>/` `drift_…`. The verdict itself is in the run log and the report.
     """
 
     def __init__(
@@ -78,22 +121,27 @@ class DriftCallback(TrainerCallback):
         trainer: Trainer,
         texts: Sequence[Any] | None = None,
         monitors: Sequence[str | Path | LoadedCard | Readout] = (),
-        labelled: str | Path | Examples | None = None,
-        every: int = 50,
-        hook_points: Sequence[str] | None = None,
+        *,
+        pressure: Mapping[str, int] | None = None,
+        reference: torch.nn.Module | None = None,
         run_log: str | Path | None = None,
+        config: DriftConfig | None = None,
+        **settings: Any,
     ):
-        if every < 1:
-            raise ValueError(f"`every` is {every} – expected a number of optimizer steps, at least 1.")
-        self.trainer = trainer
-        self.every = every
+        config = dataclasses.replace(config or DriftConfig(), **settings)
+        self.trainer, self.config = trainer, dataclasses.replace(config, texts=texts) if texts is not None else config
+        config = self.config
         model: Any = trainer.model
-        self.hook_points = list(hook_points) if hook_points else _spread(decoder_layers(model))
-        for point in self.hook_points:
-            resolve(model, point)
         self.monitors = [m if isinstance(m, Readout) else Readout.from_card(m) for m in monitors]  # type: ignore[arg-type]
         for monitor in self.monitors:
             monitor.check_model(model, exact=False)
+        self.pressure = dict(pressure or {})
+        layers = decoder_layers(model)
+        chosen = list(config.hook_points) if config.hook_points else spread(layers)
+        chosen = list(dict.fromkeys([*chosen, *(monitor.hook_point for monitor in self.monitors)]))
+        for point in chosen:
+            resolve(model, point)
+        chosen.sort(key=lambda point: layers.index(point) if point in layers else -1)
         processing: Any = trainer.processing_class
         tokenizer = getattr(processing, "tokenizer", processing)
         chat: dict[str, Any] = {
@@ -101,81 +149,196 @@ class DriftCallback(TrainerCallback):
             "chat_template_kwargs": getattr(trainer, "chat_template_kwargs", None),
         }
         ends = end_of_turn_ids(model, tokenizer)
-        self._batch = _fixed(
-            tokenize_examples(list(TEXTS if texts is None else texts), tokenizer, **chat, end_of_turn_ids=ends)
-        )
-        self._labelled: tuple[TokenBatch, np.ndarray] | None = None
-        if labelled is not None:
-            examples = labelled if isinstance(labelled, Examples) else load_examples(labelled)
-            self._labelled = tokenize_examples(examples.rows, tokenizer, **chat, end_of_turn_ids=ends), examples.labels
+
+        def tokenized(rows: Sequence[Any]) -> Any:
+            return tokenize_examples(list(rows), tokenizer, **chat, end_of_turn_ids=ends)
+
+        self.battery = Battery(tokenized(TEXTS if config.texts is None else config.texts), chosen)
+        self._labelled: LabelledSet | None = None
+        if config.labelled is not None:
+            given = config.labelled
+            examples = given if isinstance(given, Examples) else load_examples(given)
+            self._labelled = LabelledSet(examples, tokenized(examples.rows), config.seed)
+        self._own: OwnText | None = None
+        if config.prompts:
+            self._own = OwnText(
+                trainer, config.prompts, self.monitors, config.measures or {}, reference, ends, config.max_new_tokens,
+                seed=config.seed, chat=chat,
+            )  # fmt: skip
+        self._baseline = _shifts(config.baseline) if config.baseline is not None else {}
         self._log = record(trainer, run_log)
-        self._start: dict[str, torch.Tensor] | None = None
+        # Set by `attach`: which training batches moved each monitor most since the last call.
+        self.batches: Callable[[], dict[str, Any]] | None = None
+        self._start: _Start | None = None
+        self._first: dict[str, Any] | None = None
+        self._before: dict[str, list[float | None]] | None = None
         self._last_step = -1
+        self._next = 0
+        self._good: int | None = None
+        self._clock = 0.0
+        self._spent = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = None
+        self._start = self._first = self._before = self._good = None
+        self._clock, self._spent = time.monotonic(), 0.0
         if state.global_step > 0:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for folder in (self._log.path.parent, checkpoint):
                 self._start = self._start or self._load_start(folder / START_FILE)
             if self._start is not None:
-                self._last_step = (
-                    state.global_step
-                )  # what the run had to say of this step, it said before it was saved
+                # What the run had to say of this step, it said before it was saved.
+                self._last_step = state.global_step
+                self._schedule(state.global_step)
+                self._remember(state.global_step)
                 return
             logger.warning(
-                "Resumed at step %d without `%s` of the same texts and hook points in `%s` or `%s`: drift is now "
+                "Resumed at step %d without `%s` of the same texts, hook points and monitors in `%s` or `%s`: drift is now "
                 "measured from here.",
                 state.global_step, START_FILE, self._log.path.parent, checkpoint,
             )  # fmt: skip
-        self._evaluate(state.global_step)
+        self._evaluate(state.global_step, control, "before")
+
+    def _remember(self, step: int) -> None:
+        """What a resumed run knows of its earlier evaluations, from its own log and folder."""
+        if self._log.path.exists():
+            events = [e for e in read_run_log(self._log.path) if e["event"] == "drift" and e.get("step", 0) <= step]
+            self._first = events[0] if events else None
+            self._before = events[-1].get("own_text", {}).get("scores") if events else None
+        state = Path(self.trainer.args.output_dir) / LAST_GOOD / "trainer_state.json"
+        if state.exists() and (good := json.loads(state.read_text())["global_step"]) <= step:
+            self._good = good
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The start travels with the checkpoint, which may be moved away from the run."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         source = self._log.path.with_name(START_FILE)
-        if self._log.writable and checkpoint.is_dir() and source.exists():
-            write_atomically(checkpoint / START_FILE, source.read_bytes())
+        if not self._log.writable or not checkpoint.is_dir():
+            return
+        if source.exists():
+            (checkpoint / START_FILE).unlink(missing_ok=True)
+            _link_or_copy(str(source), str(checkpoint / START_FILE))
+        if self.config.on_verdict == "stop" and self._good == state.global_step:
+            _link(checkpoint, Path(args.output_dir) / LAST_GOOD)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # At the last step here and not in `on_train_end`: by then trackers have closed.
-        if state.global_step % self.every == 0 or control.should_training_stop:
-            self._evaluate(state.global_step)
+        if state.global_step >= self._next or control.should_training_stop:
+            self._evaluate(state.global_step, control, "after" if control.should_training_stop else "train")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != self._last_step:  # stopped in a way that no step foresaw: into the run log only
-            self._evaluate(state.global_step, publish=False)
+            self._evaluate(state.global_step, control, "after", publish=False)
 
-    def _evaluate(self, step: int, publish: bool = True) -> None:
+    def _schedule(self, step: int, seconds: float = 0.0) -> None:
+        every = self.config.every
+        self._next = (step // every + 1) * every
+        trained = time.monotonic() - self._clock - self._spent
+        if self.config.max_overhead is not None and step > 0 and seconds and trained > 0:
+            # As many steps as one more evaluation needs to stay within the budget.
+            needed = (self._spent + seconds) / self.config.max_overhead / (trained / step) - step
+            self._next = max(self._next, step + math.ceil(needed / every) * every)
+
+    def _evaluate(self, step: int, control: Any, when: str, publish: bool = True) -> None:
         started = time.monotonic()
         model: Any = self.trainer.model
-        now = read_activations(model, self._batch, self.hook_points)
+        snapshot = self.battery.read(model)
+        old = self._start.readings if self._start is not None else None
+        readings = self._labelled.read(model, self.monitors, old) if self._labelled is not None else {}
+        sampled = self._own.sample() if self._own is not None else None
         if self._start is None:
-            self._start = now
+            self._start = _Start(snapshot, readings, sampled)
             self._save_start()
-        points = {
-            point: {
-                "cosine": metrics.cosine(self._start[point], now[point]),
-                "relative_norm": metrics.relative_norm(self._start[point], now[point]),
-                "cka": metrics.linear_cka(self._start[point], now[point]),
-            }
-            for point in self.hook_points
-        }
-        monitors = self._read_monitors(model)
+        start = self._start
+        points, output = self.battery.compare(start.snapshot, snapshot)
+        event: dict[str, Any] = {
+            "texts": len(self.battery), "tokens": self.battery.tokens, "hook_points": points, "output": output,
+            "monitors": self._monitors(snapshot, readings),
+        }  # fmt: skip
+        if readings and (angle := concept_angle(self.monitors, readings, start.readings)) is not None:
+            event["concept_angle"] = angle
+        if sampled is not None and start.sampled is not None:
+            event["own_text"] = summarize(sampled, start.sampled, self.config.seed)
+            event["own_text"]["scores"] = per_prompt(sampled)
+            event["moved"] = self._moved(sampled, self._before or per_prompt(start.sampled))
+            self._before = event["own_text"]["scores"]
+        if self.batches is not None and (batches := self.batches()):
+            event["batches"] = batches
+        self._first = self._first or event
+        verdict = judge(
+            gather(event, self._first, self.trainer.state.log_history, max(self._last_step, 0), self._baseline)
+        )
         seconds = time.monotonic() - started
-        logged = {
-            f"interp/drift/{point}/{key}": value for point, found in points.items() for key, value in found.items()
-        }
-        logged |= {
-            f"interp/{name}/drift_{key}": value for name, found in monitors.items() for key, value in found.items()
-        }
+        self._spent += seconds
         if publish:
-            self._publish({**logged, "interp/drift/overhead_seconds": round(seconds, 4)})
-        self._log.append(
-            "drift", step, texts=len(self._batch), tokens=int(self._batch.completion_mask.sum()), hook_points=points,
-            monitors=monitors, overhead_seconds=round(seconds, 4),
-        )  # fmt: skip
+            self._publish(_flat(event) | {"interp/drift/alarm": float(verdict.alarm), "interp/drift/overhead_seconds": round(seconds, 4)})
+        self._log.append("drift", step, **event, overhead_seconds=round(seconds, 4))
+        self._log.append("verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=verdict.alarm)
+        if sampled is not None:
+            self._log.append("samples", step, when=when, rows=self._rows(sampled))
         self._last_step = step
+        self._schedule(step, seconds)
+        self._act(verdict, step, control)
+
+    def _act(self, verdict: Verdict, step: int, control: Any) -> None:
+        if verdict.alarm:
+            logger.warning("Step %d: %s. %s. Next: %s", step, verdict.name, "; ".join(verdict.because), verdict.next)
+        if self.config.on_verdict != "stop" or step == 0:
+            return
+        if verdict.alarm:
+            control.should_training_stop = True
+            control.should_save = False
+            good = f"`{Path(self.trainer.args.output_dir) / LAST_GOOD}`, of step {self._good}" if self._good else "none yet"
+            logger.warning("Training stops here; the checkpoint of the last evaluation without an alarm: %s.", good)
+        elif not control.should_training_stop:
+            self._good = step
+            control.should_save = True
+
+    def _monitors(self, snapshot: Snapshot, readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
+        assert self._start is not None
+        found: dict[str, dict[str, Any]] = {}
+        for monitor in self.monitors:
+            name = monitor.name
+            if self._labelled is not None:
+                found[name] = self._labelled.summary(readings[name], self._start.readings[name])
+            else:
+                now, then = (
+                    scores_of(monitor, self.battery.batch, side.activations[monitor.hook_point])
+                    for side in (snapshot, self._start.snapshot)
+                )
+                kept = np.isfinite(now)
+                scale = max(float(then[kept].std()), 1e-12)
+                found[name] = {"mean_score": float(now[kept].mean()), "shift": float((now - then)[kept].mean() / scale)}
+            found[name]["hook_point"] = monitor.hook_point
+            if name in self.pressure:
+                found[name]["pressure"] = self.pressure[name]
+        return found
+
+    def _moved(self, now: Sampled, before: Mapping[str, list[float | None]]) -> dict[str, list[dict[str, Any]]]:
+        """Per monitor the prompts whose answers moved it most since the last evaluation."""
+        assert self._own is not None
+        found = {}
+        for name, scores in per_prompt(now).items():
+            pairs = zip(scores, before[name], strict=True)
+            gaps = [(i, new - old) for i, (new, old) in enumerate(pairs) if new is not None and old is not None]
+            top = sorted(gaps, key=lambda item: -abs(item[1]))[:SHOWN]
+            found[name] = [
+                {"prompt": self._own.prompts[i], "completion": now.texts[i], "change": round(gap, 4)} for i, gap in top if gap
+            ]
+        return found
+
+    def _rows(self, sampled: Sampled) -> list[dict[str, Any]]:
+        assert self._own is not None
+        rows = []
+        for i in range(min(SHOWN, len(sampled.texts))):
+            scores = {name: _none(values[i]) for name, values in (sampled.policy | sampled.measures).items()}
+            row: dict[str, Any] = {"prompt": self._own.prompts[i], "completion": sampled.texts[i], "scores": scores}
+            if self.monitors:
+                row["tokens"] = {
+                    "pieces": sampled.pieces[i],
+                    "scores": {name: [round(s, 3) for s in lists[i]] for name, lists in sampled.token_scores.items()},
+                }
+            rows.append(row)
+        return rows
 
     def _publish(self, logged: dict[str, float]) -> None:
         """Through the log of transformers' own `Trainer`: it reaches `log_history` and every tracker at this very step.
@@ -187,67 +350,80 @@ class DriftCallback(TrainerCallback):
         Trainer.log(self.trainer, logged)
         self.trainer.control.should_log = wanted
 
-    def _read_monitors(self, model: Any) -> dict[str, dict[str, float]]:
-        if not self.monitors:
-            return {}
-        batch, labels = self._labelled if self._labelled is not None else (self._batch, None)
-        scores = read(model, batch, self.monitors)
-        found: dict[str, dict[str, float]] = {}
-        for monitor in self.monitors:
-            values = monitor.score(scores[monitor.name])
-            kept = [value for value in values if value is not None]
-            found[monitor.name] = {"mean_score": float(np.mean(kept))}
-            if labels is not None:
-                from sklearn.metrics import roc_auc_score
-
-                rows = [i for i, value in enumerate(values) if value is not None]
-                found[monitor.name]["auroc"] = float(roc_auc_score(labels[rows], kept))
-        return found
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.hook_points).encode())
-        digest.update(self._batch.input_ids.numpy().tobytes())
-        return digest.hexdigest()
+    def _note(self) -> str:
+        """What else a start belongs to: the labelled examples, the prompts, the monitors."""
+        said = {
+            "labelled": self._labelled.examples.fingerprint if self._labelled is not None else None,
+            "prompts": [self._own.prompts, self._own.max_new_tokens, self._own.seed] if self._own is not None else None,
+            "measures": sorted(self.config.measures or {}),
+            "monitors": [(m.name, hashlib.sha256(m.weight.numpy().tobytes()).hexdigest()) for m in self.monitors],
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
     def _save_start(self) -> None:
-        from safetensors.torch import save
-
         assert self._start is not None
-        if self._log.writable:
-            tensors = {point: values.contiguous() for point, values in self._start.items()}
-            write_atomically(
-                self._log.path.with_name(START_FILE), save(tensors, metadata={"fingerprint": self._fingerprint()})
-            )
+        if not self._log.writable:
+            return
+        extra: dict[str, torch.Tensor] = {}
+        for name, reading in self._start.readings.items():
+            extra |= {f"labelled/{key}": value for key, value in reading.tensors(name).items()}
+        if self._start.sampled is not None:
+            extra |= self._start.sampled.tensors()
+        self.battery.save(self._start.snapshot, self._log.path.with_name(START_FILE), extra, self._note())
 
-    def _load_start(self, path: Path) -> dict[str, torch.Tensor] | None:
-        from safetensors import safe_open
-
-        if not path.exists():
+    def _load_start(self, path: Path) -> _Start | None:
+        found = self.battery.load(path, self._note())
+        if found is None:
             return None
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("fingerprint") != self._fingerprint():
-                return None
-            return {point: file.get_tensor(point) for point in self.hook_points}
+        snapshot, extra = found
+        labelled = {key.removeprefix("labelled/"): value for key, value in extra.items()}
+        readings = {m.name: Reading.from_tensors(m.name, labelled) for m in self.monitors} if self._labelled else {}
+        return _Start(snapshot, readings, Sampled.from_tensors(extra) if self._own is not None else None)
 
 
-def _spread(layers: list[str]) -> list[str]:
-    """Four layers over the depth, the last one among them."""
-    count = len(layers)
-    return list(dict.fromkeys(layers[max(0, round(count * part / 4) - 1)] for part in (1, 2, 3, 4)))
+def _flat(event: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a `drift` event under the names of the trainer's log."""
+    found = {f"interp/drift/{point}/{key}": value for point, part in event["hook_points"].items() for key, value in part.items()}
+    found |= {f"interp/drift/{key}": value for key, value in event["output"].items()}
+    if "concept_angle" in event:
+        found["interp/drift/concept_angle"] = event["concept_angle"]
+    for name, part in event["monitors"].items():
+        found |= {f"interp/{name}/drift_{key}": v for key, v in part.items() if isinstance(v, float) and key != "pressure"}
+    own = event.get("own_text", {})
+    for name, part in own.get("monitors", {}).items():
+        found |= {f"interp/{name}/own_{key}": part[key] for key in ("policy", "text", "drift") if part.get(key) is not None}
+    for name, part in own.get("measures", {}).items():
+        if part["mean"] is not None:
+            found[f"interp/measure/{name}/own_mean"] = part["mean"]
+    for key in ("clipped", "empty", "repetition", "reference_perplexity"):
+        if key in own and math.isfinite(own[key]):
+            found[f"interp/own_text/{key}"] = own[key]
+    return found
 
 
-def _fixed(batch: TokenBatch) -> TokenBatch:
-    """At most `MAX_TOKENS` tokens, without the first token of each row: it carries massive activations, not the text."""
-    lengths = batch.attention_mask.sum(1)
-    kept = int((lengths.cumsum(0) <= MAX_TOKENS).sum())
-    if kept == 0:
-        raise ValueError(
-            f"The first of `texts` has {int(lengths[0])} tokens – expected texts of at most {MAX_TOKENS}."
-        )
-    if kept < len(batch):
-        logger.warning(
-            "Drift is measured on the first %d of %d texts: %d tokens at most.", kept, len(batch), MAX_TOKENS
-        )
-    counted = batch.completion_mask[:kept].clone()
-    counted[batch.attention_mask[:kept].cumsum(1) == 1] = False
-    return TokenBatch(batch.input_ids[:kept], batch.attention_mask[:kept], counted)
+def _shifts(path: str | Path) -> dict[str, float]:
+    """The last movement of every monitor in a run log."""
+    events = [event for event in read_run_log(path) if event["event"] == "drift" and event.get("monitors")]
+    if not events:
+        raise ValueError(f"`baseline` `{path}` has no `drift` event with monitors – expected the run log of a run without the term.")
+    return {name: values["shift"] for name, values in events[-1]["monitors"].items() if "shift" in values}
+
+
+def _none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _link(source: Path, target: Path) -> None:
+    """A checkpoint again under another name, by hard links: no space, and it outlives the rotation of checkpoints."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -383,23 +383,27 @@ class ConceptPenalty(Regularizer):
 
     **This is the term that is gamed.** Its gradient runs through the probe, and the shortest way down is to move the activation
     off the probe's direction, not to change the text: in one DPO replication the term fell from 3.22 to 0.007 within 20 steps
-    while a refitted probe still told the texts apart (METHODS, section 2; the Obfuscation Atlas, arXiv 2602.15515,
-    advises against
-    it altogether). It is here to study just that, so it asks for `allow_differentiable_probe=True` and for a monitor with another
-    artifact beside it.
+    while a refitted probe still told the texts apart (METHODS, section 2; the Obfuscation Atlas, arXiv 2602.15515, advises
+    against it altogether). It is here to study just that, so it asks for `allow_differentiable_probe=True` and for a monitor with
+    another artifact beside it.
 
     Args:
         readout (`Readout`): the concept; its calibrated and pooled score is a log-odds.
         encourage (`bool`, defaults to `False`): pay for the concept instead of against it.
         allow_differentiable_probe (`bool`): say that you have read this.
+        random_direction (`int`, *optional*): the control: a seed, from which a direction of the same norm is drawn that takes the
+            concept's place.
     """
 
     readout: Readout
     encourage: bool = False
     allow_differentiable_probe: bool = False
+    random_direction: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.random_direction is not None:
+            object.__setattr__(self, "readout", random_like(self.readout, self.random_direction))
         _named(self, f"penalty_{self.readout.name}")
         if self.allow_differentiable_probe is not True:
             raise ValueError(
