@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 from .activations import has_adapters, reference_pass, unwrap
 from .activations.batch import completion_text
 from .concepts.card import LoadedCard, load_card
-from .concepts.readout import Readout
+from .concepts.readout import Readout, same_artifact
 from .drift.callback import DriftCallback, DriftConfig
 from .drift.recorder import record
 from .runlog import RunLog
@@ -50,16 +51,23 @@ class Attachment:
     """
 
     def __init__(
-        self, trainer: Any, rollout: Rollout | None, terms: LossTerms | None, run_log: RunLog, stock: type | None
+        self,
+        trainer: Any,
+        rollout: Rollout | None,
+        terms: LossTerms | None,
+        run_log: RunLog,
+        stock: type | None,
+        callbacks: Sequence[TrainerCallback],
     ):
         self.trainer = trainer
+        self._callbacks = list(callbacks)
         self.rollout = rollout
         self.terms = terms
         self.run_log = run_log
         self._stock = stock
 
     def detach(self) -> None:
-        """Take hooks and mixin off again. Rewards stay in `reward_funcs` and raise when they are called."""
+        """Take hooks, callbacks and mixin off again. Rewards stay in `reward_funcs` and raise when they are called."""
         for part in (self.rollout, self.terms):
             if part is not None:
                 part.remove()
@@ -68,8 +76,9 @@ class Attachment:
         for function in getattr(self.trainer, "reward_funcs", []):
             if isinstance(function, ConceptReward):
                 function.bind(None)
-        for callback in (_FirstPassCheck, ResumeCallback):
+        for callback in self._callbacks:
             self.trainer.remove_callback(callback)
+        self._callbacks = []
         if self._stock is not None:
             self.trainer.__class__ = self._stock
         self.rollout = self.terms = self._stock = None
@@ -94,9 +103,8 @@ def attach(
     `trainer.train(resume_from_checkpoint=True)` then takes the last checkpoint that is complete.
 
     Args:
-        trainer (`DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any
-        trainer of TRL or
-            transformers.
+        trainer (`DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL
+            or transformers.
         regularizers (`Sequence`): terms that join the loss: objects, mappings as in a recipe, or cards, each of which is then a
             `ConceptAnchor` with the card's weight. See `interp_rlhf.training.regularizers`.
         interventions (`Sequence`): changes of the policy's training forward (SFT, DPO, KTO): objects, or mappings as in a recipe.
@@ -136,21 +144,21 @@ def attach(
         if drift is not None and drift.on_verdict == "stop" and drift.every % save_multiple(trainer.args):
             raise ValueError(
                 f"`on_verdict` is `stop` and `every` of the drift configuration is {drift.every} – expected a multiple of "
-                f"{save_multiple(trainer.args)}: each evaluation without an alarm saves a checkpoint, and only there can a run with "
-                "these generation settings be resumed."
+                f"{save_multiple(trainer.args)}: each evaluation without an alarm saves a checkpoint, and only there can a "
+                "run with these generation settings be resumed."
             )
-    log = record(trainer, run_log, [*(r.card for r in rewards if r.card), *cards], arm)
-    # Everything that can refuse comes before the trainer is touched, so that a corrected call finds it as it was.
-    callback = None
-    if drift is not None:
-        trained = _pressure(rewards, terms_wanted)
-        own = {readout.name: readout for readout in (*trained, *watched)}
-        callback = DriftCallback(
-            trainer, monitors=list(own.values()), pressure={r.name: sign for r, sign in trained.items()}, config=drift,
-            reference=reference if reference is not None else getattr(trainer, "ref_model", None), run_log=log.path,
-        )  # fmt: skip
-    terms = _terms(trainer, terms_wanted, [] if rollouts else list(watched), changes, reference)
-    rollout = _rollout(trainer, rewards, watched, reference) if reads_rollouts else None
+    # Everything that can refuse comes before the trainer is touched, and what was done is undone where something does, so that a
+    # corrected call finds it as it was.
+    known = list(trainer.callback_handler.callbacks)
+    with ExitStack() as undo:
+        undo.callback(_forget_callbacks, trainer, known)
+        log = record(trainer, run_log, [*(r.card for r in rewards if r.card), *cards], arm)
+        callback = _drift_callback(trainer, drift, rewards, terms_wanted, list(watched), reference, log)
+        terms = _terms(trainer, terms_wanted, [] if rollouts else list(watched), changes, reference)
+        if terms is not None:
+            undo.callback(terms.remove)
+        rollout = _rollout(trainer, rewards, watched, reference) if reads_rollouts else None
+        undo.pop_all()
     stock = None
     if (rollout is not None or terms is not None or kind is not None) and not isinstance(trainer, LossMixin):
         stock = type(trainer)
@@ -166,12 +174,43 @@ def attach(
         for reward in rewards:
             reward.bind(rollout)
         _apply_weights(trainer, rewards)
+    if callback is not None:
+        trainer.add_callback(callback)  # before the one that keeps counters, since it uses some up
     if kind is not None:
         trainer.interp_terms, trainer.interp_attached = terms, True
         trainer.add_callback(ResumeCallback(parts, aligned=rollouts))
-    if callback is not None:
-        trainer.add_callback(callback)
-    return Attachment(trainer, rollout, terms, log, stock)
+    added = [own for own in trainer.callback_handler.callbacks if own not in known]
+    return Attachment(trainer, rollout, terms, log, stock, added)
+
+
+def _forget_callbacks(trainer: Any, known: Sequence[TrainerCallback]) -> None:
+    for callback in [own for own in trainer.callback_handler.callbacks if own not in known]:
+        trainer.remove_callback(callback)
+
+
+def _drift_callback(
+    trainer: Any,
+    drift: DriftConfig | None,
+    rewards: Sequence[ConceptReward],
+    regularizers: Sequence[Regularizer],
+    monitors: Sequence[Readout],
+    reference: Any,
+    log: RunLog,
+) -> DriftCallback | None:
+    """The callback that watches the monitors, and what is trained beside them."""
+    if drift is None:
+        return None
+    trained = _pressure(rewards, regularizers)
+    readouts = {readout.name: readout for readout in (*trained, *monitors)}
+    pressure = {readout.name: sign for readout, sign in trained.items()}
+    for monitor in monitors:  # the same claim under another name is pushed along
+        for readout, sign in trained.items():
+            if same_artifact(monitor, readout):
+                pressure[monitor.name] = sign
+    return DriftCallback(
+        trainer, monitors=list(readouts.values()), pressure=pressure, config=drift, run_log=log.path,
+        reference=reference if reference is not None else getattr(trainer, "ref_model", None),
+    )  # fmt: skip
 
 
 def _terms(
@@ -197,6 +236,11 @@ def _terms(
                 readout.check_model(model)
         else:  # the policy is what the reference was, until training begins
             readout.check_model(trainer.model, exact=source == "cache")
+    if source == "own" and needed and reference is None and _changes_already(trainer.model):
+        logger.warning(
+            "The model has an adapter that changes it already, and the reference is the base model without it: terms pull "
+            "towards the base, not towards what this training began with. To hold the latter, merge the adapter first."
+        )
     terms = LossTerms(trainer, regularizers, monitors, interventions, reference)
     try:
         terms.precompute()
@@ -204,6 +248,11 @@ def _terms(
         terms.remove()
         raise
     return terms
+
+
+def _changes_already(model: torch.nn.Module) -> bool:
+    """Whether a LoRA adapter is not the identity that it begins as."""
+    return any(bool(value.detach().any()) for name, value in model.named_parameters() if ".lora_B." in name)
 
 
 def _pressure(rewards: Sequence[ConceptReward], regularizers: Sequence[Regularizer]) -> dict[Readout, int]:
@@ -218,13 +267,25 @@ def _pressure(rewards: Sequence[ConceptReward], regularizers: Sequence[Regulariz
 
 
 def _with_holdouts(cards: list[LoadedCard], rewards: Sequence[ConceptReward]) -> list[LoadedCard]:
-    """Monitors, and the holdouts that the rewards' cards name, each once."""
-    named = [
-        load_card(reward.card.path.parent / holdout)
-        for reward in rewards
-        if reward.card is not None
-        for holdout in reward.card.card.holdouts
-    ]
+    """Monitors, and the holdouts that the rewards' cards name, each once.
+
+    Raises:
+        `ValueError`: a holdout that shares its artifact with a reward: it would move along and prove nothing.
+    """
+    trained = {
+        reward.card.card.readout.artifact.sha256: reward.card.path for reward in rewards if reward.card is not None
+    }
+    named = []
+    for reward in rewards:
+        for name in reward.card.card.holdouts if reward.card is not None else ():
+            assert reward.card is not None
+            holdout = load_card(reward.card.path.parent / name)
+            if (shared := trained.get(holdout.card.readout.artifact.sha256)) is not None:
+                raise ValueError(
+                    f"The holdout `{holdout.path}` has the artifact of the reward `{shared}` – expected another one, fitted "
+                    "on other data or at another layer: what is trained cannot be its own witness."
+                )
+            named.append(holdout)
     return list({card.sha256: card for card in [*cards, *named]}.values())
 
 
@@ -301,13 +362,13 @@ def _reference(trainer: Any, needed: bool) -> Any:
     path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
     if not path:
         raise ValueError(
-            "The trainer has no reference model (`beta` is 0, or it has none by nature), there are no adapters, and "
-            "the model was "
-            "built in memory, so there is no frozen reference to read – expected one. Pass `reference=` to `attach`, train with "
-            "PEFT, or, for a reward, set `beta` or use `reader: policy`."
+            "The trainer has no reference model (`beta` is 0, or it has none by nature), there are no adapters, and the model "
+            "was built in memory, so there is no frozen reference to read – expected one. Pass `reference=` to `attach`, "
+            "train with PEFT, or, for a reward, set `beta` or use `reader: policy`."
         )
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=trainer.model.dtype)
+    given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say
+    model = AutoModelForCausalLM.from_pretrained(path, **{**given, "dtype": trainer.model.dtype})
     return model.to(trainer.accelerator.device).eval().requires_grad_(False)
 
 
@@ -383,7 +444,9 @@ class _Watch:
             self._log.append("samples", self._trainer.state.global_step, when="train", rows=rows)
         self._batches += 1
 
-    def _remember(self, name: str, scores: Sequence[float | None], prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+    def _remember(
+        self, name: str, scores: Sequence[float | None], prompts: Sequence[Any], completions: Sequence[Any]
+    ) -> None:
         known = [(value, i) for i, value in enumerate(scores) if value is not None]
         if not known or not self._trainer.model.training:
             return
@@ -391,7 +454,8 @@ class _Watch:
         usual = self._usual.setdefault(name, mean)
         far = sorted(known, key=lambda item: -abs(item[0] - usual))[:2]
         samples = [
-            {"prompt": _prompt_text(prompts[i]), "completion": completion_text(completions[i]), "score": value} for value, i in far
+            {"prompt": _prompt_text(prompts[i]), "completion": completion_text(completions[i]), "score": value}
+            for value, i in far
         ]
         seen = self._seen.setdefault(name, [])
         seen.append({"step": self._trainer.state.global_step, "mean_score": mean, "samples": samples})
@@ -424,8 +488,9 @@ class _Watch:
             if share < WITHIN_GROUP and len(groups) > 1 and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "%.1f %% of the reward's variance is within groups of completions of one prompt – expected more than %.0f %%: the "
-                    "reward is nearly a function of the prompt, which no policy can change.", 100 * share, 100 * WITHIN_GROUP,
+                    "%.1f %% of the reward's variance is within groups of completions of one prompt – expected more than %.0f "
+                    "%%: the reward is nearly a function of the prompt, which no policy can change.", 100 * share, 100 *
+                    WITHIN_GROUP,
                 )  # fmt: skip
 
     def state(self) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_fit(probe)
     _add_check(probe)
+    drift = commands.add_parser("drift", help="what a training did to the inside").add_subparsers(
+        title="commands", required=True, metavar="COMMAND"
+    )
+    _add_compare(drift)
     _add_report(commands)
     _add_recipes(commands)
     return parser
@@ -127,6 +131,52 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument("--replace", action="store_true", help="replace evidence that the card has already")
     check.add_argument("--json", action="store_true", help="print the evidence as JSON")
     check.set_defaults(run="probe_check")
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="two checkpoints, or a base and its adapter: metrics and a verdict",
+        description="Runs both models over the same fixed texts and compares activations and predictions; with cards and "
+        "labelled examples also what the probes still read: frozen, re-standardized and refitted. Exit code 1 where a limit "
+        "is crossed, for use in CI.",
+        epilog="example: interp-rlhf drift compare base runs/dpo/checkpoint-100 --monitor reward/warmth/reward.v1.yaml "
+        "--labelled check.jsonl --max kl=0.5 --min cosine=0.9 --fail-on 'monitor stale'",
+    )
+    compare.add_argument("before", metavar="A", help="folder or Hub id of a causal LM")
+    compare.add_argument("after", metavar="B", help="the same, or a folder with a PEFT adapter of A")
+    compare.add_argument(
+        "--texts", help="JSONL or CSV file of texts, or a text file with one per line (default: 24 neutral texts)"
+    )
+    compare.add_argument("--labelled", help="labelled examples to read monitors on; " + DATA_HELP)
+    compare.add_argument("--positive", help="which of two text labels means that the concept is present")
+    compare.add_argument(
+        "--monitor", action="append", default=[], metavar="CARD", help="card to read on both; may be repeated"
+    )
+    compare.add_argument(
+        "--hook-point",
+        action="append",
+        metavar="PATH",
+        help="where to compare; may be repeated (default: four decoder layers)",
+    )
+    compare.add_argument(
+        "--max", action="append", default=[], metavar="NAME=VALUE",
+        help="exit with 1 where a number is above VALUE, at any hook point or monitor: kl=0.5, procrustes=0.1, norm_outliers=10",
+    )  # fmt: skip
+    compare.add_argument(
+        "--min", action="append", default=[], metavar="NAME=VALUE",
+        help="exit with 1 where a number is below VALUE: cosine=0.9, cka=0.95, frozen_auroc=0.8",
+    )  # fmt: skip
+    compare.add_argument(
+        "--fail-on",
+        action="append",
+        default=[],
+        metavar="VERDICT",
+        help="exit with 1 at this verdict; may be repeated",
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of folds and bootstraps (default: 0)")
+    compare.add_argument("--json", action="store_true", help="print everything as JSON")
+    compare.set_defaults(run="drift_compare")
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

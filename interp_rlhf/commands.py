@@ -123,6 +123,47 @@ def probe_check(arguments: argparse.Namespace) -> int:
     return int(bool(reasons) and checked.role != "monitor")
 
 
+def drift_compare(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf drift compare`."""
+    from .concepts.examples import load_examples
+    from .drift.compare import compare_checkpoints, crossed, load_texts, parse_limits
+
+    limits = parse_limits(arguments.max, arguments.min, arguments.fail_on)
+    texts = load_texts(arguments.texts) if arguments.texts else None
+    labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
+    event, verdict = compare_checkpoints(
+        arguments.before, arguments.after, texts=texts, hook_points=arguments.hook_point, monitors=arguments.monitor,
+        labelled=labelled, seed=arguments.seed,
+    )  # fmt: skip
+    problems = crossed(event, verdict, limits)
+    if arguments.json:
+        said = {"verdict": verdict.name, "because": verdict.because, "next": verdict.next}
+        print(json.dumps({**said, "crossed": problems, **event}))
+        return int(bool(problems))
+    print(f"{event['texts']} texts, {event['tokens']} tokens")
+    names = list(dict.fromkeys(name for part in event["hook_points"].values() for name in part))
+    width = max(map(len, event["hook_points"]))
+    print(" " * width, *(f"{name:>14}" for name in names))
+    for point, part in event["hook_points"].items():
+        print(f"{point:>{width}}", *(f"{part[name]:>14.4g}" for name in names))
+    print("output: " + ", ".join(f"{name} {value:.4g}" for name, value in event["output"].items()))
+    for name, part in event["monitors"].items():
+        print(f"{name} at {part['hook_point']}: moved by {part['shift']:+.2f} standard deviations")
+        for way in ("frozen", "restandardized", "refitted"):
+            if f"{way}_auroc" in part:
+                low, high = part[f"{way}_interval"]
+                change = part[f"{way}_change"]
+                print(f"{way:>16} AUROC {part[f'{way}_auroc']:.3f} [{low:.3f}, {high:.3f}], "
+                      f"change {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]")  # fmt: skip
+    print(f"\nverdict: {verdict.name}")
+    for reason in verdict.because:
+        print(f"  - {reason}")
+    print(f"next: {verdict.next}")
+    for problem in problems:
+        print(f"limit crossed: {problem}")
+    return int(bool(problems))
+
+
 def report(arguments: argparse.Namespace) -> int:
     """`interp-rlhf report`."""
     from .report import write_report

@@ -121,8 +121,8 @@ def datasets_of(script: Any) -> dict[str, Any]:
 
 
 def model_of(model: Any, args: Any) -> str:
-    """Path or Hub id of TRL's `ModelConfig`, whose precision and attention go into `args`; `SmolLM2-135M-Instruct` "
-    "is the embedded one."""
+    """Path or Hub id of TRL's `ModelConfig`, whose precision and attention go into `args`; `SmolLM2-135M-Instruct` is the
+    embedded one."""
     args.model_init_kwargs = {
         "revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype,
         **(args.model_init_kwargs or {}),

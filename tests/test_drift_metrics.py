@@ -53,8 +53,10 @@ def test_streaming_cka_is_the_batch_formula_and_its_memory_does_not_grow():
     one, n = torch.ones(1000, dtype=torch.float64), 1000
 
     def hsic(a, b):
-        return (a @ b).trace() + (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (
-            one @ a @ b @ one
+        return (
+            (a @ b).trace()
+            + (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * (one @ a @ b @ one)
         )
 
     assert cka.value() == pytest.approx(float(hsic(k, l) / (hsic(k, k) * hsic(l, l)) ** 0.5), abs=1e-6)
@@ -70,7 +72,9 @@ def test_procrustes_residual_is_zero_for_a_known_rotation_and_near_one_for_noise
     y = x + matrix(n, d, 9)
     a, b = x - x.mean(0), y - y.mean(0)
     nuclear = torch.linalg.svdvals(a.T @ b).sum()
-    assert metrics.procrustes_residual(x, y) == pytest.approx(1 - float(nuclear / (a.norm() * b.norm())) ** 2, abs=1e-9)
+    assert metrics.procrustes_residual(x, y) == pytest.approx(
+        1 - float(nuclear / (a.norm() * b.norm())) ** 2, abs=1e-9
+    )
     if n > d:
         assert metrics.procrustes_residual(x, matrix(n, d, 50)) > 0.9
 

@@ -27,6 +27,7 @@ from interp_rlhf import (
     ConceptAblation,
     ConceptAnchor,
     ConceptPenalty,
+    DriftConfig,
     DriftPenalty,
     ExplainAway,
     FeatureConstraint,
@@ -36,6 +37,7 @@ from interp_rlhf import (
     Subspace,
     attach,
 )
+from interp_rlhf.concepts.card import Transform
 from interp_rlhf.training.interventions import make_intervention
 from interp_rlhf.training.regularizers import MARGIN_LOSSES, make_regularizer
 
@@ -219,6 +221,127 @@ def test_a_random_direction_has_the_same_norm_and_its_own_seed(load):
         assert abs(float(torch.cosine_similarity(term.readout.weight, readout.weight, dim=0))) < 0.6
 
 
+def test_feature_constraint_weighs_micro_batches_as_the_trainer_does(load, tokenizer, tmp_path):
+    """Five pairs in micro-batches of four and one: the loss is TRL's own, with δ in its sigmoid."""
+
+    def trainer_of(name, **changes):
+        return make_trainer(
+            "DPO", perturb(load()), tokenizer, tmp_path / name, rows=rows_of("DPO", 5), max_steps=1, learning_rate=0.0,
+            beta=BETA, **changes,
+        )  # fmt: skip
+
+    found = []
+    for batch in ([0, 1, 2, 3], [4]):
+        rows = [rows_of("DPO", 5)[i] for i in batch]
+        alone = make_trainer(
+            "DPO", perturb(load()), tokenizer, tmp_path / str(len(batch)), rows=rows, per_device_train_batch_size=len(batch),
+            max_steps=1, learning_rate=0.0, beta=BETA,
+        )  # fmt: skip
+        attach(alone, regularizers=[FeatureConstraint(readout=make_readout(alone.model), weight=30.0)])
+        alone.train()
+        found.append(logged(alone, "loss")[0])
+    trainer = trainer_of("both", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    attach(trainer, regularizers=[FeatureConstraint(readout=make_readout(trainer.model), weight=30.0)])
+    trainer.train()
+    assert abs(found[0] - found[1]) > 1e-3
+    assert logged(trainer, "loss")[0] == pytest.approx(sum(found) / 2, rel=1e-5)
+
+
+def test_a_clip_on_a_card_does_not_stop_the_gradient(load, tokenizer, tmp_path):
+    plain = make_trainer("DPO", load(), tokenizer, tmp_path / "plain", max_steps=1)
+    plain.train()
+    for index, make in enumerate((
+        lambda r: ConceptPenalty(readout=r, weight=1.0, allow_differentiable_probe=True),
+        lambda r: ConceptAnchor(readout=r, weight=1.0, pooled=True),
+    )):  # fmt: skip
+        model = perturb(load()) if index else load()
+        trainer = make_trainer("DPO", model, tokenizer, tmp_path / str(index), max_steps=1)
+        readout = make_readout(trainer.model, offset=50.0, transform=Transform(mean=0.0, std=1.0, clip=[-3.0, 3.0]))
+        term = make(readout)
+        attach(trainer, regularizers=[term], monitors=[make_readout(trainer.model, "holdout", layer=2, seed=7)])
+        trainer.train()
+        value = logged(trainer, f"interp/{term.name}/{'squared_gap' if index else 'score'}")[0]
+        assert value > (0 if index else 40)
+        if not index:
+            assert distance(weights_of(trainer), weights_of(plain)) > 1e-4
+
+
+def test_the_control_is_as_strong_as_the_concept(load):
+    readout = make_readout(load(), scale=4.0)
+    control = ConceptAnchor(readout=readout, weight=1.0, pooled=True, random_direction=3).readout
+    assert control.scale * control.weight.norm() == pytest.approx(4.0 * float(readout.weight.norm()), rel=1e-5)
+
+
+def test_ablation_is_exact_in_bfloat16_training_too(load, tokenizer, tmp_path):
+    trainer = make_trainer("SFT", perturb(load()), tokenizer, tmp_path, max_steps=1, learning_rate=0.0, bf16=True)
+    readout = make_readout(trainer.model)
+    inside = readout.__class__("inside", readout.hook_point, readout.weight)
+    attach(trainer, interventions=[ConceptAblation(subspace=Subspace.from_readouts([readout]))], monitors=[inside])
+    trainer.train()
+    assert abs(logged(trainer, "interp/inside/mean_score")[0]) < 1e-4
+
+
+def test_claims_about_another_model_are_refused_in_subspaces_too(load, tokenizer, tmp_path):
+    from tiny import make_model
+
+    card = make_card(tmp_path, make_model("llama", tokenizer, seed=7), tokenizer)
+    for asked in (
+        {"interventions": [{"kind": "concept_ablation", "cards": [str(card)]}]},
+        {"regularizers": [{"kind": "drift_penalty", "cards": [str(card)], "weight": 1.0}]},
+    ):
+        trainer = make_trainer("DPO", load(), tokenizer, tmp_path / "out")
+        with pytest.raises(ValueError, match="was made on `tiny` with identity"):
+            attach(trainer, **asked)
+    narrow = Subspace(LAYER, torch.eye(16)[:1])
+    for asked in (
+        {"interventions": [ConceptAblation(subspace=narrow)]},
+        {"regularizers": [DriftPenalty(subspace=narrow, weight=1.0)]},
+    ):
+        with pytest.raises(ValueError, match="has width 16 – the model's is 32"):
+            attach(make_trainer("SFT", load(), tokenizer, tmp_path / "out"), **asked)
+
+
+def test_a_monitor_behind_an_intervention_has_no_drift(load, tokenizer, tmp_path):
+    trainer = make_trainer("DPO", load(), tokenizer, tmp_path, max_steps=1, learning_rate=0.0)
+    below, above = make_readout(trainer.model, "below", layer=0), make_readout(trainer.model, "above", layer=2)
+    attach(
+        trainer, monitors=[below, above],
+        interventions=[PreventativeSteering(readout=make_readout(trainer.model), alpha=3.0)],
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "interp/below/drift")[0] == pytest.approx(0, abs=1e-5)
+    assert not logged(trainer, "interp/above/drift")
+
+
+def test_what_attach_began_is_undone_where_a_later_part_refuses(load, tokenizer, tmp_path):
+    trainer = make_trainer("GRPO", load(), tokenizer, tmp_path, beta=0.1)
+    callbacks = list(trainer.callback_handler.callbacks)
+    from tiny import make_model
+
+    other = make_card(tmp_path, make_model("llama", tokenizer, seed=7), tokenizer, role="monitor", evidence=False)
+    with pytest.raises(ValueError, match="was made on `tiny`"):
+        attach(trainer, **anchored(trainer), monitors=[other])
+    assert trainer.callback_handler.callbacks == callbacks
+    for model in (trainer.model, trainer.ref_model):
+        assert not [module for module in model.modules() if module._forward_hooks]
+
+
+def test_detach_leaves_no_callback(load, tokenizer, tmp_path):
+    trainer = make_trainer("DPO", load(), tokenizer, tmp_path)
+    callbacks = list(trainer.callback_handler.callbacks)
+    for _ in range(2):
+        attach(trainer, **anchored(trainer), drift=DriftConfig(every=1)).detach()
+        assert trainer.callback_handler.callbacks == callbacks
+
+
+def test_a_trained_policy_is_not_taken_for_its_reference(load, tokenizer, tmp_path):
+    trainer = make_trainer("DPO", load(), tokenizer, tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="has made 1 steps – expected a fresh one"):
+        attach(trainer, **anchored(trainer))
+
+
 def test_a_differentiable_penalty_needs_a_flag_and_a_holdout(load, tokenizer, tmp_path):
     trainer = make_trainer("DPO", load(), tokenizer, tmp_path, max_steps=8)
     readout, holdout = make_readout(trainer.model), make_readout(trainer.model, "holdout", layer=2, seed=7)
@@ -227,8 +350,9 @@ def test_a_differentiable_penalty_needs_a_flag_and_a_holdout(load, tokenizer, tm
     penalty = ConceptPenalty(readout=readout, weight=1.0, allow_differentiable_probe=True)
     with pytest.raises(ValueError, match="holdout monitor"):
         attach(trainer, regularizers=[penalty])
-    with pytest.raises(ValueError, match="holdout monitor"):
-        attach(trainer, regularizers=[penalty], monitors=[readout])
+    for same in (readout, make_readout(trainer.model, "a_copy")):
+        with pytest.raises(ValueError, match="holdout monitor"):
+            attach(trainer, regularizers=[penalty], monitors=[same])
     attach(trainer, regularizers=[penalty], monitors=[holdout])
     trainer.train()
     found = logged(trainer, "interp/penalty_concept/penalty")
@@ -412,6 +536,18 @@ def nowhere(trainer):
     return {"regularizers": [DriftPenalty(hook_point="model.layers.9", weight=1.0)]}
 
 
+def both(trainer):
+    return anchored(trainer, layer=2) | ablated(trainer)
+
+
+def named_alike(trainer):
+    return {"monitors": [make_readout(trainer.model, "one"), make_readout(trainer.model, "one", seed=4)]}
+
+
+def endless(trainer):
+    return {"interventions": [PreventativeSteering(readout=make_readout(trainer.model), alpha=float("inf"))]}
+
+
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
@@ -440,6 +576,9 @@ REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"
         ("DPO", anchored, {"sync_ref_model": True}, "`sync_ref_model` is True"),
         ("DPO", whole, {"precompute_ref_log_probs": True}, "expected a `subspace`"),
         ("DPO", twice, {}, "Two regularizers"),
+        ("KTO", named_alike, {}, "monitors are named `one`"),
+        ("DPO", both, {}, "at or above the `ConceptAblation`"),
+        ("SFT", endless, {}, "expected finite numbers"),
         ("SFT", nowhere, {}, "model.layers.9"),
     ],
 )  # fmt: skip

@@ -219,6 +219,42 @@ def test_saves_inside_a_generated_batch_are_refused_with_the_number_to_use(kind,
         trainer.train()
 
 
+def test_a_run_is_not_resumed_inside_a_generated_batch(load, tokenizer, tmp_path, caplog):
+    """transformers saves at the last step whatever `save_steps` is."""
+
+    def trainer_of(steps):
+        trainer = make_trainer(
+            "GRPO",
+            load(),
+            tokenizer,
+            tmp_path,
+            lora={},
+            num_iterations=2,
+            save_strategy="steps",
+            save_steps=2,
+            max_steps=steps,
+        )
+        attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=0.1)])
+        return trainer
+
+    trainer_of(3).train()
+    assert "`max_steps` is 3, no multiple of 2" in caplog.text
+    with pytest.raises(ValueError, match=r"from step 3 – expected a multiple of 2.*at step 2 or before"):
+        trainer_of(6).train(resume_from_checkpoint=True)
+    again = trainer_of(6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 6
+
+
+def test_checkpoints_of_weights_alone_can_be_gone_on_from(load, tokenizer, tmp_path):
+    finished_run(tmp_path, load, tokenizer, save_only_model=True)
+    trainer = make_trainer("DPO", load(), tokenizer, tmp_path, max_steps=4, save_only_model=True)
+    attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=0.1)])
+    trainer.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3, 4]
+    assert trainer.state.global_step == 4
+
+
 def test_a_resumed_run_undoes_what_came_after_its_checkpoint(tmp_path):
     log = RunLog(tmp_path / "interp.jsonl")
     log.append("run", 0, arm="a")

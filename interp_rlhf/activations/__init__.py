@@ -5,7 +5,16 @@ Nothing here knows what a probe is, and nothing here imports TRL.
 """
 
 from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
-from .hook_points import backbone, decoder_layers, embedding_point, has_adapters, hidden_size, resolve, unwrap
+from .hook_points import (
+    backbone,
+    decoder_layers,
+    embedding_point,
+    has_adapters,
+    hidden_size,
+    resolve,
+    runs_after,
+    unwrap,
+)
 from .identity import identity, structure
 from .intervene import Intervention
 from .read import read, read_activations, read_inputs, read_means, read_predictions, reference_pass
@@ -33,6 +42,7 @@ __all__ = [
     "read_predictions",
     "reference_pass",
     "resolve",
+    "runs_after",
     "structure",
     "tokenize_examples",
     "unwrap",

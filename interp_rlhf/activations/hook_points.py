@@ -84,6 +84,20 @@ def decoder_layers(model: nn.Module) -> list[str]:
     return [f"{path}.{index}" for index in range(count)]
 
 
+def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
+    """Whether the output at `hook_point` is there no sooner than that at `other`, so that a change at `other` is seen at it.
+
+    By the order in which modules are registered, which is that in which a decoder runs them; a module is done after its parts.
+    """
+    names = [name for name, _ in unwrap(model).named_modules()]
+
+    def done(point: str) -> tuple[int, int]:
+        inside = [i for i, name in enumerate(names) if name == point or name.startswith(f"{point}.")]
+        return max(inside), -point.count(".")
+
+    return done(hook_point) >= done(other)
+
+
 def embedding_point(model: nn.Module) -> str:
     """Hook point of the token embedding's output: what a probe reads before any attention."""
     base = unwrap(model)

@@ -301,7 +301,7 @@ def _forward(
     )
     try:
         with bar, reading(), measuring(core), torch.no_grad():
-            for input_ids, attention_mask, places in _buckets(batch, batch_tokens):  # noqa: B007, the hooks read it
+            for input_ids, attention_mask, places in _buckets(batch, batch_tokens):
                 waiting = set(modules)
                 try:
                     output = core(

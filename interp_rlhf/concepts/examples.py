@@ -68,7 +68,7 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
         `ValueError`: no rows, a row without content or label, one class only, or labels that are not binary.
     """
     source = str(source)
-    rows = list(_read(source))
+    rows = list(read_rows(source))
     if not rows:
         raise ValueError(f"`{source}` holds no examples – expected at least two, one of each label.")
     return make_examples(rows, source=source, positive=positive)
@@ -104,7 +104,7 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _read(source: str) -> Iterable[dict[str, Any]]:
+def read_rows(source: str) -> Iterable[dict[str, Any]]:
     path = Path(source)
     if path.suffix in {".jsonl", ".json", ".csv"} and not path.exists():
         raise FileNotFoundError(f"`{source}` does not exist – expected a JSONL or CSV file, or a `datasets` path.")

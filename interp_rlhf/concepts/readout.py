@@ -138,6 +138,11 @@ class Readout:
             )
 
 
+def same_artifact(one: Readout, other: Readout) -> bool:
+    """Whether two readouts are one claim: the same hook point and the same weight, whatever their names, pooling and scale."""
+    return one.hook_point == other.hook_point and torch.equal(one.weight.detach().cpu(), other.weight.detach().cpu())
+
+
 def _require_agreement(card: Card, header: Header, path: Any) -> None:
     claims = {
         "readout.kind": (card.readout.kind, header.kind),

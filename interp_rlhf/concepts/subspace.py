@@ -7,12 +7,12 @@ held, measured or ablated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..activations import TokenBatch, end_of_turn_ids, read_activations, tokenize_examples
+from ..activations import TokenBatch, end_of_turn_ids, hidden_size, read_activations, resolve, tokenize_examples
 from .latents import Latents
 from .readout import Readout
 
@@ -24,10 +24,21 @@ class Subspace:
     Attributes:
         hook_point (`str`): where it lives.
         basis (`torch.FloatTensor` of shape (R, D)): orthonormal rows, float32.
+        sources (`tuple[Readout, ...]`): readouts that span it: claims about one model, checked against it.
     """
 
     hook_point: str
     basis: torch.Tensor
+    sources: tuple[Readout, ...] = ()
+
+    def check_model(self, model: Any) -> None:
+        """Raises `ValueError` for a model without the hook point or of another width."""
+        resolve(model, self.hook_point)
+        if (width := hidden_size(model)) != self.basis.shape[1]:
+            raise ValueError(
+                f"The subspace at `{self.hook_point}` has width {self.basis.shape[1]} – the model's is {width}: it was made on "
+                "another one. Make one on this model."
+            )
 
     @classmethod
     def spanned_by(cls, hook_point: str, vectors: torch.Tensor) -> Subspace:
@@ -61,7 +72,8 @@ class Subspace:
                 "point: a subspace lives in one activation. Make one per hook point."
             )
         rows = [r.encoder if isinstance(r, Latents) else r.weight.detach()[None] for r in readouts]
-        return cls.spanned_by(points[0], torch.cat([row.float().cpu() for row in rows]))
+        made = cls.spanned_by(points[0], torch.cat([row.float().cpu() for row in rows]))
+        return replace(made, sources=tuple(r for r in readouts if isinstance(r, Readout)))
 
     @classmethod
     def from_pca(
@@ -103,13 +115,18 @@ class Subspace:
         drawn = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         own = self.basis.double().cpu()
         drawn -= drawn @ own.T @ own
-        return Subspace(self.hook_point, torch.linalg.qr(drawn.T)[0].T.float().contiguous())
+        return Subspace(self.hook_point, torch.linalg.qr(drawn.T)[0].T.float().contiguous(), self.sources)
 
     def coordinates(self, activation: torch.Tensor) -> torch.Tensor:
         """Coordinates (..., R) of an activation (..., D)."""
         return activation @ self.basis.detach().to(activation).T
 
     def ablate(self, activation: torch.Tensor) -> torch.Tensor:
-        """The activation without its component in the subspace: h − Qᵀ Q h."""
-        basis = self.basis.detach().to(activation)
-        return activation - (activation @ basis.T) @ basis
+        """The activation without its component in the subspace: h − Qᵀ Q h.
+
+        Computed in float32 whatever the model's precision: in bfloat16 a part of the component would stay.
+        """
+        with torch.autocast(activation.device.type, enabled=False):
+            basis = self.basis.detach().to(activation.device)
+            exact = activation.float()
+            return (exact - (exact @ basis.T) @ basis).to(activation.dtype)

@@ -110,7 +110,9 @@ class Battery:
         }
         return points, output
 
-    def save(self, snapshot: Snapshot, path: Path, extra: dict[str, torch.Tensor] | None = None, note: str = "") -> None:
+    def save(
+        self, snapshot: Snapshot, path: Path, extra: dict[str, torch.Tensor] | None = None, note: str = ""
+    ) -> None:
         """The snapshot as a safetensors file that knows its battery; `extra` tensors and a `note` travel with it."""
         from safetensors.torch import save
 

@@ -1,7 +1,8 @@
 """The drift callback: on fixed texts and prompts, the policy against its own start, with a verdict.
 
-In: a built trainer, of TRL or of transformers. Out: metrics through the trainer's log, and `drift`, `samples` and `verdict` events
-in the run log. It reads the policy between two steps and leaves it as it was: training flags, random state, and TRL's own metrics.
+In: a built trainer, of TRL or of transformers. Out: metrics through the trainer's log, and `drift`, `samples` and `verdict`
+events in the run log. It reads the policy between two steps and leaves it as it was: training flags, random state, and TRL's own
+metrics.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ class DriftConfig:
         every (`int`, defaults to 50): optimizer steps between two evaluations; there is one at the start and one at the end.
         texts (`Sequence`, *optional*): texts or examples (see `tokenize_examples`); by default 24 neutral ones that come with the
             package. At most 2,048 tokens are used. The first token of each text and tokens whose norm stands out are left out.
-        hook_points (`Sequence[str]`, *optional*): where to measure; by default four decoder layers spread over the depth. Those of the
-            monitors are added.
+        hook_points (`Sequence[str]`, *optional*): where to measure; by default four decoder layers spread over the depth. Those
+            of the monitors are added.
         labelled (`str`, `Path` or `Examples`, *optional*): labelled examples (20 or more) on which monitors are read frozen,
             re-standardized and refitted; without them, monitors are read frozen on `texts`.
-        prompts (`Sequence`, *optional*): prompts (8 or more) that the policy answers at every evaluation: what the text does and what the
-            representation does are told apart on them, where there is a frozen reference (`reference_model`, or PEFT).
+        prompts (`Sequence`, *optional*): prompts (8 or more) that the policy answers at every evaluation: what the text does and
+            what the representation does are told apart on them, where there is a frozen reference (`reference_model`, or PEFT).
         max_new_tokens (`int`, defaults to 32): of those answers.
         measures (`dict[str, Callable]`, *optional*): independent measures of their text: a text to a float.
-        on_verdict (`str`, defaults to `"log"`): or `stop`: an alarm (`verdicts.ALARMS`) ends training; `last_good/` in the output folder
-            is the checkpoint of the last evaluation without one.
+        on_verdict (`str`, defaults to `"log"`): or `stop`: an alarm (`verdicts.ALARMS`) ends training; `last_good/` in the
+            output folder is the checkpoint of the last evaluation without one.
         max_overhead (`float`, *optional*): share of the training time that evaluations may take, 0.02 say: they become rarer than
             `every` where they would take more.
         baseline (`str` or `Path`, *optional*): run log of a run without the term: its movement of each monitor is taken off.
@@ -84,7 +85,9 @@ class DriftConfig:
         if self.on_verdict not in ("log", "stop"):
             raise ValueError(f"`on_verdict` is {self.on_verdict!r} – expected `log` or `stop`.")
         if self.max_overhead is not None and not 0 < self.max_overhead < 1:
-            raise ValueError(f"`max_overhead` is {self.max_overhead} – expected a share of the training time, 0.02 say.")
+            raise ValueError(
+                f"`max_overhead` is {self.max_overhead} – expected a share of the training time, 0.02 say."
+            )
         if self.measures and not self.prompts:
             raise ValueError("`measures` was given without `prompts` – expected prompts, whose answers are measured.")
 
@@ -204,7 +207,7 @@ class DriftCallback(TrainerCallback):
             events = [e for e in read_run_log(self._log.path) if e["event"] == "drift" and e.get("step", 0) <= step]
             self._first = events[0] if events else None
             self._before = events[-1].get("own_text", {}).get("scores") if events else None
-        state = Path(self.trainer.args.output_dir) / LAST_GOOD / "trainer_state.json"
+        state = Path(str(self.trainer.args.output_dir)) / LAST_GOOD / "trainer_state.json"
         if state.exists() and (good := json.loads(state.read_text())["global_step"]) <= step:
             self._good = good
 
@@ -270,9 +273,14 @@ class DriftCallback(TrainerCallback):
         seconds = time.monotonic() - started
         self._spent += seconds
         if publish:
-            self._publish(_flat(event) | {"interp/drift/alarm": float(verdict.alarm), "interp/drift/overhead_seconds": round(seconds, 4)})
+            self._publish(
+                _flat(event)
+                | {"interp/drift/alarm": float(verdict.alarm), "interp/drift/overhead_seconds": round(seconds, 4)}
+            )
         self._log.append("drift", step, **event, overhead_seconds=round(seconds, 4))
-        self._log.append("verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=verdict.alarm)
+        self._log.append(
+            "verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=verdict.alarm
+        )
         if sampled is not None:
             self._log.append("samples", step, when=when, rows=self._rows(sampled))
         self._last_step = step
@@ -287,7 +295,11 @@ class DriftCallback(TrainerCallback):
         if verdict.alarm:
             control.should_training_stop = True
             control.should_save = False
-            good = f"`{Path(self.trainer.args.output_dir) / LAST_GOOD}`, of step {self._good}" if self._good else "none yet"
+            good = (
+                f"`{Path(str(self.trainer.args.output_dir)) / LAST_GOOD}`, of step {self._good}"
+                if self._good
+                else "none yet"
+            )
             logger.warning("Training stops here; the checkpoint of the last evaluation without an alarm: %s.", good)
         elif not control.should_training_stop:
             self._good = step
@@ -307,7 +319,10 @@ class DriftCallback(TrainerCallback):
                 )
                 kept = np.isfinite(now)
                 scale = max(float(then[kept].std()), 1e-12)
-                found[name] = {"mean_score": float(now[kept].mean()), "shift": float((now - then)[kept].mean() / scale)}
+                found[name] = {
+                    "mean_score": float(now[kept].mean()),
+                    "shift": float((now - then)[kept].mean() / scale),
+                }
             found[name]["hook_point"] = monitor.hook_point
             if name in self.pressure:
                 found[name]["pressure"] = self.pressure[name]
@@ -322,7 +337,9 @@ class DriftCallback(TrainerCallback):
             gaps = [(i, new - old) for i, (new, old) in enumerate(pairs) if new is not None and old is not None]
             top = sorted(gaps, key=lambda item: -abs(item[1]))[:SHOWN]
             found[name] = [
-                {"prompt": self._own.prompts[i], "completion": now.texts[i], "change": round(gap, 4)} for i, gap in top if gap
+                {"prompt": self._own.prompts[i], "completion": now.texts[i], "change": round(gap, 4)}
+                for i, gap in top
+                if gap
             ]
         return found
 
@@ -354,7 +371,9 @@ class DriftCallback(TrainerCallback):
         """What else a start belongs to: the labelled examples, the prompts, the monitors."""
         said = {
             "labelled": self._labelled.examples.fingerprint if self._labelled is not None else None,
-            "prompts": [self._own.prompts, self._own.max_new_tokens, self._own.seed] if self._own is not None else None,
+            "prompts": [self._own.prompts, self._own.max_new_tokens, self._own.seed]
+            if self._own is not None
+            else None,
             "measures": sorted(self.config.measures or {}),
             "monitors": [(m.name, hashlib.sha256(m.weight.numpy().tobytes()).hexdigest()) for m in self.monitors],
         }
@@ -383,15 +402,23 @@ class DriftCallback(TrainerCallback):
 
 def _flat(event: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of a `drift` event under the names of the trainer's log."""
-    found = {f"interp/drift/{point}/{key}": value for point, part in event["hook_points"].items() for key, value in part.items()}
+    found = {
+        f"interp/drift/{point}/{key}": value
+        for point, part in event["hook_points"].items()
+        for key, value in part.items()
+    }
     found |= {f"interp/drift/{key}": value for key, value in event["output"].items()}
     if "concept_angle" in event:
         found["interp/drift/concept_angle"] = event["concept_angle"]
     for name, part in event["monitors"].items():
-        found |= {f"interp/{name}/drift_{key}": v for key, v in part.items() if isinstance(v, float) and key != "pressure"}
+        found |= {
+            f"interp/{name}/drift_{key}": v for key, v in part.items() if isinstance(v, float) and key != "pressure"
+        }
     own = event.get("own_text", {})
     for name, part in own.get("monitors", {}).items():
-        found |= {f"interp/{name}/own_{key}": part[key] for key in ("policy", "text", "drift") if part.get(key) is not None}
+        found |= {
+            f"interp/{name}/own_{key}": part[key] for key in ("policy", "text", "drift") if part.get(key) is not None
+        }
     for name, part in own.get("measures", {}).items():
         if part["mean"] is not None:
             found[f"interp/measure/{name}/own_mean"] = part["mean"]
@@ -405,7 +432,9 @@ def _shifts(path: str | Path) -> dict[str, float]:
     """The last movement of every monitor in a run log."""
     events = [event for event in read_run_log(path) if event["event"] == "drift" and event.get("monitors")]
     if not events:
-        raise ValueError(f"`baseline` `{path}` has no `drift` event with monitors – expected the run log of a run without the term.")
+        raise ValueError(
+            f"`baseline` `{path}` has no `drift` event with monitors – expected the run log of a run without the term."
+        )
     return {name: values["shift"] for name, values in events[-1]["monitors"].items() if "shift" in values}
 
 

@@ -123,8 +123,8 @@ class LabelledSet:
         Returns:
             `dict`: `mean_score`; `shift` of the frozen score in standard deviations of the start; per way of reading
             `<way>_auroc`, its `<way>_interval` [low, high] and its `<way>_change` since the start, [value, low, high];
-            `direction_cosine` of the refitted direction with that of the start; `false_alarms` by length of text (three bins, short
-            to long) at the threshold that gave 5 % at the start.
+            `direction_cosine` of the refitted direction with that of the start; `false_alarms` by length of text (three bins,
+            short to long) at the threshold that gave 5 % at the start.
         """
         labels, groups = self.examples.labels, self.examples.groups
         frozen, first = reading.scores["frozen"], start.scores["frozen"]
@@ -154,16 +154,19 @@ def scores_of(readout: Readout, batch: TokenBatch, activations: torch.Tensor) ->
     return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
 
 
-def concept_angle(readouts: Sequence[Readout], now: Mapping[str, Reading], start: Mapping[str, Reading]) -> float | None:
+def concept_angle(
+    readouts: Sequence[Readout], now: Mapping[str, Reading], start: Mapping[str, Reading]
+) -> float | None:
     """Largest principal angle, in degrees, between the span of the refitted directions at the start and now, over the hook points
     where there are several; None where no hook point has two."""
     by_point: dict[str, list[str]] = {}
     for readout in readouts:
         by_point.setdefault(readout.hook_point, []).append(readout.name)
     angles = [
-        float(principal_angles(*(torch.stack([side[name].direction for name in names]) for side in (start, now))).max())
+        float(
+            principal_angles(*(torch.stack([side[name].direction for name in names]) for side in (start, now))).max()
+        )
         for names in by_point.values()
         if len(names) > 1
     ]
     return float(np.degrees(max(angles))) if angles else None
-

@@ -56,7 +56,11 @@ class Sampled:
         """For a file: what later evaluations are compared with. The texts themselves stay in the run log."""
         parts = {"policy": self.policy, "text": self.text, "measures": self.measures}
         found = {f"own/{key}/{name}": torch.from_numpy(v) for key, part in parts.items() for name, v in part.items()}
-        return found | {"own/shares": torch.tensor([self.clipped, self.empty, self.repetition, self.reference_perplexity], dtype=torch.float64)}
+        return found | {
+            "own/shares": torch.tensor(
+                [self.clipped, self.empty, self.repetition, self.reference_perplexity], dtype=torch.float64
+            )
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Sampled:
@@ -105,7 +109,9 @@ class OwnText:
         self._prompt_ids = [tokenize_prompt(prompt, self.tokenizer, **dict(chat or {})) for prompt in self.prompts]
         empty = [i for i, ids in enumerate(self._prompt_ids) if not ids]
         if empty or not self.prompts:
-            raise ValueError(f"`prompts` has {len(self.prompts)} prompts, empty: {empty} – expected some text in each.")
+            raise ValueError(
+                f"`prompts` has {len(self.prompts)} prompts, empty: {empty} – expected some text in each."
+            )
 
     def sample(self) -> Sampled:
         """Completions of the policy as it is now, and their readings."""
@@ -128,7 +134,7 @@ class OwnText:
             text,
             token_scores,
             {name: np.array([float(measure(t)) for t in texts]) for name, measure in self.measures.items()},
-            clipped=float(np.mean([len(own) == len(ids) == self.max_new_tokens for own, ids in zip(counted, completions, strict=True)])),
+            clipped=float(np.mean([len(own) == self.max_new_tokens for own in counted])),
             empty=float(np.mean([not t.strip() for t in texts])),
             repetition=float(np.mean([repetition(ids) for ids in counted])),
             reference_perplexity=perplexity,
@@ -146,7 +152,11 @@ class OwnText:
     ) -> tuple[dict[str, np.ndarray], dict[str, list[list[float]]], torch.Tensor]:
         if not batch.completion_mask.any():
             empty = np.full(len(batch), np.nan)
-            return {r.name: empty for r in self.readouts}, {r.name: [[]] * len(batch) for r in self.readouts}, torch.empty(0)
+            return (
+                {r.name: empty for r in self.readouts},
+                {r.name: [[]] * len(batch) for r in self.readouts},
+                torch.empty(0),
+            )
         points = [readout.hook_point for readout in self.readouts]
         activations, log_probs, _ = read_predictions(model, batch, points, torch.zeros(1, dtype=torch.long))
         lengths = batch.completion_mask.sum(1).tolist()
@@ -195,9 +205,9 @@ def summarize(now: Sampled, start: Sampled, seed: int = 0) -> dict[str, Any]:
     """What an evaluation's text says beside the first one.
 
     Returns:
-        `dict`: per readout under `monitors` the means `policy`, `text` (ψ of the text on the reference) and `drift` = text − policy,
-        and the changes since the start `policy_change`, `text_change`, each [value, low, high], paired by prompt, in standard
-        deviations of the start's own scores; per measure its `mean` and `change` likewise; then the shares of `Sampled`.
+        `dict`: per readout under `monitors` the means `policy`, `text` (ψ of the text on the reference) and `drift` = text −
+        policy, and the changes since the start `policy_change`, `text_change`, each [value, low, high], paired by prompt, in
+        standard deviations of the start's own scores; per measure its `mean` and `change` likewise; then the shares of `Sampled`.
     """
     found: dict[str, Any] = {"prompts": len(now.texts), "monitors": {}, "measures": {}}
     for name, scores in now.policy.items():

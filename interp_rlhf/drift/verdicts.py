@@ -110,7 +110,9 @@ class Verdict:
 def _collapsed(e: Evidence) -> list[str]:
     found = []
     if e.perplexity_ratio >= PERPLEXITY_COLLAPSE:
-        found.append(f"perplexity on fixed text is {e.perplexity_ratio:.2f} times that of the start (limit {PERPLEXITY_COLLAPSE})")
+        found.append(
+            f"perplexity on fixed text is {e.perplexity_ratio:.2f} times that of the start (limit {PERPLEXITY_COLLAPSE})"
+        )
     if e.empty >= SHARE_COLLAPSE:
         found.append(f"{e.empty:.0%} of the policy's completions are empty (limit {SHARE_COLLAPSE:.0%})")
     if e.repetition >= SHARE_COLLAPSE and not e.repetition_before >= SHARE_COLLAPSE / 2:
@@ -130,9 +132,9 @@ def _obfuscated(e: Evidence) -> list[str]:
         if not texts or refitted.fell(AUROC_LOST) or not all(change.held(TEXT_MOVED) for change in texts.values()):
             continue
         return [
-            f"`{name}`, which training pushes {'up' if sign > 0 else 'down'}, moved by {shift:+.2f} standard deviations on text that "
-            "did not change" + (f" ({e.baseline[name]:+.2f} in the run without the term)" if name in e.baseline else ""),
-            f"a probe fitted anew reads the concept as well as before: AUROC {refitted}",
+            f"`{name}`, which training pushes {'up' if sign > 0 else 'down'}, moved by {shift:+.2f} standard deviations on "
+            "text that did not change" + (f" ({e.baseline[name]:+.2f} in the run without the term)" if name in e.baseline else
+            ""), f"a probe fitted anew reads the concept as well as before: AUROC {refitted}",
             *(f"{what} in the rewarded direction: {change}" for what, change in texts.items()),
         ]  # fmt: skip
     return []
@@ -157,13 +159,17 @@ def _stale(e: Evidence) -> list[str]:
             continue
         if not lost.fell(AUROC_LOST) or ways["refitted"].fell(AUROC_LOST):
             continue
-        found = [f"frozen AUROC of `{name}`: {lost}", f"refitted: {ways['refitted']}", f"re-standardized: {ways['restandardized']}"]
+        found = [
+            f"frozen AUROC of `{name}`: {lost}",
+            f"refitted: {ways['refitted']}",
+            f"re-standardized: {ways['restandardized']}",
+        ]
         point = e.hook_points.get(name, "")
         cosine, residual = e.cosine.get(point, math.nan), e.procrustes.get(point, math.nan)
         if cosine < TURNED_COSINE and residual < TURNED_RESIDUAL:
             found.append(
-                f"a rotation of the residual stream: at `{point}` the cosine of an activation with its earlier self is {cosine:.2f}, "
-                f"yet the best rotation leaves {residual:.1%} unexplained; CKA cannot see it"
+                f"a rotation of the residual stream: at `{point}` the cosine of an activation with its earlier self is "
+                f"{cosine:.2f}, yet the best rotation leaves {residual:.1%} unexplained; CKA cannot see it"
             )
         elif not ways["restandardized"].fell(AUROC_LOST):
             found.append("re-standardizing brings it back: means and scales moved, the direction held")
@@ -181,16 +187,24 @@ def _changed(e: Evidence) -> list[str]:
             found.append(f"`{name}` on the policy's own text: {change}, by the text alone: {text}")
     for name, ways in e.auroc.items():
         if ways["refitted"].fell(AUROC_LOST):
-            found.append(f"the concept of `{name}` is read worse even by a probe fitted anew: AUROC {ways['refitted']}")
+            found.append(
+                f"the concept of `{name}` is read worse even by a probe fitted anew: AUROC {ways['refitted']}"
+            )
     found += [
         f"`{name}` moved by {shift:+.2f} standard deviations on fixed text"
         for name, shift in e.shift.items()
         if abs(shift) - abs(e.baseline.get(name, 0.0)) >= MOVED
     ]
     if e.reward is not None and e.reward.rose(TEXT_MOVED):
-        found.append(f"the reward rose by {e.reward} standard deviations" + "".join(f", `{n}` by {c}" for n, c in e.independent.items()))
-    found += [f"activations at `{point}` turned: cosine {value:.2f} with their earlier selves" for point, value in e.cosine.items()
-              if value < DRIFTED_COSINE]  # fmt: skip
+        found.append(
+            f"the reward rose by {e.reward} standard deviations"
+            + "".join(f", `{n}` by {c}" for n, c in e.independent.items())
+        )
+    found += [
+        f"activations at `{point}` turned: cosine {value:.2f} with their earlier selves"
+        for point, value in e.cosine.items()
+        if value < DRIFTED_COSINE
+    ]
     return found
 
 
@@ -226,8 +240,8 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "activations obfuscated",
-        "A readout that training pushes moved as it was pushed, on text that is the same, while a probe fitted anew finds the concept "
-        "as before and the text did not change: the activations left the probe, the behaviour stayed.",
+        "A readout that training pushes moved as it was pushed, on text that is the same, while a probe fitted anew finds the "
+        "concept as before and the text did not change: the activations left the probe, the behaviour stayed.",
         _obfuscated,
         "Do not train through this probe: reward it on the frozen reference (`reader: reference`), use `ExplainAway`, or hold it "
         "with a `ConceptAnchor`. A lower weight only delays it.",
@@ -236,7 +250,8 @@ TABLE: tuple[Rule, ...] = (
         "text gamed",
         "The reward rose and what no reward sees did not follow.",
         _text_gamed,
-        "Read the samples. Stop where the independent measure stopped following; raise β, or add what the samples lack to the reward.",
+        "Read the samples. Stop where the independent measure stopped following; raise β, or add what the samples lack to the "
+        "reward.",
     ),
     Rule(
         "monitor stale",
@@ -261,7 +276,8 @@ NOT_ENOUGH = Rule(
     "not enough evidence",
     "Nothing was watched long enough, or on enough text, to say.",
     lambda e: [],
-    f"Give `labelled` examples (20 or more), `prompts` (8 or more) or a reward with a measure, and wait for {MIN_LOGS} logged steps.",
+    f"Give `labelled` examples (20 or more), `prompts` (8 or more) or a reward with a measure, and wait for {MIN_LOGS} logged "
+    "steps.",
 )
 ALARMS = ("collapsed", "activations obfuscated", "text gamed")
 
@@ -298,7 +314,9 @@ def gather(
             found.pressure[name] = values["pressure"]
         found.shift[name] = values["shift"]
         if "frozen_auroc" in values:
-            found.auroc[name] = {way: Change(*values[f"{way}_change"]) for way in ("frozen", "restandardized", "refitted")}
+            found.auroc[name] = {
+                way: Change(*values[f"{way}_change"]) for way in ("frozen", "restandardized", "refitted")
+            }
             found.claim[name] = values["frozen_auroc"] - values["frozen_change"][0]
     found.perplexity_ratio = event.get("output", {}).get("perplexity_ratio", math.nan)
     own = event.get("own_text", {})

@@ -26,21 +26,25 @@ class Stateful(Protocol):
     def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path, weights_only: bool = False) -> str | None:
     """The checkpoint of the highest step in a folder that was written to its end; None where there is none.
 
     transformers writes `trainer_state.json` last, so a kill inside a save leaves a folder without a whole one.
+
+    Args:
+        output_dir (`str` or `Path`): holds `checkpoint-<step>` folders.
+        weights_only (`bool`, defaults to `False`): the run saves no optimizer and no random state (`save_only_model`).
     """
     folders = [f for f in Path(output_dir).glob("checkpoint-*") if f.is_dir() and f.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda f: int(f.name.split("-")[-1]), reverse=True):
-        if (lacking := _lacks(folder)) is None:
+        if (lacking := _lacks(folder, weights_only)) is None:
             return str(folder)
         logger.warning("`%s` is not complete (%s): the one before it is taken.", folder, lacking)
     logger.warning("`%s` holds no complete checkpoint: the run starts at step 0.", output_dir)
     return None
 
 
-def _lacks(folder: Path) -> str | None:
+def _lacks(folder: Path, weights_only: bool) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     step = int(folder.name.split("-")[-1])
@@ -50,7 +54,7 @@ def _lacks(folder: Path) -> str | None:
         return "no whole `trainer_state.json`"
     if state.get("global_step") != step:
         return f"its `trainer_state.json` is of step {state.get('global_step')}"
-    for needed in ("scheduler.pt", "rng_state*.pth"):
+    for needed in () if weights_only else ("scheduler.pt", "rng_state*.pth"):
         if not list(folder.glob(needed)):
             return f"no `{needed}`"
     weights = list(folder.glob("*.safetensors"))
@@ -117,10 +121,26 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._aligned:
             require_aligned_saves(args, state.save_steps)
+            self._require_aligned_start(args, state)
         saved = state.stateful_callbacks.get(STATE_KEY, {})
         for name, part in self._parts.items():
             if name in saved:
                 part.load_state(saved[name])
+
+    def _require_aligned_start(self, args: Any, state: Any) -> None:
+        multiple = save_multiple(args)
+        if state.global_step % multiple:
+            before = state.global_step // multiple * multiple
+            raise ValueError(
+                f"The run is to go on from step {state.global_step} – expected a multiple of {multiple}: there it was inside a "
+                f"generated batch, which is not saved. Resume from a checkpoint at step {before} or before, by its path."
+            )
+        strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+        if state.max_steps % multiple and strategy != "no":
+            logger.warning(
+                "`max_steps` is %d, no multiple of %d: the checkpoint that is saved at the end cannot be resumed from.",
+                state.max_steps, multiple,
+            )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.stateful_callbacks[STATE_KEY] = {name: part.state() for name, part in self._parts.items()}

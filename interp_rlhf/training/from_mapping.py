@@ -39,9 +39,12 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
     fields = {field.name: field for field in dataclasses.fields(kinds[kind]) if field.init}
     unknown = sorted(set(options) - set(fields))
     if unknown:
+        # A file cannot hold these objects, so what is said in their place is named.
+        said = {"readout": "card", "subspace": "cards"}
+        known = sorted(said.get(key, key) for key in fields)
         raise ValueError(
             f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: "
-            f"{', '.join(f'`{key}`' for key in sorted(fields))}.{_nearest(unknown[0], fields)}"
+            f"{', '.join(f'`{key}`' for key in known)}.{_nearest(unknown[0], known)}"
         )
     needed = [
         key

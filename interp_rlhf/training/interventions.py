@@ -6,6 +6,7 @@ around the trainer's loss, never for the reference, for evaluation or for genera
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class ConceptAblation:
     @property
     def readouts(self) -> list[Readout]:
         """Readouts that are claims about one model, checked against it."""
-        return []
+        return list(self.subspace.sources)
 
     def change(self, activation: torch.Tensor) -> torch.Tensor:
         return self.subspace.ablate(activation)
@@ -78,7 +79,7 @@ class PreventativeSteering:
         weight = self.readout.weight.detach().float().cpu()
         if self.random_direction is not None:
             weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(self.random_direction))
-        if not torch.isfinite(weight).all() or weight.norm() == 0 or self.alpha != self.alpha:
+        if not torch.isfinite(weight).all() or weight.norm() == 0 or not math.isfinite(self.alpha):
             raise ValueError(
                 f"`PreventativeSteering` on `{self.readout.name}` has a direction of norm {float(weight.norm())} and `alpha` "
                 f"{self.alpha} – expected finite numbers and a direction that is not 0."

@@ -23,6 +23,7 @@ from ..activations import (
     has_adapters,
     read_inputs,
     reference_pass,
+    runs_after,
 )
 from ..concepts.readout import Readout
 from .counted import Counted, counted, input_ids
@@ -140,7 +141,11 @@ class LossTerms:
         self._end_of_turn = end_of_turn_ids(trainer.model, getattr(processing, "tokenizer", processing))
         wanted = [readout for regularizer in self.regularizers for readout in regularizer.references]
         if self.source == "pass":  # the reference runs anyway: a monitor's drift is free
-            wanted += self.monitors
+            # Not behind an intervention, which only the policy's activations have seen.
+            wanted += [
+                m for m in self.monitors
+                if not any(runs_after(trainer.model, m.hook_point, i.hook_point) for i in self.interventions)
+            ]  # fmt: skip
         self._keys = {readout: f"{i}:{readout.name}" for i, readout in enumerate(dict.fromkeys(wanted))}
         keyed = [_Keyed(key, readout) for readout, key in self._keys.items()]
         # Interventions first: hooks run in the order in which they came, and what is read is what the loss sees.
@@ -185,6 +190,12 @@ class LossTerms:
         if self.source != "cache" or not self._keyed:
             return
         trainer = self.trainer
+        if self._reference is None and not has_adapters(trainer.model) and trainer.state.global_step > 0:
+            raise ValueError(
+                f"`precompute_ref_log_probs` is True and the trainer has made {trainer.state.global_step} steps – expected a "
+                "fresh one: there is no reference model any more, and the trained policy would be taken for it. Attach before "
+                "training, or pass `reference=`."
+            )
         held_out = (
             trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
         )
@@ -208,7 +219,7 @@ class LossTerms:
         """The micro-batches of the coming optimizer step, on this rank: sequences are counted over all of them."""
         if self.source == "rollout" or not self.regularizers:
             return
-        units = sum(counted(batch).sequences for batch in batches)
+        units = sum(int(counted(batch).any.sum()) for batch in batches)
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             units = int(accelerator.reduce(torch.tensor(units, device=accelerator.device), "sum"))
@@ -306,16 +317,19 @@ class LossTerms:
         return {r: r.weight * r.schedule.factor(state.global_step, state.max_steps) for r in self.regularizers}
 
     def _scale(self, regularizer: Regularizer, inputs: Mapping[str, Any], num_items: Any, units: int) -> float:
-        """Factor of a micro-batch's sum, so that what all micro-batches and ranks add up to is the mean over the step."""
+        """Factor of a micro-batch's sum, so that what all micro-batches and ranks add up to is the mean over the step.
+
+        What is per pair corrects the trainer's own loss, and weighs as that does: by the mean of the micro-batch.
+        """
         trainer = self.trainer
-        if not trainer.model.training:
+        if not trainer.model.training or regularizer.per_pair:
             return 1 / max(units, 1)
         steps, ranks = trainer.current_gradient_accumulation_steps, trainer.accelerator.num_processes
         if self.source == "rollout":
             everywhere = units * steps * ranks
         else:
             assert self._units is not None, "`get_batch_samples` comes before `compute_loss`"
-            everywhere = self._units // 2 if regularizer.per_pair else self._units
+            everywhere = self._units
         scaled = trainer.loss_is_scaled_for_ga
         if scaled is None:
             accepts = trainer.model_accepts_loss_kwargs and num_items is not None
@@ -466,9 +480,8 @@ class LossTerms:
     def _require_finite(self, regularizer: Regularizer, term: Term) -> None:
         if not torch.isfinite(term.values).all():
             raise ValueError(
-                f"Regularizer `{regularizer.name}` is {term.values.detach().tolist()} on this batch – expected "
-                "finite numbers. The "
-                "activations or the weight are too large; a run with such a loss is lost."
+                f"Regularizer `{regularizer.name}` is {term.values.detach().tolist()} on this batch – expected finite "
+                "numbers. The activations or the weight are too large; a run with such a loss is lost."
             )
 
     def _log(self, metrics: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> None:

@@ -22,11 +22,15 @@ class LossMixin:
 
     interp_terms: LossTerms | None = None
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own, but `resume_from_checkpoint=True` means the last checkpoint that is complete."""
+    def train(self, resume_from_checkpoint: Any = None, *more: Any, **kwargs: Any) -> Any:
+        """As the trainer's own, but `resume_from_checkpoint=True` means the last checkpoint that is complete.
+
+        Where there is none, a run that was killed before its first one say, it begins at step 0, with a warning.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            args: Any = self.args  # type: ignore[attr-defined]
+            resume_from_checkpoint = last_complete_checkpoint(args.output_dir, args.save_only_model)
+        return super().train(resume_from_checkpoint, *more, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]

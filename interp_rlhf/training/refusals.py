@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..activations import decoder_layers, embedding_point, has_adapters, resolve, unwrap
-from ..concepts.readout import Readout
-from .interventions import TRAINERS, TrainingIntervention
+from ..activations import decoder_layers, embedding_point, has_adapters, resolve, runs_after, unwrap
+from ..concepts.readout import Readout, same_artifact
+from .interventions import TRAINERS, ConceptAblation, TrainingIntervention
 from .regularizers import (
     LENGTH_NORMALIZED_LOSSES,
     MARGIN_LOSSES,
@@ -42,18 +42,19 @@ def refuse_terms(
             "`GRPOTrainer` or `RLOOTrainer`: terms join their losses. For drift alone, `attach(trainer, drift=…)` takes any."
         )
     _refuse_engine(trainer, kind)
-    names = [regularizer.name for regularizer in regularizers]
+    names = [*(regularizer.name for regularizer in regularizers), *(monitor.name for monitor in monitors)]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(
-            f"Two regularizers are named {', '.join(f'`{name}`' for name in doubled)} – expected names that differ, "
-            "since metrics are "
-            "logged under them. Pass `name=`."
+            f"Two regularizers or monitors are named {', '.join(f'`{name}`' for name in doubled)} – expected names that differ, "
+            "since metrics are logged under them. Pass `name=`, or rename a card."
         )
     for regularizer in regularizers:
         _refuse_regularizer(trainer, kind, regularizer, monitors)
     for intervention in interventions:
         _refuse_intervention(trainer, kind, intervention)
+        for regularizer in regularizers:
+            _refuse_both(trainer, regularizer, intervention)
 
 
 def _refuse_engine(trainer: Any, kind: str) -> None:
@@ -114,18 +115,29 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
             f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
             "computed once and kept, whole activations would not fit."
         )
-    if isinstance(regularizer, ConceptPenalty):
-        own = regularizer.readout.header
-        others = [m for m in monitors if m.header is None or own is None or m.header != own]
-        if not [m for m in others if m is not regularizer.readout]:
-            raise ValueError(
-                f"{name} trains against its own probe and there is no holdout monitor – expected one with another artifact in "
-                "`monitors`: the probe's own score says nothing once its gradient is used."
-            )
+    if isinstance(regularizer, ConceptPenalty) and all(
+        same_artifact(monitor, regularizer.readout) for monitor in monitors
+    ):
+        raise ValueError(
+            f"{name} trains against its own probe and there is no holdout monitor – expected one with another artifact in "
+            "`monitors`: the probe's own score says nothing once its gradient is used."
+        )
     if isinstance(regularizer, ExplainAway | FeatureConstraint):
         _refuse_losses(trainer, regularizer)
+    if isinstance(regularizer, DriftPenalty) and regularizer.subspace is not None:
+        regularizer.subspace.check_model(trainer.model)
     if regularizer.policy_point is not None:
         _refuse_hook_point(trainer, name, regularizer.policy_point)
+
+
+def _refuse_both(trainer: Any, regularizer: Regularizer, intervention: TrainingIntervention) -> None:
+    point = regularizer.policy_point
+    if point is not None and runs_after(trainer.model, point, intervention.hook_point):
+        raise ValueError(
+            f"`{regularizer.name}` reads the policy at `{point}`, at or above the `{type(intervention).__name__}` at "
+            f"`{intervention.hook_point}` – expected one of the two, or a term below the intervention: the term would compare a "
+            "changed policy with an unchanged reference, and train the model to undo the intervention, or nothing at all."
+        )
 
 
 def _refuse_losses(trainer: Any, regularizer: ExplainAway | FeatureConstraint) -> None:
@@ -163,6 +175,14 @@ def _refuse_losses(trainer: Any, regularizer: ExplainAway | FeatureConstraint) -
 
 def _refuse_intervention(trainer: Any, kind: str, intervention: TrainingIntervention) -> None:
     which = type(intervention).__name__
+    if isinstance(intervention, ConceptAblation):
+        intervention.subspace.check_model(trainer.model)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if getattr(plugin, "activation_checkpointing", False):
+        raise ValueError(
+            f"FSDP's `activation_checkpointing` is on and there is a `{which}` – expected it off: layers are run again in the "
+            "backward pass, where the intervention is closed. Use the trainer's `gradient_checkpointing=True`."
+        )
     if kind not in TRAINERS:
         raise ValueError(
             f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(TRAINERS)}: rollouts are "

@@ -154,6 +154,7 @@ class ConceptAnchor(Regularizer):
     2. Each counted token's difference, then the mean over a sequence's tokens, then over sequences, so that long sequences do
        not weigh more; `pooled=True` squares the difference of pooled scores instead.
     3. The schedule is the caller's; theirs is strong early (`Schedule(kind="decay")`).
+    4. A card's `transform` is left out, since it may clip.
 
     Args:
         readout (`Readout`): the concept.
@@ -168,8 +169,7 @@ class ConceptAnchor(Regularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.random_direction is not None:
-            object.__setattr__(self, "readout", random_like(self.readout, self.random_direction))
+        _without_transform(self)
         _named(self, f"anchor_{self.readout.name}")
 
     @property
@@ -227,6 +227,10 @@ class DriftPenalty(Regularizer):
             object.__setattr__(self, "_reference", Whole(self.policy_point))
 
     @property
+    def cards_readouts(self) -> list[Readout]:
+        return list(self.subspace.sources) if self.subspace is not None else []
+
+    @property
     def policy_point(self) -> str:
         point = self.hook_point if self.subspace is None else self.subspace.hook_point
         assert point is not None
@@ -261,6 +265,7 @@ class FeatureConstraint(Regularizer):
     2. c̄ is the mean over the tokens that the trainer's loss counts.
     3. With a probe in the place of latents there is one feature: D is the squared gap of mean scores.
     4. α may follow a schedule.
+    5. It is part of DPO's own loss, so that micro-batches of unequal size weigh as they do there: each by its mean.
 
     Args:
         readout (`Latents` or `Readout`): the features.
@@ -388,7 +393,7 @@ class ConceptPenalty(Regularizer):
     another artifact beside it.
 
     Args:
-        readout (`Readout`): the concept; its calibrated and pooled score is a log-odds.
+        readout (`Readout`): the concept; its calibrated and pooled score is a log-odds. A card's `transform` is left out.
         encourage (`bool`, defaults to `False`): pay for the concept instead of against it.
         allow_differentiable_probe (`bool`): say that you have read this.
         random_direction (`int`, *optional*): the control: a seed, from which a direction of the same norm is drawn that takes the
@@ -402,8 +407,7 @@ class ConceptPenalty(Regularizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.random_direction is not None:
-            object.__setattr__(self, "readout", random_like(self.readout, self.random_direction))
+        _without_transform(self)
         _named(self, f"penalty_{self.readout.name}")
         if self.allow_differentiable_probe is not True:
             raise ValueError(
@@ -457,18 +461,24 @@ def random_like(readout: Readout, seed: int) -> Readout:
     """A control readout: a random direction of the same norm, drawn from `seed`."""
     drawn = torch.randn(readout.weight.shape, generator=torch.Generator().manual_seed(seed))
     weight = drawn / drawn.norm() * readout.weight.detach().cpu().float().norm()
-    return replace(
-        readout, weight=weight, bias=0.0, scale=1.0, offset=0.0, transform=None, name=f"{readout.name}_random{seed}"
-    )
+    return replace(readout, weight=weight, bias=0.0, offset=0.0, transform=None, name=f"{readout.name}_random{seed}")
+
+
+def _without_transform(term: ConceptAnchor | ConceptPenalty) -> None:
+    """The readout that is trained through: the control in its place where one is asked for, and never a card's transform: where
+    that clips, it has no gradient, and just the sequences with the highest scores would be left alone."""
+    readout = replace(term.readout, transform=None)
+    if term.random_direction is not None:
+        readout = random_like(readout, term.random_direction)
+    object.__setattr__(term, "readout", readout)
 
 
 def make_regularizer(given: Any) -> Regularizer:
     """Regularizer of what a user wrote.
 
     Args:
-        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`) and the kind's
-        options, as in
-            a recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
+        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`) and the kind's options, as
+            in a recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
 
     Raises:
         `ValueError`: an unknown kind, an unknown option, a card that may not be used so.

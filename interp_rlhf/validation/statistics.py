@@ -41,9 +41,7 @@ def auroc_difference(
 ) -> tuple[float, float, float]:
     """AUROC of `scores` less that of `others` on the same rows, and its 95 % percentile interval: both are resampled alike."""
     counts = _counts(len(labels), groups, seed, resamples)
-    return _interval(
-        weighted_aurocs(labels, scores, counts) - weighted_aurocs(labels, others, counts), (-1.0, 1.0)
-    )
+    return _interval(weighted_aurocs(labels, scores, counts) - weighted_aurocs(labels, others, counts), (-1.0, 1.0))
 
 
 def _counts(rows: int, groups: Sequence[str], seed: int, resamples: int) -> np.ndarray:

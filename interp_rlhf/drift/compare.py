@@ -1,0 +1,198 @@
+"""The battery offline: two checkpoints instead of a run and its start.
+
+In: two models (a base and a tuned one, or an adapter and its base). Out: a `drift` event and its verdict, and which limits it
+crosses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..activations import decoder_layers, end_of_turn_ids, resolve, tokenize_examples
+from ..concepts.card import load_card
+from ..concepts.examples import Examples, read_rows
+from ..concepts.readout import Readout
+from .battery import Battery, Snapshot, spread
+from .monitors import LabelledSet, Reading, concept_angle
+from .texts import TEXTS
+from .verdicts import NOT_ENOUGH, TABLE, Verdict, gather, judge
+
+
+def compare_checkpoints(
+    before: str,
+    after: str,
+    *,
+    texts: Sequence[Any] | None = None,
+    hook_points: Sequence[str] | None = None,
+    monitors: Sequence[str] = (),
+    labelled: Examples | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[dict[str, Any], Verdict]:
+    """Loads one model after the other, so that only one is in memory.
+
+    Args:
+        before (`str`), after (`str`): folders or Hub ids; `after` may be a folder with a PEFT adapter of `before`.
+        texts, hook_points, labelled, seed: as in `DriftConfig`.
+        monitors (`Sequence[str]`): cards.
+
+    Returns:
+        The `drift` event and its verdict. Intervals are bootstraps over the labelled examples.
+
+    Raises:
+        `ValueError`: models that cannot be compared: another tokenizer, vocabulary or width; monitors of another model.
+    """
+    from transformers import AutoTokenizer
+
+    readouts = [Readout.from_card(load_card(path)) for path in monitors]
+    if readouts and labelled is None:
+        raise ValueError(
+            f"{len(readouts)} monitors and no `labelled` examples – expected some (`--labelled`) to read them on."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(before)
+    if not _is_adapter(after):
+        other = AutoTokenizer.from_pretrained(after)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`{before}` and `{after}` have different tokenizers – expected one: tokens could not be compared."
+            )
+    found: list[tuple[Snapshot, dict[str, Reading]]] = []
+    battery: Battery | None = None
+    examples: LabelledSet | None = None
+    with tqdm(total=2, desc="Models", disable=not progress, leave=False) as bar:
+        for side in (before, after):
+            model = _load(side, before)
+            if battery is None:
+                layers = decoder_layers(model)
+                points = list(dict.fromkeys([*(hook_points or spread(layers)), *(r.hook_point for r in readouts)]))
+                for readout in readouts:
+                    readout.check_model(model)
+                points.sort(key=lambda point: layers.index(point) if point in layers else -1)
+                ends = end_of_turn_ids(model, tokenizer)
+                rows = list(TEXTS if texts is None else texts)
+                battery = Battery(tokenize_examples(rows, tokenizer, end_of_turn_ids=ends), points)
+                if labelled is not None:
+                    batch = tokenize_examples(labelled.rows, tokenizer, end_of_turn_ids=ends)
+                    examples = LabelledSet(labelled, batch, seed)
+            for point in battery.hook_points:
+                resolve(model, point)
+            for readout in readouts:
+                readout.check_model(model, exact=False)
+            old = found[0][1] if found else None
+            found.append((battery.read(model), examples.read(model, readouts, old) if examples and readouts else {}))
+            del model
+            bar.update()
+    assert battery is not None
+    (first, first_readings), (second, second_readings) = found
+    width = {
+        side: snapshot.activations[battery.hook_points[0]].shape[1]
+        for side, snapshot in ((before, first), (after, second))
+    }
+    if len(set(width.values())) > 1:
+        raise ValueError(f"The models have widths {width} – expected one: activations could not be compared.")
+    points_found, output = battery.compare(first, second)
+    event: dict[str, Any] = {
+        "before": before, "after": after, "texts": len(battery), "tokens": battery.tokens, "hook_points": points_found,
+        "output": output, "monitors": {},
+    }  # fmt: skip
+    for readout in readouts:
+        assert examples is not None
+        summary = examples.summary(second_readings[readout.name], first_readings[readout.name])
+        event["monitors"][readout.name] = {**summary, "hook_point": readout.hook_point}
+    if (angle := concept_angle(readouts, second_readings, first_readings) if readouts else None) is not None:
+        event["concept_angle"] = angle
+    return event, judge(gather(event))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What must not be crossed."""
+
+    above: dict[str, float]
+    below: dict[str, float]
+    verdicts: list[str]
+
+
+def parse_limits(above: Sequence[str], below: Sequence[str], verdicts: Sequence[str]) -> Limits:
+    """Limits as they are written on the command line, `kl=0.5`.
+
+    Raises:
+        `ValueError`: not `name=number`, or no such verdict.
+    """
+    known = [rule.name for rule in (*TABLE, NOT_ENOUGH)]
+    for name in verdicts:
+        if name not in known:
+            raise ValueError(f"`--fail-on {name}` – expected one of {', '.join(f'`{k}`' for k in known)}.")
+    return Limits(_limits("--max", above), _limits("--min", below), list(verdicts))
+
+
+def _limits(option: str, given: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(f"`{option} {text}` – expected NAME=NUMBER, such as kl=0.5.") from None
+    return found
+
+
+def crossed(event: dict[str, Any], verdict: Verdict, limits: Limits) -> list[str]:
+    """Every limit that is crossed, in words.
+
+    Raises:
+        `ValueError`: a limit on a number that there is not: a check that silently passes is none.
+    """
+    numbers: dict[str, list[tuple[str, float]]] = {}
+    parts = [("output", event["output"]), *event["hook_points"].items(), *event["monitors"].items()]
+    for where, part in parts:
+        for name, value in part.items():
+            if isinstance(value, int | float):
+                numbers.setdefault(name, []).append((where, float(value)))
+    if unknown := sorted((limits.above.keys() | limits.below.keys()) - numbers.keys()):
+        raise ValueError(
+            f"No number is named {', '.join(f'`{n}`' for n in unknown)} – expected some of {', '.join(sorted(numbers))}."
+        )
+    found = [f"verdict `{verdict.name}`"] if verdict.name in limits.verdicts else []
+    for table, sign, word in ((limits.above, 1, "above"), (limits.below, -1, "below")):
+        for name, limit in table.items():
+            # Not a number is no proof of anything, so it counts as crossed.
+            found += [
+                f"`{name}` at {where} is {value:.4g}, {word} {limit:g}"
+                for where, value in numbers[name]
+                if not sign * value <= sign * limit or math.isnan(value)
+            ]
+    return found
+
+
+def load_texts(path: str) -> list[Any]:
+    """Texts of a file: JSONL or CSV rows as in `tokenize_examples`, or a text file with one text per line."""
+    if Path(path).suffix in (".jsonl", ".json", ".csv"):
+        rows: list[Any] = [dict(row) for row in read_rows(path)]
+    else:
+        rows = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"`{path}` holds no texts – expected at least one.")
+    return rows
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def _load(path: str, base: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base if _is_adapter(path) else path, dtype=torch.float32).eval()
+    if not _is_adapter(path):
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, path).eval()
