@@ -15,7 +15,7 @@ import torch
 
 from ..activations import ConceptScores, TokenBatch, read_activations
 from ..concepts.examples import Examples
-from ..concepts.probe import LinearProbe, folds
+from ..concepts.probe import folds
 from ..concepts.readout import Readout
 from ..validation.statistics import auroc_difference, auroc_interval
 from .metrics import direction_cosine, principal_angles
@@ -33,7 +33,7 @@ class Reading:
     Attributes:
         scores (`dict[str, np.ndarray]`): way of reading to one score (E,) per example: `frozen` as the readout is;
             `restandardized` with its weight on activations whose mean and variance per dimension are set to what they were at the
-            start; `refitted` by probes fitted anew on this model, each on the other folds.
+            start; `refitted` by probes fitted anew on this model (`fit_anew`), each on the other folds.
         direction (`torch.FloatTensor` of shape (D,)): weight of a probe fitted anew on all examples.
         mean, std (`torch.DoubleTensor` of shape (D,)): of the activations of counted tokens.
     """
@@ -110,12 +110,11 @@ class LabelledSet:
         means.index_add_(0, rows, values.double())
         array = (means / torch.from_numpy(self.lengths)[:, None]).numpy()
         labels = self.examples.labels
-        probe = LinearProbe(seed=self.seed)
         scores = np.zeros(len(labels))
         for train, test in self._folds:
-            weight, bias = probe.fit(array[train], labels[train])
+            weight, bias = fit_anew(array[train], labels[train])
             scores[test] = array[test] @ weight + bias
-        return scores, torch.from_numpy(probe.fit(array, labels)[0]).float()
+        return scores, torch.from_numpy(fit_anew(array, labels)[0]).float()
 
     def summary(self, reading: Reading, start: Reading) -> dict[str, Any]:
         """What a reading says beside the first one.
@@ -144,6 +143,24 @@ class LabelledSet:
         alarms = frozen[negative] > threshold
         found["false_alarms"] = [float(alarms[rows].mean()) for rows in bins]
         return found
+
+
+def fit_anew(means: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weight (D,) and bias of a logistic regression on the leading principal components, each at unit variance.
+
+    Not the probe that is fitted for a card: that one standardizes each dimension, and a rotation of the stream, which changes
+    nothing of the model, spreads the few massive dimensions over all others and spoils it. On principal components the fit is the
+    same in every rotation. A quarter as many components as examples are kept, so that noise is not fitted.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    center = means.mean(0)
+    _, sizes, components = np.linalg.svd(means - center, full_matrices=False)
+    kept = max(1, min(len(means) // 4, int((sizes > 1e-6 * sizes[0]).sum())))
+    basis = components[:kept] * (np.sqrt(len(means)) / sizes[:kept])[:, None]  # (k, D)
+    model = LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced").fit((means - center) @ basis.T, labels)
+    weight = model.coef_[0] @ basis
+    return weight, float(model.intercept_[0] - weight @ center)
 
 
 def scores_of(readout: Readout, batch: TokenBatch, activations: torch.Tensor) -> np.ndarray:
