@@ -192,6 +192,11 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--out", default="report.html", help="the HTML file; report.md goes beside it (default: %(default)s)"
     )
     report.add_argument("--title", help="title of the page")
+    report.add_argument(
+        "--model-card",
+        metavar="FILE",
+        help="put a section with the verdicts into this Markdown file, such as TRL's README.md",
+    )
     report.set_defaults(run="report")
 
 

@@ -166,11 +166,13 @@ def drift_compare(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """`interp-rlhf report`."""
-    from .report import write_report
+    from .report import write_model_card, write_report
 
     for path in write_report(arguments.runs, Path(arguments.out), title=arguments.title):
         if path.suffix != ".svg":
             print(path)
+    if arguments.model_card:
+        print(write_model_card(arguments.runs, Path(arguments.model_card)))
     return 0
 
 

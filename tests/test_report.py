@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -14,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from interp_rlhf.report import write_report
+from interp_rlhf.report import write_model_card, write_report
 from interp_rlhf.report.groups import group_metrics
 from interp_rlhf.report.load import load_runs
 from interp_rlhf.report.plots import Line, arm_style, line_plot
@@ -46,7 +50,7 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, data):
-        if "style" not in self._open:
+        if not {"style", "script"} & set(self._open):
             self.words.append(data)
 
 
@@ -258,13 +262,28 @@ def test_foreign_text_arrives_as_text_wherever_it_comes_from(tmp_path, hostile):
     log.append("metric", step=1, metrics={"reward": 1.0, f"interp/{hostile}/mean_score": 2.0, hostile: 3.0})
     log.append("drift", step=1, texts=1, tokens=1, hook_points={hostile: {hostile: 1.0}}, monitors={hostile: {"x": 1}})
     log.append("table", title=hostile, columns=[hostile], rows=[[hostile]], note=hostile)
-    log.append("verdict", step=1, reason=hostile)
+    log.append("verdict", step=1, verdict=hostile, because=[hostile], next=hostile, reason=hostile)
     log.append(
-        "samples", step=1, when="after", rows=[{"prompt": hostile, "completion": hostile, "scores": {hostile: 1}}]
+        "drift", step=1, texts=1, tokens=1, moved={hostile: [{"prompt": hostile, "completion": hostile, "change": 1.0}]},
+        batches={hostile: [{"step": 1, "samples": [{"prompt": hostile, "completion": hostile, "score": 1.0}]}]},
+    )  # fmt: skip
+    log.append(
+        "samples",
+        step=1,
+        when="after",
+        rows=[
+            {
+                "prompt": hostile,
+                "completion": hostile,
+                "scores": {hostile: 1},
+                "tokens": {"pieces": [hostile, "x"], "scores": {hostile: [1.0, 2.0]}},
+            }
+        ],
     )
     page, text = report(tmp_path / "interp.jsonl", tmp_path)
     assert page.text.count(name) >= 12
-    assert not {"script", "img", "b", "textarea"} & set(page.tags)
+    assert not {"img", "b", "textarea"} & set(page.tags)
+    assert page.tags.count("script") == 1  # our own
     assert "49" not in page.text.replace(name, "")
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
@@ -330,7 +349,89 @@ def test_page_loads_nothing_and_works_without_scripts(tmp_path):
     assert len(ids) == len(set(ids))
     assert {value[1:] for value in references} <= set(ids)
     assert "url(http" not in (tmp_path / "report.html").read_text()
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"link", "iframe", "object"} & set(page.tags)
+    # The one script is named in the page's policy by its hash: no other can run.
+    script = re.search(r"<script>(.*?)</script>", (tmp_path / "report.html").read_text(), re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert any(f"script-src 'sha256-{digest}'" in value for name, value in page.attributes if name == "content")
+
+
+def judged(log, step=20, verdict="text gamed"):
+    log.append("metric", step=step, metrics={"reward": 1.0})
+    log.append(
+        "verdict", step=step, verdict=verdict, because=["the reward rose by +2.0", "`vader` did not"], next="Read the samples.",
+        alarm=verdict == "text gamed",
+    )  # fmt: skip
+
+
+def test_the_verdict_stands_on_top_with_its_reasons_and_what_to_do(tmp_path):
+    log = start(tmp_path)
+    judged(log, 10, "steady")
+    judged(log, 20)
+    page, text = report(tmp_path, tmp_path)
+    assert page.text.index("text gamed") < page.text.index("SmolLM2")
+    for words in (
+        "the reward rose by +2.0",
+        "`vader` did not",
+        "Read the samples.",
+        "step 10: steady → step 20: text gamed",
+    ):
+        assert words in page.text
+    assert text.index("Verdict: text gamed") < text.index("SmolLM2")
+    found = json.loads((tmp_path / "report.json").read_text())["runs"][0]
+    assert [v["verdict"] for v in found["verdicts"]] == ["steady", "text gamed"]
+    assert found["metrics"]["reward"] == 1.0
+
+
+def test_what_moved_a_monitor_is_named_the_latest_and_largest_first(tmp_path):
+    log = start(tmp_path)
+    for step in (10, 20):
+        log.append(
+            "drift", step=step, texts=1, tokens=1,
+            moved={
+                "warmth": [{"prompt": f"p{step}{i}", "completion": "c", "change": c} for i, c in enumerate((-3.0, 1.0))]
+            },
+        )  # fmt: skip
+    page, _ = report(tmp_path, tmp_path)
+    places = [page.text.index(prompt) for prompt in ("p200", "p201", "p100", "p101")]
+    assert places == sorted(places)
+
+
+def test_tokens_are_coloured_by_their_scores(tmp_path):
+    log = start(tmp_path)
+    tokens = {"pieces": ["cold", " and", " warm"], "scores": {"warmth": [-2.0, 0.0, 2.0]}}
+    log.append(
+        "samples", step=1, when="after", rows=[{"prompt": "p", "completion": "cold and warm", "tokens": tokens}]
+    )
+    log.append(
+        "samples",
+        step=1,
+        when="before",
+        rows=[{"prompt": "p", "completion": "x", "tokens": {"pieces": ["x", "y"], "scores": {"warmth": [1.0]}}}],
+    )  # torn: left out
+    report(tmp_path, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert '<span class="t-2">cold</span><span> and</span><span class="t2"> warm</span>' in html
+
+
+def test_the_model_card_gets_its_section_once_and_keeps_the_rest(tmp_path):
+    log = start(tmp_path)
+    judged(log)
+    card = tmp_path / "README.md"
+    card.write_text("# Model\n\nWritten by TRL.\n")
+    write_model_card(tmp_path, card)
+    first = card.read_text()
+    judged(log, 30, "collapsed")
+    write_model_card(tmp_path, card)
+    second = card.read_text()
+    assert first.startswith("# Model\n\nWritten by TRL.\n")
+    assert "Verdict: text gamed" in first
+    assert "Verdict: collapsed" in second
+    assert "Verdict: text gamed" not in second
+    assert second.count("interp_rlhf: begin") == 1
+    card.write_text(second.replace("<!-- interp_rlhf: end -->", ""))
+    with pytest.raises(ValueError, match="without"):
+        write_model_card(tmp_path, card)
 
 
 WRITE = "import sys; from interp_rlhf.report import write_report; write_report([sys.argv[1]], sys.argv[2])"

@@ -169,8 +169,6 @@ class OwnText:
 
     @torch.no_grad()
     def _generate(self) -> list[list[int]]:
-        from trl.models import unwrap_model_for_generation
-
         trainer = self.trainer
         width = max(map(len, self._prompt_ids))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -181,8 +179,8 @@ class OwnText:
             mask[row, width - len(prompt) :] = 1
         device = trainer.accelerator.device
         devices = [device] if device.type == "cuda" else []
-        wrapped = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
-        with reading(), wrapped as model, measuring(model), torch.random.fork_rng(devices):
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with reading(), measuring(model), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=self.temperature, top_k=0,

@@ -12,13 +12,14 @@ from typing import Any
 
 from interp_rlhf.report.figures import drift_figures, has_measure, metric_figures
 from interp_rlhf.report.groups import group_metrics
-from interp_rlhf.report.load import Run, Table
+from interp_rlhf.report.load import Metrics, Run, Table
 from interp_rlhf.report.notes import NOTES
 from interp_rlhf.report.plots import arm_style
-from interp_rlhf.report.samples import compare_samples
+from interp_rlhf.report.samples import compare_samples, token_readout
 from interp_rlhf.report.text import MISSING, as_number, show, show_seconds, visible
 
 _PROMINENT = 12  # samples beyond these are folded away
+_MOVED = 200  # rows of the table of what moved a monitor
 
 
 def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
     names = {name for run in runs for name, series in run.metrics.items() if series}
     groups, rest = group_metrics(names)
     titles = list(dict.fromkeys(run.title for run in runs if run.title))
-    samples = compare_samples(runs)
+    readout = token_readout(runs)
+    samples = compare_samples(runs, readout)
     content: dict[str, Any] = {
         "title": visible(title) if title else titles[0] if len(titles) == 1 else "Training report",
         "runs": [_header(run, index) for index, run in enumerate(runs)],
@@ -46,7 +48,9 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
         "labels": [run.label for run in runs],
         "drift_figures": drift_figures(runs),
         "drift_costs": [_drift_cost(run) for run in runs if run.evaluations],
-        "verdicts": _verdicts(runs),
+        "verdicts": [_verdict(run) for run in runs if run.verdicts],
+        "moved": _moved(runs),
+        "token_readout": readout,
         "samples": samples[:_PROMINENT],
         "more_samples": samples[_PROMINENT:],
         "notes": NOTES,
@@ -59,10 +63,12 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
 def _sections(content: dict[str, Any]) -> list[tuple[str, str]]:
     """Anchors and names of the sections that this page has."""
     sections = [
+        ("verdict", "Verdict", content["verdicts"]),
         ("runs", "Runs", True),
         ("results", "Results", content["tables"]),
         ("training", "Training", content["figures"] or content["others"]),
-        ("drift", "Drift", content["drift_costs"] or content["verdicts"]),
+        ("drift", "Drift", content["drift_costs"]),
+        ("moved", "What moved it", content["moved"]),
         ("samples", "Samples", content["samples"]),
         ("reading", "How to read this", True),
     ]
@@ -168,12 +174,65 @@ def _span(amounts: Iterable[Any]) -> str:
     )
 
 
-def _verdicts(runs: Sequence[Run]) -> dict[str, Any]:
-    """Verdicts as one table, a column for every field that any of them has."""
-    names = list(dict.fromkeys(name for run in runs for verdict in run.verdicts for name in verdict.fields))
-    rows = [
-        [run.label, show(verdict.step), *(show(verdict.fields.get(name)) for name in names)]
-        for run in runs
-        for verdict in run.verdicts
+def _verdict(run: Run) -> dict[str, Any]:
+    """The latest verdict of a run, and those before it."""
+    last = run.verdicts[-1]
+    return {
+        "label": run.label,
+        "name": last.name,
+        "step": show(last.step),
+        "because": last.because,
+        "next": last.next,
+        "tone": "alarm" if last.alarm else "calm" if last.name == "steady" else "note",
+        "extra": [(name, show(value)) for name, value in last.fields.items()],
+        "history": [(show(verdict.step), verdict.name) for verdict in run.verdicts],
+    }
+
+
+def _moved(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Answers and batches that moved a monitor, the latest evaluation first."""
+    rows = [(run, moved) for run in runs for moved in run.moved]
+    rows.sort(key=lambda row: (-row[1].step, row[1].batch, row[1].monitor, -abs(row[1].change or 0)))
+    return [
+        {
+            "run": run.label,
+            "step": show(moved.step),
+            "monitor": moved.monitor,
+            "kind": "training batch" if moved.batch else "fixed prompt",
+            "prompt": moved.prompt,
+            "completion": moved.completion,
+            "change": show(moved.change),
+        }
+        for run, moved in rows[:_MOVED]
     ]
-    return {"columns": ["run", "step", *names], "rows": rows} if rows else {}
+
+
+def as_json(runs: Sequence[Run], title: str) -> dict[str, Any]:
+    """The report for programs: verdicts, the last value of every metric, and the drift of the last evaluation."""
+    return {
+        "title": title,
+        "runs": [
+            {
+                "run": run.label,
+                "model": run.model,
+                "trainer": run.trainer,
+                "last_step": run.last_step,
+                "ended": run.ended,
+                "seconds": round(run.seconds, 3),
+                "cards": run.cards,
+                "verdicts": [
+                    {"step": v.step, "verdict": v.name, "because": v.because, "next": v.next, "alarm": v.alarm}
+                    for v in run.verdicts
+                ],
+                "metrics": _last(run.metrics),
+                "hook_points": {point: _last(family) for point, family in run.hook_points.items()},
+                "monitors": {monitor: _last(family) for monitor, family in run.monitors.items()},
+                "overhead_seconds": round(run.overhead_seconds, 3),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _last(family: Metrics) -> dict[str, float | None]:
+    return {name: series[max(series)] for name, series in sorted(family.items()) if series}

@@ -13,6 +13,7 @@ MEASURE = re.compile(r"interp/measure/.+/mean")
 _REWARD = re.compile(r"rewards/.+/mean|rewards/[^/]+")  # GRPO and PPO; DPO's margins, accuracies, chosen, rejected
 # What the drift callback logs is drawn from its own events, in the section on drift.
 _MONITOR = re.compile(r"interp/(?!drift/)(?:.+/)?(?!drift_)[^/]+")
+_OWN_TEXT = re.compile(r"interp/(?:.+/own_(?:policy|text|drift|mean)|own_text/.+)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ _GROUPS: tuple[tuple[str, str, str, _Rank], ...] = (
         _ranked("reward", MEASURE, _REWARD),
     ),
     (
+        "own-text",
+        "The policy's own text",
+        "Answers to fixed prompts. Read on the policy = what the text does, read on the frozen reference (own_text), less "
+        "what the representation does (own_drift = own_text − own_policy). A readout that moves on the policy alone moved "
+        "inside, not in the text.",
+        _ranked(
+            re.compile(r"interp/.+/own_policy"),
+            re.compile(r"interp/.+/own_text"),
+            re.compile(r"interp/.+/own_drift"),
+            _OWN_TEXT,
+        ),
+    ),
+    (
         "monitors",
         "Concept monitors",
         "Scores of reward cards and monitors, as the trainer logged them.",
@@ -64,6 +78,12 @@ _GROUPS: tuple[tuple[str, str, str, _Rank], ...] = (
         "Completions",
         "Share of completions cut off at the length limit, and their mean length in tokens.",
         _ranked("completions/clipped_ratio", "completions/mean_length"),
+    ),
+    (
+        "output",
+        "Predictions on fixed text",
+        "KL from the start's predictions, and perplexity, on the battery's texts.",
+        _ranked("interp/drift/kl", "interp/drift/perplexity"),
     ),
     ("optimizer", "Optimization", "Training loss and gradient norm.", _ranked("loss", "grad_norm")),
 )

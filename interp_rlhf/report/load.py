@@ -31,6 +31,8 @@ class Sample:
     prompt: str
     completion: str
     scores: dict[str, Any]
+    pieces: list[str] = field(default_factory=list)  # the completion token by token, where tokens were scored
+    token_scores: dict[str, list[float | None]] = field(default_factory=dict)  # readout → score per piece
 
 
 @dataclass
@@ -54,10 +56,26 @@ class Table:
 
 @dataclass
 class Verdict:
-    """A judgement of a monitor, as name-value pairs."""
+    """A judgement: its name, what made it, what to do next, and anything else that was logged with it."""
 
     step: int
+    name: str
+    because: list[str]
+    next: str
+    alarm: bool
     fields: dict[str, Any]
+
+
+@dataclass
+class Moved:
+    """An answer, or a training batch's sample, that moved a monitor."""
+
+    step: int
+    monitor: str
+    prompt: str
+    completion: str
+    change: float | None
+    batch: bool  # of training; otherwise an answer to a fixed prompt
 
 
 @dataclass
@@ -85,6 +103,7 @@ class Run:
     samples: list[Samples] = field(default_factory=list)
     tables: dict[str, Table] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    moved: list[Moved] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -171,6 +190,7 @@ def _forget_superseded(run: Run, segment: list[dict[str, Any]]) -> None:
     run.evaluations = {step: value for step, value in run.evaluations.items() if step < first}
     run.samples = [samples for samples in run.samples if samples.step < first]
     run.verdicts = [verdict for verdict in run.verdicts if verdict.step < first]
+    run.moved = [moved for moved in run.moved if moved.step < first]
     run.last_step = min(run.last_step, first)
 
 
@@ -226,6 +246,19 @@ def _add_drift(run: Run, event: dict[str, Any], step: int) -> None:
             metrics = metrics if isinstance(metrics, dict) else {"value": metrics}
             _add_numbers(target.setdefault(visible(name), {}), metrics, step)
 
+    for key, number, batch in (("moved", "change", False), ("batches", "score", True)):
+        for monitor, found in _dict(event.get(key)).items():
+            for item in _list(found):
+                for row in _list(_dict(item).get("samples")) if batch else [item]:
+                    run.moved.append(
+                        _moved(monitor, _dict(row), _dict(item).get("step") if batch else step, number, batch)
+                    )
+
+
+def _moved(monitor: str, row: dict[str, Any], step: Any, number: str, batch: bool) -> Moved:
+    prompt, completion = model_text(row.get("prompt")), model_text(row.get("completion"))
+    return Moved(int(as_number(step) or 0), visible(monitor), prompt, completion, as_number(row.get(number)), batch)
+
 
 def _amount(value: Any) -> Any:
     return len(value) if isinstance(value, list) else value
@@ -244,7 +277,19 @@ def _sample(row: dict[str, Any]) -> Sample:
         prompt=model_text(row.get("prompt")),
         completion=model_text(row.get("completion")),
         scores={visible(name): value for name, value in named.items()},
+        **_tokens(row.get("tokens")),
     )
+
+
+def _tokens(tokens: Any) -> dict[str, Any]:
+    """Pieces and their scores, where there are as many of the one as of the other."""
+    pieces = [visible(piece) for piece in _list(_dict(tokens).get("pieces"))]
+    scores = {
+        visible(name): [as_number(value) for value in values]
+        for name, values in _dict(_dict(tokens).get("scores")).items()
+        if isinstance(values, list) and len(values) == len(pieces)
+    }
+    return {"pieces": pieces, "token_scores": scores} if pieces and scores else {}
 
 
 def _add_table(run: Run, event: dict[str, Any], step: int) -> None:
@@ -263,8 +308,13 @@ def _add_table(run: Run, event: dict[str, Any], step: int) -> None:
 
 
 def _add_verdict(run: Run, event: dict[str, Any], step: int) -> None:
-    fields = {visible(key): value for key, value in event.items() if key not in ("event", "time", "step")}
-    run.verdicts.append(Verdict(step, fields))
+    known = ("event", "time", "step", "verdict", "because", "next", "alarm")
+    fields = {visible(key): value for key, value in event.items() if key not in known}
+    because = [visible(reason) for reason in _list(event.get("because"))]
+    name = visible(event.get("verdict") or event.get("name") or "no name")
+    run.verdicts.append(
+        Verdict(step, name, because, visible(event.get("next") or ""), event.get("alarm") is True, fields)
+    )
 
 
 def _step(event: dict[str, Any]) -> int | None:

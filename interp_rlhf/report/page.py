@@ -6,6 +6,9 @@ content, so they never disagree.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -15,10 +18,12 @@ from typing import Any
 from urllib.parse import quote
 
 from interp_rlhf.report import text
-from interp_rlhf.report.content import page_content
+from interp_rlhf.report.content import as_json, page_content
 from interp_rlhf.report.figures import Panel
 from interp_rlhf.report.load import load_runs
 from interp_rlhf.report.write import write_all
+
+_BEGIN, _END = "<!-- interp_rlhf: begin -->", "<!-- interp_rlhf: end -->"
 
 
 def write_report(
@@ -26,13 +31,13 @@ def write_report(
     out: str | os.PathLike[str],
     title: str | None = None,
 ) -> list[Path]:
-    """Write run logs as one self-contained HTML page, one Markdown page and one SVG file per plot.
+    """Write run logs as one self-contained HTML page, one Markdown page, one JSON file and one SVG file per plot.
 
     Args:
         runs (`Sequence[str | Path]`): run logs, or folders: a folder means every `interp.jsonl` below it, sorted. Arms
             are laid over each other in the plots.
-        out (`str | Path`): the HTML page, such as `runs/demo/report.html`. Beside it are written `report.md` and the
-            folder `report_plots`, named after the page.
+        out (`str | Path`): the HTML page, such as `runs/demo/report.html`. Beside it are written `report.md`, `report.json` and
+            the folder `report_plots`, named after the page.
         title (`str`, *optional*): heading of the page. Defaults to the title that the runs share.
 
     Returns:
@@ -46,25 +51,61 @@ def write_report(
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"`out` is `{out}` – expected an HTML file – pass for example `{out / 'report.html'}`.")
-    content = page_content(load_runs(runs), title)
+    loaded = load_runs(runs)
+    content = page_content(loaded, title)
     folder = out.with_name(f"{out.stem}_plots")
     panels = [panel for figure in content["figures"] + content["drift_figures"] for panel in figure.panels]
     files = {folder / panel.file: panel.svg for panel in panels}
     content["plots"] = quote(folder.name)
+    content["script"] = _read("page.js")
+    content["script_hash"] = base64.b64encode(hashlib.sha256(content["script"].encode()).digest()).decode()
+    files[out.with_suffix(".json")] = (
+        json.dumps(as_json(loaded, content["title"]), indent=1, ensure_ascii=False) + "\n"
+    )
     files[out.with_suffix(".md")] = _render("template.md.j2", content)
     files[out] = _render("template.html.j2", content)
     return write_all(files)
+
+
+def write_model_card(
+    runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], card: str | os.PathLike[str]
+) -> Path:
+    """Put what the runs' logs say into a model card, such as the `README.md` that TRL writes beside a trained model.
+
+    The section stands between two comments; there, it is replaced, otherwise it is added at the end. Everything else stays as it
+    is.
+
+    Args:
+        runs (`Sequence[str | Path]`): run logs or folders, as for `write_report`.
+        card (`str | Path`): the Markdown file; it is made where there is none.
+
+    Raises:
+        `ValueError`: a card in which the section begins and does not end.
+    """
+    path = Path(card)
+    section = f"{_BEGIN}\n{_render('model_card.md.j2', page_content(load_runs(runs)))}{_END}\n"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begins, rest = old.partition(_BEGIN)
+    _, ends, after = rest.partition(_END)
+    if begins and not ends:
+        raise ValueError(
+            f"`{path}` has `{_BEGIN}` without `{_END}` – expected both, or neither. Remove the first, or add the second."
+        )
+    new = before + section + after.removeprefix("\n") if begins else old + ("\n" if old else "") + section
+    write_all({path: new})
+    return path
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _render(template: str, content: dict[str, Any]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    def read(name: str) -> str:
-        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read),
+        loader=jinja2.FunctionLoader(_read),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -72,6 +113,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "script": Markup,  # our own, and named in the page's policy by its hash
         "inline_svg": lambda panel: Markup(_inline_svg(panel)),
         "markdown": lambda value: Markup(text.markdown(value)),
         "fence": lambda value: Markup(text.fence(value)),

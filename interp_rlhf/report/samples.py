@@ -6,8 +6,9 @@ In: loaded runs. Out: one comparison per prompt, with the completions of every a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, pstdev
 
 from interp_rlhf.report.load import Run, Sample, Samples
 from interp_rlhf.report.text import show
@@ -20,6 +21,7 @@ class Cell:
     when: str
     completion: str
     scores: list[tuple[str, str]]
+    pieces: list[tuple[str, int]] = field(default_factory=list)  # tokens with their level, −3 to 3
 
 
 @dataclass
@@ -30,19 +32,25 @@ class Comparison:
     arms: list[tuple[str, list[Cell]]] = field(default_factory=list)
 
 
-def compare_samples(runs: Sequence[Run]) -> list[Comparison]:
-    """Comparisons in the order in which the prompts first occur.
+def token_readout(runs: Sequence[Run]) -> str | None:
+    """Readout by whose scores tokens are coloured: the first that was logged."""
+    return next((name for run in runs for one in run.samples for row in one.rows for name in row.token_scores), None)
+
+
+def compare_samples(runs: Sequence[Run], readout: str | None = None) -> list[Comparison]:
+    """Comparisons in the order in which the prompts first occur; tokens with levels of `readout` where it scored them.
 
     A prompt that was sampled several times is compared several times: its first completion before with its first
     completion after, and so on.
     """
     found: dict[tuple[str, int], Comparison] = {}
+    level = _levels(runs, readout)
     for run in runs:
         cells: dict[tuple[str, int], list[Cell]] = {}
         for samples in _ends(run.samples):
             seen: Counter[str] = Counter()
             for row in samples.rows:
-                cells.setdefault((row.prompt, seen[row.prompt]), []).append(_cell(samples, row))
+                cells.setdefault((row.prompt, seen[row.prompt]), []).append(_cell(samples, row, readout, level))
                 seen[row.prompt] += 1
         for key, answers in cells.items():
             found.setdefault(key, Comparison(key[0])).arms.append((run.label, answers))
@@ -63,7 +71,24 @@ def _ends(samples: Sequence[Samples]) -> list[Samples]:
     return first if first == last else first + last
 
 
-def _cell(samples: Samples, row: Sample) -> Cell:
+def _levels(runs: Sequence[Run], readout: str | None) -> Callable[[float | None], int]:
+    """Score to level: distance from the mean over all tokens, in two thirds of a standard deviation, at most 3 either way."""
+    values = [
+        v
+        for run in runs
+        for one in run.samples
+        for row in one.rows
+        for v in row.token_scores.get(readout or "", ())
+        if v is not None
+    ]
+    mean = fmean(values) if values else 0.0
+    step = (pstdev(values) if values else 0.0) / 1.5
+    return lambda value: 0 if value is None or step == 0 else max(-3, min(3, round((value - mean) / step)))
+
+
+def _cell(samples: Samples, row: Sample, readout: str | None, level: Callable[[float | None], int]) -> Cell:
     when = {"before": "before training", "after": "after training"}.get(samples.when, "during training")
     scores = [(name, show(value)) for name, value in row.scores.items()]
-    return Cell(f"{when}, step {samples.step}", row.completion, scores)
+    own = row.token_scores.get(readout or "", [])
+    pieces = [(piece, level(value)) for piece, value in zip(row.pieces, own, strict=True)] if own else []
+    return Cell(f"{when}, step {samples.step}", row.completion, scores, pieces)
