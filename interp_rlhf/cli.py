@@ -143,7 +143,9 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: interp-rlhf drift compare base runs/dpo/checkpoint-100 --monitor reward/warmth/reward.v1.yaml "
         "--labelled check.jsonl --max kl=0.5 --min cosine=0.9 --fail-on 'monitor stale'",
     )
-    compare.add_argument("before", metavar="A", help="folder or Hub id of a causal LM")
+    compare.add_argument(
+        "before", metavar="A", help="folder or Hub id of a causal LM, or `SmolLM2-135M-Instruct`, the embedded one"
+    )
     compare.add_argument("after", metavar="B", help="the same, or a folder with a PEFT adapter of A")
     compare.add_argument(
         "--texts", help="JSONL or CSV file of texts, or a text file with one per line (default: 24 neutral texts)"

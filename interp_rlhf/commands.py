@@ -132,8 +132,8 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     texts = load_texts(arguments.texts) if arguments.texts else None
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
     event, verdict = compare_checkpoints(
-        arguments.before, arguments.after, texts=texts, hook_points=arguments.hook_point, monitors=arguments.monitor,
-        labelled=labelled, seed=arguments.seed,
+        _path(arguments.before), _path(arguments.after), texts=texts, hook_points=arguments.hook_point,
+        monitors=arguments.monitor, labelled=labelled, seed=arguments.seed,
     )  # fmt: skip
     problems = crossed(event, verdict, limits)
     if arguments.json:
@@ -205,6 +205,17 @@ def recipes_copy(arguments: argparse.Namespace) -> int:
     print(f"next: cd {shlex.quote(str(target.parent))} && accelerate launch --config_file recipes/accelerate_configs/cpu.yaml "
           "recipes/dpo.py --config recipes/keep_a_concept/dpo/config_anchor.yaml")  # fmt: skip
     return 0
+
+
+def _path(name: str) -> str:
+    """The embedded model by its name; anything else as it is."""
+    from .recipe import EMBEDDED
+
+    if name != EMBEDDED:
+        return name
+    from .demo.model import default_model
+
+    return str(default_model())
 
 
 def _load(name: str | None) -> tuple[Any, Any, str]:

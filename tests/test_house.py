@@ -159,6 +159,40 @@ def test_the_demo_figures_of_the_readme_are_the_committed_ones():
         assert "| " + " | ".join(map(str, row)) + " |" in readme, row
 
 
+def test_the_evidence_figures_of_the_readme_are_the_committed_ones():
+    readme = (ROOT / "README.md").read_text()
+    found = json.loads((ROOT / "recipes" / "keep_a_concept" / "evidence.json").read_text())
+    assert sorted((run["arm"], run["seed"]) for run in found["runs"]) == [
+        (arm, seed) for arm in ("anchor", "plain", "random") for seed in range(3)
+    ]
+    for arm, made in found["summary"]["arms"].items():
+        warmth, compared = made["drift"][found["anchored"]], found["summary"]["compared_with_plain"].get(arm)
+        cells = [
+            "{mean:+.2f} ± {std_over_seeds:.2f}".format(**warmth["mean_shift"]),
+            "{mean:.2f} ± {std_over_seeds:.2f}".format(**warmth["root_mean_square"]),
+            "–", " / ".join(f"{made['drift'][name]['mean_shift']['mean']:+.2f}" for name in ("sentiment", "city_truth")),
+            f"{made['accuracy']:.3f}", "–", f"{made['perplexity']:.1f}",
+        ]  # fmt: skip
+        if compared is not None:
+            cells[2] = f"{compared['share_of_plain_shift']:.2f} / {compared['share_of_plain_root_mean_square']:.2f}"
+            low, high = compared["accuracy_difference_95"]
+            cells[5] = f"{compared['accuracy_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        assert " | ".join(cells) + " |" in readme, cells
+    anchor = found["summary"]["compared_with_plain"]["anchor"]
+    assert anchor["share_of_plain_shift"] <= 0.5
+    assert anchor["accuracy_difference_95"][0] > -0.05
+    turned = json.loads((ROOT / "recipes" / "watch_the_inside" / "rotation.json").read_text())
+    point, monitor = (turned["rotated"][key] for key in ("hook_points", "monitors"))
+    for figure in (
+        f"CKA {point['model.layers.15']['cka']:.4f}", f"cosine {point['model.layers.15']['cosine']:.2f}",
+        f"to {monitor['sentiment']['frozen_auroc']:.2f}; fitted anew it reads {monitor['sentiment']['refitted_auroc']:.2f}",
+        f"{turned['stored_activations']['inside']} of {turned['stored_activations']['rotations']} inside",
+        f"is *{turned['rotated']['verdict']}*", f"copy it is *{turned['copy']['verdict']}*",
+    ):  # fmt: skip
+        assert figure in readme, figure
+    assert turned["greedy_text_identical"]
+
+
 def test_no_registry_host_is_named_and_nothing_is_left_to_do():
     hosts = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian")
     unfinished = re.compile(r"\b(TODO|FIXME|XXX)\b|NotImplementedError|pickle\.load\b|trust_remote_code=True")

@@ -120,7 +120,10 @@ class Battery:
         tensors |= {"log_probs": snapshot.log_probs, "predictions": snapshot.predictions}
         tensors |= {f"extra/{name}": values for name, values in (extra or {}).items()}
         metadata = {"fingerprint": self.fingerprint, "note": note}
-        write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))
+        write_atomically(
+            path,
+            save({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, metadata=metadata),
+        )
 
     def load(self, path: Path, note: str = "") -> tuple[Snapshot, dict[str, torch.Tensor]] | None:
         """A saved snapshot and what travelled with it; None where there is none, or where it is of another battery or note."""

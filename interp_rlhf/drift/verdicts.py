@@ -143,7 +143,8 @@ def _obfuscated(e: Evidence) -> list[str]:
 def _text_gamed(e: Evidence) -> list[str]:
     if e.reward is None or not e.reward.rose(TEXT_MOVED):
         return []
-    parted = {name: c for name, c in e.independent.items() if c.high < TEXT_MOVED / 2 or c.fell(TEXT_MOVED / 2)}
+    # Not even a quarter of the way along, with its interval's upper end.
+    parted = {name: c for name, c in e.independent.items() if c.high < max(TEXT_MOVED, e.reward.low) / 4}
     if not parted:
         return []
     return [
@@ -214,6 +215,8 @@ def _steady(e: Evidence) -> list[str]:
     found = [f"`{name}` moved by {shift:+.2f} standard deviations on fixed text" for name, shift in e.shift.items()]
     found += [f"frozen AUROC of `{name}`: {ways['frozen']}" for name, ways in e.auroc.items()]
     found += [f"`{name}` on the policy's own text: {change}" for name, change in e.policy.items()]
+    if e.reward is not None:
+        found.append(f"the reward moved by {e.reward} standard deviations")
     if e.cosine:
         point, cosine = min(e.cosine.items(), key=lambda item: item[1])
         found.append(f"lowest cosine with the start: {cosine:.3f} at `{point}`")
@@ -337,9 +340,10 @@ def gather(
 
 
 def _add_training(found: Evidence, logs: Sequence[Mapping[str, Any]], since: int) -> None:
-    """Reward, measures and holdouts of the rollouts: the first logged steps against those since the last evaluation."""
+    """Reward, measures and holdouts of the rollouts: the first quarter of the logged steps against those since the last
+    evaluation, at least four on either side."""
     rows = [row for row in logs if isinstance(row.get("reward"), int | float)]
-    early, late = rows[:MIN_LOGS], [row for row in rows if row["step"] > since]
+    early, late = rows[: max(MIN_LOGS, len(rows) // 4)], [row for row in rows if row["step"] > since]
     if len(late) < MIN_LOGS:
         late = rows[-MIN_LOGS:]
     if len(rows) < 2 * MIN_LOGS:
