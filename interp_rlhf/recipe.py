@@ -1,8 +1,7 @@
 """What the launch scripts in `recipes/` share: the `interp:` section of their YAML, data, model and resumption.
 
-In: what TRL's strict parser read. Out: arguments for TRL's trainers and for `attach`. No second configuration system:
-everything else
-in a recipe is TRL's own.
+In: what TRL's strict parser read. Out: arguments for TRL's trainers and for `attach`. No second configuration system: everything
+else in a recipe is TRL's own.
 """
 
 from __future__ import annotations
@@ -16,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from .concepts.card import locate
+from .concepts.examples import read_rows
 from .drift.callback import DriftConfig
 from .training.rewards import ConceptReward
+from .validation import measures
 
 EMBEDDED = "SmolLM2-135M-Instruct"
-LISTS = ("regularizers", "interventions", "monitors", "rewards")
+LISTS = ("regularizers", "interventions", "monitors", "rewards", "measures")
+MEASURES = ("vader",)
 KEYS = (*LISTS, "drift", "arm", "run_log", "samples_every")
 
 
@@ -29,9 +31,9 @@ class InterpArguments:
     """The `interp:` section of a recipe.
 
     Args:
-        interp (`dict`): plain lists `regularizers`, `interventions`, `monitors` and `rewards` (cards, for rollouts),
-        a mapping `drift`
-            (fields of `DriftConfig`), and `arm`, `run_log`, `samples_every` as in `attach`.
+        interp (`dict`): plain lists `regularizers`, `interventions`, `monitors`, `rewards` (cards, for rollouts) and `measures`
+            (names: `vader`), a mapping `drift` (fields of `DriftConfig`, its `prompts` a file with such a column, its
+            `measures` names), and `arm`, `run_log`, `samples_every` as in `attach`.
 
     Raises:
         `ValueError`: an unknown key, or a value of another shape.
@@ -40,9 +42,8 @@ class InterpArguments:
     interp: str | None = field(
         default=None,
         metadata={
-            "help": "Section of the YAML (or JSON on the command line) with regularizers, interventions, monitors, "
-            "rewards, drift, "
-            "arm, run_log, samples_every: what interp_rlhf.attach takes."
+            "help": "Section of the YAML (or JSON on the command line) with regularizers, interventions, monitors, rewards, "
+            "measures, drift, arm, run_log, samples_every: what interp_rlhf.attach takes."
         },
     )
 
@@ -53,8 +54,15 @@ class InterpArguments:
     def attach_keywords(self) -> dict[str, Any]:
         """Keywords of `attach`."""
         found = {key: value for key, value in self.section.items() if key not in ("rewards", "drift")}
+        if "measures" in found:
+            found["measures"] = _measures(found["measures"])
         if "drift" in self.section:
-            found["drift"] = DriftConfig(**self.section["drift"])
+            drift = dict(self.section["drift"])
+            if "measures" in drift:
+                drift["measures"] = _measures(drift["measures"])
+            if isinstance(drift.get("prompts"), str):
+                drift["prompts"] = _prompts(drift["prompts"])
+            found["drift"] = DriftConfig(**drift)
         return found
 
     def rewards(self) -> list[ConceptReward]:
@@ -73,6 +81,25 @@ class InterpArguments:
             ConceptReward.from_card(**card) if isinstance(card, Mapping) else ConceptReward.from_card(card)
             for card in cards
         ]
+
+
+def _measures(names: Any) -> dict[str, Any]:
+    if not isinstance(names, list) or not set(names) <= set(MEASURES):
+        raise ValueError(
+            f"`measures` is {names!r} – expected a list of {', '.join(f'`{name}`' for name in MEASURES)}. Others are "
+            "functions: pass them to `attach` in a script of your own."
+        )
+    return {name: getattr(measures, name)() for name in names}
+
+
+def _prompts(path: str) -> list[Any]:
+    rows = list(read_rows(str(locate(path))))
+    without = [i for i, row in enumerate(rows) if not row.get("prompt")]
+    if without or not rows:
+        raise ValueError(
+            f"`{path}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each."
+        )
+    return [row["prompt"] for row in rows]
 
 
 def _section(given: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from training import rows_of
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.card import load_card, locate
 from interp_rlhf.concepts.examples import write_jsonl
+from interp_rlhf.recipe import InterpArguments
 from interp_rlhf.runlog import read_run_log
 from interp_rlhf.training.interventions import make_intervention
 from interp_rlhf.training.regularizers import make_regularizer
@@ -159,6 +160,22 @@ def test_every_script_trains_through_accelerate_launch(name, config, section, me
 def test_a_section_that_is_said_wrongly_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         parsed("dpo", "--config", str(CONFIGS[0]), *arguments)
+
+
+def test_measures_and_prompts_are_named_in_a_section(tmp_path):
+    def keywords(**section):
+        return InterpArguments(json.dumps(section)).attach_keywords()
+
+    drift = {"prompts": "recipes/pay_for_a_concept/prompts.jsonl", "measures": ["vader"], "on_verdict": "stop"}
+    found = keywords(measures=["vader"], drift=drift)
+    assert found["measures"]["vader"]("What a wonderful day!") > 0.5
+    assert found["drift"].prompts[0][0]["role"] == "user"
+    assert found["drift"].on_verdict == "stop"
+    with pytest.raises(ValueError, match=r"`measures` is \['length'\] – expected a list of `vader`"):
+        keywords(measures=["length"])
+    (tmp_path / "none.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match="1 of them without a `prompt`"):
+        keywords(drift={"prompts": str(tmp_path / "none.jsonl")})
 
 
 def test_unknown_keys_of_a_recipe_are_refused(tmp_path):
