@@ -203,12 +203,17 @@ def _drift_callback(
     trained = _pressure(rewards, regularizers)
     readouts = {readout.name: readout for readout in (*trained, *monitors)}
     pressure = {readout.name: sign for readout, sign in trained.items()}
-    for monitor in monitors:  # the same claim under another name is pushed along
-        for readout, sign in trained.items():
-            if same_artifact(monitor, readout):
-                pressure[monitor.name] = sign
+    penalized = any(isinstance(term, ConceptPenalty) for term in regularizers)  # then monitors are its holdouts
+    named = {card.card.name for card in _with_holdouts([], rewards)}
+    holdouts = []
+    for monitor in monitors:
+        signs = [sign for readout, sign in trained.items() if same_artifact(monitor, readout)]
+        if signs:  # the same claim under another name is pushed along
+            pressure[monitor.name] = signs[0]
+        elif penalized or monitor.name in named:
+            holdouts.append(monitor.name)
     return DriftCallback(
-        trainer, monitors=list(readouts.values()), pressure=pressure, config=drift, run_log=log.path,
+        trainer, monitors=list(readouts.values()), pressure=pressure, holdouts=holdouts, config=drift, run_log=log.path,
         reference=reference if reference is not None else getattr(trainer, "ref_model", None),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,8 @@ class DriftConfig:
         prompts (`Sequence`, *optional*): prompts (8 or more) that the policy answers at every evaluation: what the text does and
             what the representation does are told apart on them, where there is a frozen reference (`reference_model`, or PEFT).
         max_new_tokens (`int`, defaults to 32): of those answers.
-        measures (`dict[str, Callable]`, *optional*): independent measures of their text: a text to a float.
+        measures (`dict[str, Callable]`, *optional*): independent measures of their text, of what the training is meant to
+            improve: a text to a float.
         on_verdict (`str`, defaults to `"log"`): or `stop`: an alarm (`verdicts.ALARMS`) ends training; `last_good/` in the
             output folder is the checkpoint of the last evaluation without one.
         max_overhead (`float`, *optional*): share of the training time that evaluations may take, 0.02 say: they become rarer than
@@ -110,6 +111,8 @@ class DriftCallback(TrainerCallback):
         trainer (`transformers.Trainer`): already built.
         monitors (`Sequence`): cards or readouts, read frozen on the policy.
         pressure (`dict[str, int]`, *optional*): names of monitors that training pushes, +1 up or −1 down; `attach` fills it in.
+        holdouts (`Collection[str]`): names of monitors of what is trained, with artifacts of their own: where the reward is
+            honest, they follow it. `attach` fills it in.
         reference (`nn.Module`, *optional*): the frozen reference for the policy's own text; with PEFT it is the base model.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
         config (`DriftConfig`, *optional*), **settings: the fields of `DriftConfig`, as one or by name.
@@ -126,6 +129,7 @@ class DriftCallback(TrainerCallback):
         monitors: Sequence[str | Path | LoadedCard | Readout] = (),
         *,
         pressure: Mapping[str, int] | None = None,
+        holdouts: Collection[str] = (),
         reference: torch.nn.Module | None = None,
         run_log: str | Path | None = None,
         config: DriftConfig | None = None,
@@ -138,7 +142,7 @@ class DriftCallback(TrainerCallback):
         self.monitors = [m if isinstance(m, Readout) else Readout.from_card(m) for m in monitors]  # type: ignore[arg-type]
         for monitor in self.monitors:
             monitor.check_model(model, exact=False)
-        self.pressure = dict(pressure or {})
+        self.pressure, self.holdouts = dict(pressure or {}), set(holdouts)
         layers = decoder_layers(model)
         chosen = list(config.hook_points) if config.hook_points else spread(layers)
         chosen = list(dict.fromkeys([*chosen, *(monitor.hook_point for monitor in self.monitors)]))
@@ -326,6 +330,8 @@ class DriftCallback(TrainerCallback):
             found[name]["hook_point"] = monitor.hook_point
             if name in self.pressure:
                 found[name]["pressure"] = self.pressure[name]
+            if name in self.holdouts:
+                found[name]["holdout"] = True
         return found
 
     def _moved(self, now: Sampled, before: Mapping[str, list[float | None]]) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ and what to do next. Pure functions on plain dictionaries, so that a finished ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,8 +63,8 @@ class Evidence:
         claim (`dict[str, float]`): readout to its frozen AUROC at the start.
         policy, text (`dict[str, Change]`): readout to its change on the policy's own text, read on the policy and on the
             frozen reference.
-        reward (`Change`, *optional*), independent (`dict[str, Change]`): of the training's reward; of what no reward saw:
-            measures, and holdouts.
+        reward (`Change`, *optional*), independent (`dict[str, Change]`): of the training's reward; of what no reward saw and
+            should follow it: measures, and holdouts. A monitor of something else is not among them.
         perplexity_ratio, empty, repetition, cosine, procrustes (`float`): now; NaN where unknown.
         baseline (`dict[str, float]`): readout to its shift in a run without the term, which is taken off.
     """
@@ -309,12 +309,15 @@ def gather(
         baseline (`dict[str, float]`): readout to its shift on fixed text in a run without the term.
     """
     found = Evidence(baseline=dict(baseline or {}))
+    holdouts: set[str] = set()
     for point, values in event.get("hook_points", {}).items():
         found.cosine[point], found.procrustes[point] = values["cosine"], values.get("procrustes", math.nan)
     for name, values in event.get("monitors", {}).items():
         found.hook_points[name] = values.get("hook_point", "")
         if values.get("pressure"):
             found.pressure[name] = values["pressure"]
+        if values.get("holdout"):
+            holdouts.add(name)
         found.shift[name] = values["shift"]
         if "frozen_auroc" in values:
             found.auroc[name] = {
@@ -327,7 +330,7 @@ def gather(
         for into, key in ((found.policy, "policy_change"), (found.text, "text_change")):
             if values.get(key):
                 into[name] = Change(*values[key])
-        if name not in found.pressure and name in found.policy:
+        if name in holdouts and name in found.policy:
             found.independent[name] = found.text.get(name, found.policy[name])
     for name, values in own.get("measures", {}).items():
         if values["change"]:
@@ -335,11 +338,11 @@ def gather(
     if own:
         found.empty, found.repetition = own["empty"], own["repetition"]
         found.repetition_before = ((first or {}).get("own_text") or own)["repetition"]
-    _add_training(found, logs, since)
+    _add_training(found, holdouts, logs, since)
     return found
 
 
-def _add_training(found: Evidence, logs: Sequence[Mapping[str, Any]], since: int) -> None:
+def _add_training(found: Evidence, holdouts: Collection[str], logs: Sequence[Mapping[str, Any]], since: int) -> None:
     """Reward, measures and holdouts of the rollouts: the first quarter of the logged steps against those since the last
     evaluation, at least four on either side."""
     rows = [row for row in logs if isinstance(row.get("reward"), int | float)]
@@ -362,11 +365,11 @@ def _add_training(found: Evidence, logs: Sequence[Mapping[str, Any]], since: int
 
     found.reward = change("reward", "reward_std")
     keys = {key for row in early for key in row}
-    trained = {f"interp/{name}/mean_score" for name in found.pressure}
+    held_out = {f"interp/{name}/mean_score" for name in holdouts}
     for key in sorted(keys):
         if key.startswith("interp/measure/") and key.endswith("/mean"):
             name, scale = key.removeprefix("interp/measure/").removesuffix("/mean"), key.removesuffix("mean") + "std"
-        elif key.startswith("interp/") and key.endswith("/mean_score") and key not in trained and key.count("/") == 2:
+        elif key in held_out:
             name, scale = key.split("/")[1], key.removesuffix("mean_score") + "std"
         else:
             continue
