@@ -1,6 +1,6 @@
 """Does the instrument tell a gamed probe from an honest run, and gamed text from better text?
 
-DPO on TruthfulQA pairs, SmolLM2-135M-Instruct with LoRA, a sentiment probe (rt-polarity) watched on 120 reviews that its fit
+DPO on TruthfulQA pairs, SmolLM2-135M-Instruct with LoRA, a sentiment probe (rt-polarity) watched on 100 reviews that its fit
 did not see and on the policy's answers to 16 questions:
 
 - `penalty`: the opt-in differentiable penalty on the probe: expected *activations obfuscated*;
@@ -46,15 +46,15 @@ HOOK_POINT, HOLDOUT_POINT = "model.layers.15", "model.layers.21"
 SEEDS = (0, 1, 2)
 DPO_ARMS = ("penalty", "explain", "random", "plain")
 GRPO_ARMS = ("words", "length")
-PAIRS, QUESTIONS, EVERY = 96, 16, 8
-WEIGHT = 1.0
+PAIRS, QUESTIONS, EVERY = 72, 16, 6
+WEIGHT = 5.0
 WORDS = ("the", "of", "and", "to")
 DPO = {
     "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 5e-4, "lr_scheduler_type": "constant",
     "beta": 0.1, "max_length": 128,
 }  # fmt: skip
 GRPO = {
-    "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 24, "max_steps": 16, "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 24, "max_steps": 12, "learning_rate": 1e-3,
     "beta": 0.02, "temperature": 1.0, "lr_scheduler_type": "constant",
 }  # fmt: skip
 EVERYWHERE = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False,
@@ -136,7 +136,13 @@ def run_dpo(arm: str, seed: int, data: Path, sentiment: Readout, holdout: Readou
         model=model, args=DPOConfig(output_dir=output, seed=seed, **DPO, **EVERYWHERE), train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer, peft_config=lora(),
     )  # fmt: skip
-    watch = DriftConfig(every=EVERY, labelled=reviews(data, 3000, 60), prompts=questions, measures={"vader": vader()})
+    watch = DriftConfig(
+        every=EVERY,
+        labelled=reviews(data, 3000, 50),
+        prompts=questions,
+        max_new_tokens=24,
+        measures={"vader": vader()},
+    )
     attach(trainer, regularizers=terms, monitors=[sentiment, holdout], drift=watch, arm=arm)
     trainer.train()
 
