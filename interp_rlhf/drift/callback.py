@@ -190,18 +190,18 @@ class DriftCallback(TrainerCallback):
         self._clock, self._spent = time.monotonic(), 0.0
         if state.global_step > 0:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for folder in (self._log.path.parent, checkpoint):
+            for folder in (checkpoint, self._log.path.parent):
                 self._start = self._start or self._load_start(folder / START_FILE)
             if self._start is not None:
                 # What the run had to say of this step, it said before it was saved.
                 self._last_step = state.global_step
-                self._schedule(state.global_step)
                 self._remember(state.global_step)
+                self._schedule(state.global_step)
                 return
             logger.warning(
                 "Resumed at step %d without `%s` of the same texts, hook points and monitors in `%s` or `%s`: drift is now "
                 "measured from here.",
-                state.global_step, START_FILE, self._log.path.parent, checkpoint,
+                state.global_step, START_FILE, checkpoint, self._log.path.parent,
             )  # fmt: skip
         self._evaluate(state.global_step, control, "before")
 
@@ -210,7 +210,9 @@ class DriftCallback(TrainerCallback):
         if self._log.path.exists():
             events = [e for e in read_run_log(self._log.path) if e["event"] == "drift" and e.get("step", 0) <= step]
             self._first = events[0] if events else None
-            self._before = events[-1].get("own_text", {}).get("scores") if events else None
+            if events:
+                self._before = events[-1].get("own_text", {}).get("scores")
+                self._last_step = int(events[-1]["step"])
         state = Path(str(self.trainer.args.output_dir)) / LAST_GOOD / "trainer_state.json"
         if state.exists() and (good := json.loads(state.read_text())["global_step"]) <= step:
             self._good = good

@@ -20,6 +20,7 @@ from interp_rlhf.runlog import read_run_log
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "interp.jsonl"
+_CONSTANT = ("examples", "pressure")  # of a monitor: true of the whole run, no curve
 
 Metrics = dict[str, dict[int, float | None]]  # metric → step → value; `None` is a value that was not finite
 
@@ -244,6 +245,7 @@ def _add_drift(run: Run, event: dict[str, Any], step: int) -> None:
     for key, target in (("hook_points", run.hook_points), ("monitors", run.monitors)):
         for name, metrics in _dict(event.get(key)).items():
             metrics = metrics if isinstance(metrics, dict) else {"value": metrics}
+            metrics = {key: value for key, value in metrics.items() if key not in _CONSTANT}
             _add_numbers(target.setdefault(visible(name), {}), metrics, step)
 
     for key, number, batch in (("moved", "change", False), ("batches", "score", True)):
