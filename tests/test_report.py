@@ -372,7 +372,7 @@ def test_the_verdict_stands_on_top_with_its_reasons_and_what_to_do(tmp_path):
     assert page.text.index("text gamed") < page.text.index("SmolLM2")
     for words in (
         "the reward rose by +2.0",
-        "`vader` did not",
+        "vader did not",
         "Read the samples.",
         "step 10: steady → step 20: text gamed",
     ):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-MEASURE = re.compile(r"interp/measure/.+/mean")
+MEASURE = re.compile(r"interp/measure/.+/(?:own_)?mean")
 _REWARD = re.compile(r"rewards/.+/mean|rewards/[^/]+")  # GRPO and PPO; DPO's margins, accuracies, chosen, rejected
 # What the drift callback logs is drawn from its own events, in the section on drift.
 _MONITOR = re.compile(r"interp/(?!drift/)(?:.+/)?(?!drift_)[^/]+")

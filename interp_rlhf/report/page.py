@@ -113,12 +113,23 @@ def _render(template: str, content: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "ticks": _ticks,
         "script": Markup,  # our own, and named in the page's policy by its hash
         "inline_svg": lambda panel: Markup(_inline_svg(panel)),
         "markdown": lambda value: Markup(text.markdown(value)),
         "fence": lambda value: Markup(text.fence(value)),
     }
     return environment.get_template(template).render(content)
+
+
+def _ticks(value: str) -> Any:
+    """Text in which what stands between backticks is code."""
+    from markupsafe import Markup, escape
+
+    parts = value.split("`")
+    if len(parts) % 2 == 0:  # one of them is only a character
+        return escape(value)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _inline_svg(panel: Panel) -> str:
