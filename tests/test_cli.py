@@ -90,9 +90,13 @@ def test_report_writes_both_pages_from_a_run_log(tmp_path, capsys):
     log = RunLog(tmp_path / "run" / "interp.jsonl")
     log.append("run", 0, title="run", arm="probe", model="tiny", trainer="GRPOTrainer", cards=[], settings={"seed": 1})
     log.append("metric", 1, metrics={"reward": 0.5, "kl": 0.1})
-    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
+    card = ["--model-card", str(tmp_path / "README.md")]
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html"), *card]) == 0
     printed = capsys.readouterr().out.split()
-    assert sorted(printed) == [str(tmp_path / "report.html"), str(tmp_path / "report.md")]
+    assert sorted(printed) == [
+        str(tmp_path / name) for name in ("README.md", "report.html", "report.json", "report.md")
+    ]
+    assert "What training did to the inside" in (tmp_path / "README.md").read_text()
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 

@@ -130,13 +130,17 @@ def test_killed_at_random_moments_and_inside_a_save_then_resumed(kind, model_fol
     assert not (inside / "trainer_state.json").exists()
     kills = 1
     for _ in range(3):
+        if last_complete_checkpoint(broken) == str(broken / f"checkpoint-{STEPS}"):
+            break
         process = start(script, kind, folder, broken)
         assert process.stdout.readline() == "ready\n"
         moment = time.monotonic() + rng.uniform(0.05, 1.0)
         if not kill_when(process, lambda moment=moment: time.monotonic() > moment):
             break
         kills += 1
-    assert start(script, kind, folder, broken).communicate()[0].split()[-1] == "finished"
+    # A run that was killed on its way out is finished: transformers would make one step more of it.
+    if last_complete_checkpoint(broken) != str(broken / f"checkpoint-{STEPS}"):
+        assert start(script, kind, folder, broken).communicate()[0].split()[-1] == "finished"
     assert kills >= 2
     weights, history = end_of(whole)
     resumed_weights, resumed_history = end_of(broken)
@@ -285,6 +289,6 @@ def test_counters_survive_though_transformers_rebuilds_callbacks(load, tokenizer
     built(3).train()
     trainer = built(5)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.interp_watchers[0].state() == {"batches": 5}
+    assert trainer.interp_watchers[0].state()["batches"] == 5
     samples = [event["step"] for event in read_run_log(tmp_path / "interp.jsonl") if event["event"] == "samples"]
     assert samples == [0, 2, 4]

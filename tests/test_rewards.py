@@ -332,7 +332,9 @@ def test_monitors_leave_weights_and_metrics_bit_identical(case, tmp_path, load, 
 
 def test_the_holdouts_of_a_card_are_watched_without_being_asked_for(tmp_path, load, tokenizer):
     model = load("llama")
-    watch = make_card(tmp_path, model, tokenizer, role="monitor", name="watch", pooling="ema_max", evidence=False)
+    watch = make_card(
+        tmp_path, model, tokenizer, role="monitor", name="watch", pooling="ema_max", evidence=False, layer=0
+    )
     card = make_card(tmp_path, model, tokenizer, holdouts=[watch.name])
     for monitors in ([], [watch]):  # asked for as well, it still counts once
         trainer = trainer_of(
@@ -342,6 +344,15 @@ def test_the_holdouts_of_a_card_are_watched_without_being_asked_for(tmp_path, lo
         trainer.train()
         assert "interp/watch/mean_score" in trainer.state.log_history[0]
         assert "interp/warmth/mean_score" not in trainer.state.log_history[0]
+
+
+def test_a_holdout_with_the_rewards_own_artifact_is_refused(tmp_path, load, tokenizer):
+    model = load("llama")
+    same = make_card(tmp_path, model, tokenizer, role="monitor", name="watch", pooling="ema_max", evidence=False)
+    card = make_card(tmp_path, model, tokenizer, holdouts=[same.name])
+    trainer = trainer_of(tmp_path, load("llama"), tokenizer, [ConceptReward.from_card(card)], lora=True, max_steps=1)
+    with pytest.raises(ValueError, match="cannot be its own witness"):
+        attach(trainer)
 
 
 def test_the_shuffled_sham_keeps_the_scores_and_loses_the_rows(tmp_path, load, tokenizer):

@@ -70,6 +70,8 @@ def pressed(**changes):
         (pressed(auroc={"m": ways(FELL, FELL, FELL)}), "changed"),  # the concept itself is gone
         (pressed(text={"m": Change(-2, -2.5, -1.5)}), "changed"),  # the text went along
         (pressed(text={}), "changed"),  # nothing says what the text did
+        (pressed(policy={"m": Change(-8, -9, -7)}, text={"m": Change(-1.5, -2, -1)}), "activations obfuscated"),  # a fifth of it
+        (pressed(policy={"m": Change(-3, -4, -2)}, text={"m": Change(-1.5, -2, -1)}), "changed"),  # half of it
         (pressed(pressure={}), "monitor stale"),
         (Evidence(reward=ROSE, independent={"vader": HELD}), "text gamed"),
         (Evidence(reward=ROSE, independent={"vader": FELL}), "text gamed"),

@@ -129,7 +129,7 @@ class ResumeCallback(TrainerCallback):
 
     def _require_aligned_start(self, args: Any, state: Any) -> None:
         multiple = save_multiple(args)
-        if state.global_step % multiple:
+        if state.global_step % multiple and state.global_step < state.max_steps:
             before = state.global_step // multiple * multiple
             raise ValueError(
                 f"The run is to go on from step {state.global_step} – expected a multiple of {multiple}: there it was inside a "
