@@ -421,6 +421,25 @@ def test_interventions_and_their_controls_train_and_leave_inference_alone(kind, 
     assert distance(found["steered"][1], found["random"][1]) > 1e-5
 
 
+@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_interventions_are_the_same_under_checkpointing(kind, lora, load, tokenizer, tmp_path):
+    found = {}
+    for name, changes in {
+        "off": {"gradient_checkpointing": False},
+        "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    }.items():
+        trainer = make_trainer(kind, load(), tokenizer, tmp_path / name, lora=lora, max_steps=2, **changes)
+        readout = make_readout(trainer.model)
+        ablation = ConceptAblation(subspace=Subspace.from_readouts([make_readout(trainer.model, layer=0, seed=3)]))
+        attach(trainer, interventions=[ablation, PreventativeSteering(readout=readout, alpha=2.0)])
+        trainer.train()
+        found[name] = weights_of(trainer)
+    for name in ("non-reentrant", "reentrant"):
+        assert distance(found[name], found["off"]) < 1e-6, name
+
+
 def test_subspaces_span_what_they_were_made_from(load, tokenizer):
     model = load()
     readouts = [make_readout(model, f"r{seed}", seed=seed) for seed in range(3)]

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
 # Whole next-token distributions are wide: so many are kept, spread evenly over the texts.
-PREDICTIONS = 128
+PREDICTIONS = 64
 # The first tokens of a text, after the very first: what 2510.13900 reads.
 FIRST = 5
 
