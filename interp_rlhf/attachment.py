@@ -203,15 +203,22 @@ def _drift_callback(
     trained = _pressure(rewards, regularizers)
     readouts = {readout.name: readout for readout in (*trained, *monitors)}
     pressure = {readout.name: sign for readout, sign in trained.items()}
-    penalized = any(isinstance(term, ConceptPenalty) for term in regularizers)  # then monitors are its holdouts
-    named = {card.card.name for card in _with_holdouts([], rewards)}
-    holdouts = []
+    claims = [readout for term in regularizers for readout in term.cards_readouts]
+    holdouts = {}
+    for reward in rewards:
+        for card in _with_holdouts([], [reward]):
+            own = Readout.from_card(card)
+            if shared := [readout.name for readout in claims if same_artifact(own, readout)]:
+                raise ValueError(
+                    f"The holdout `{card.path}` has the artifact of `{shared[0]}`, which is in a regularizer – expected another "
+                    "one: what is trained cannot be its own witness."
+                )
+            holdouts[card.card.name] = 1 if reward.role == "reward" else -1
     for monitor in monitors:
         signs = [sign for readout, sign in trained.items() if same_artifact(monitor, readout)]
         if signs:  # the same claim under another name is pushed along
             pressure[monitor.name] = signs[0]
-        elif penalized or monitor.name in named:
-            holdouts.append(monitor.name)
+            holdouts.pop(monitor.name, None)
     return DriftCallback(
         trainer, monitors=list(readouts.values()), pressure=pressure, holdouts=holdouts, config=drift, run_log=log.path,
         reference=reference if reference is not None else getattr(trainer, "ref_model", None),

@@ -138,7 +138,7 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     problems = crossed(event, verdict, limits)
     if arguments.json:
         said = {"verdict": verdict.name, "because": verdict.because, "next": verdict.next}
-        print(json.dumps({**said, "crossed": problems, **event}))
+        print(json.dumps(jsonable({**said, "crossed": problems, **event})))
         return int(bool(problems))
     print(f"{event['texts']} texts, {event['tokens']} tokens")
     names = list(dict.fromkeys(name for part in event["hook_points"].values() for name in part))

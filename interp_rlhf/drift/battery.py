@@ -53,7 +53,18 @@ class Snapshot:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-prob of the battery's tokens."""
-        return math.exp(-float(self.log_probs.double().mean()))
+        return perplexity(self.log_probs)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number is one."""
+        tensors = (self.log_probs, *self.activations.values())
+        return all(bool(torch.isfinite(values).all()) for values in tensors)
+
+
+def perplexity(log_probs: torch.Tensor) -> float:
+    """exp of the mean negative log-prob (N,); infinite where that is too large for a float."""
+    return float((-log_probs.double().mean()).exp())
 
 
 class Battery:

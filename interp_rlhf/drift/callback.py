@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,9 +111,10 @@ class DriftCallback(TrainerCallback):
         trainer (`transformers.Trainer`): already built.
         monitors (`Sequence`): cards or readouts, read frozen on the policy.
         pressure (`dict[str, int]`, *optional*): names of monitors that training pushes, +1 up or −1 down; `attach` fills it in.
-        holdouts (`Collection[str]`): names of monitors of what is trained, with artifacts of their own: where the reward is
-            honest, they follow it. `attach` fills it in.
-        reference (`nn.Module`, *optional*): the frozen reference for the policy's own text; with PEFT it is the base model.
+        holdouts (`dict[str, int]`, *optional*): monitors of what a reward pays for, with artifacts of their own, and the
+            direction, +1 or −1, in which they follow an honest one. `attach` fills it in.
+        reference (`nn.Module`, *optional*): the frozen reference for the policy's own text; by default the trainer's own, with
+            PEFT the base model.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
         config (`DriftConfig`, *optional*), **settings: the fields of `DriftConfig`, as one or by name.
 
@@ -129,7 +130,7 @@ class DriftCallback(TrainerCallback):
         monitors: Sequence[str | Path | LoadedCard | Readout] = (),
         *,
         pressure: Mapping[str, int] | None = None,
-        holdouts: Collection[str] = (),
+        holdouts: Mapping[str, int] | None = None,
         reference: torch.nn.Module | None = None,
         run_log: str | Path | None = None,
         config: DriftConfig | None = None,
@@ -142,7 +143,13 @@ class DriftCallback(TrainerCallback):
         self.monitors = [m if isinstance(m, Readout) else Readout.from_card(m) for m in monitors]  # type: ignore[arg-type]
         for monitor in self.monitors:
             monitor.check_model(model, exact=False)
-        self.pressure, self.holdouts = dict(pressure or {}), set(holdouts)
+        self.pressure, self.holdouts = dict(pressure or {}), dict(holdouts or {})
+        names = [monitor.name for monitor in self.monitors]
+        if wrong := sorted({n for n in names if names.count(n) > 1} | ({*self.pressure, *self.holdouts} - {*names})):
+            raise ValueError(
+                f"{', '.join(f'`{n}`' for n in wrong)} in `monitors`, `pressure` or `holdouts` – expected each monitor once, and "
+                f"no other names than theirs: {', '.join(f'`{n}`' for n in sorted(set(names))) or 'there are none'}."
+            )
         layers = decoder_layers(model)
         chosen = list(config.hook_points) if config.hook_points else spread(layers)
         chosen = list(dict.fromkeys([*chosen, *(monitor.hook_point for monitor in self.monitors)]))
@@ -169,7 +176,8 @@ class DriftCallback(TrainerCallback):
         self._own: OwnText | None = None
         if config.prompts:
             self._own = OwnText(
-                trainer, config.prompts, self.monitors, config.measures or {}, reference, ends, config.max_new_tokens,
+                trainer, config.prompts, self.monitors, config.measures or {},
+                reference if reference is not None else getattr(trainer, "ref_model", None), ends, config.max_new_tokens,
                 seed=config.seed, chat=chat,
             )  # fmt: skip
         self._baseline = _shifts(config.baseline) if config.baseline is not None else {}
@@ -183,15 +191,16 @@ class DriftCallback(TrainerCallback):
         self._next = 0
         self._good: int | None = None
         self._clock = 0.0
+        self._began = 0
         self._spent = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = self._first = self._before = self._good = None
-        self._clock, self._spent = time.monotonic(), 0.0
+        self._clock, self._spent, self._began = time.monotonic(), 0.0, state.global_step
         if state.global_step > 0:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for folder in (checkpoint, self._log.path.parent):
-                self._start = self._start or self._load_start(folder / START_FILE)
+            for path in (checkpoint / START_FILE, self._start_file):
+                self._start = self._start or self._load_start(path)
             if self._start is not None:
                 # What the run had to say of this step, it said before it was saved.
                 self._last_step = state.global_step
@@ -220,7 +229,7 @@ class DriftCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The start travels with the checkpoint, which may be moved away from the run."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        source = self._log.path.with_name(START_FILE)
+        source = self._start_file
         if not self._log.writable or not checkpoint.is_dir():
             return
         if source.exists():
@@ -242,15 +251,19 @@ class DriftCallback(TrainerCallback):
         every = self.config.every
         self._next = (step // every + 1) * every
         trained = time.monotonic() - self._clock - self._spent
-        if self.config.max_overhead is not None and step > 0 and seconds and trained > 0:
+        steps = step - self._began
+        if self.config.max_overhead is not None and steps > 0 and seconds and trained > 0:
             # As many steps as one more evaluation needs to stay within the budget.
-            needed = (self._spent + seconds) / self.config.max_overhead / (trained / step) - step
+            needed = (self._spent + seconds) / self.config.max_overhead / (trained / steps) - steps
             self._next = max(self._next, step + math.ceil(needed / every) * every)
 
     def _evaluate(self, step: int, control: Any, when: str, publish: bool = True) -> None:
         started = time.monotonic()
         model: Any = self.trainer.model
         snapshot = self.battery.read(model)
+        if self._start is not None and not snapshot.finite:
+            self._broken(step, control, started, publish)
+            return
         old = self._start.readings if self._start is not None else None
         readings = self._labelled.read(model, self.monitors, old) if self._labelled is not None else {}
         sampled = self._own.sample() if self._own is not None else None
@@ -263,8 +276,8 @@ class DriftCallback(TrainerCallback):
             "texts": len(self.battery), "tokens": self.battery.tokens, "hook_points": points, "output": output,
             "monitors": self._monitors(snapshot, readings),
         }  # fmt: skip
-        if readings and (angle := concept_angle(self.monitors, readings, start.readings)) is not None:
-            event["concept_angle"] = angle
+        if readings:
+            event["concept_angle"] = concept_angle(readings, start.readings)
         if sampled is not None and start.sampled is not None:
             event["own_text"] = summarize(sampled, start.sampled, self.config.seed)
             event["own_text"]["scores"] = per_prompt(sampled)
@@ -289,6 +302,23 @@ class DriftCallback(TrainerCallback):
         )
         if sampled is not None:
             self._log.append("samples", step, when=when, rows=self._rows(sampled))
+        self._last_step = step
+        self._schedule(step, seconds)
+        self._act(verdict, step, control)
+
+    def _broken(self, step: int, control: Any, started: float, publish: bool) -> None:
+        """An evaluation of a model that gives no numbers any more: no metric is one, and the verdict is clear."""
+        event: dict[str, Any] = {
+            "texts": len(self.battery), "tokens": self.battery.tokens, "hook_points": {}, "output": {}, "monitors": {},
+            "finite": False,
+        }  # fmt: skip
+        verdict = judge(gather(event))
+        seconds = time.monotonic() - started
+        self._spent += seconds
+        if publish:
+            self._publish({"interp/drift/alarm": 1.0, "interp/drift/overhead_seconds": round(seconds, 4)})
+        self._log.append("drift", step, **event, overhead_seconds=round(seconds, 4))
+        self._log.append("verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=True)
         self._last_step = step
         self._schedule(step, seconds)
         self._act(verdict, step, control)
@@ -333,7 +363,7 @@ class DriftCallback(TrainerCallback):
             if name in self.pressure:
                 found[name]["pressure"] = self.pressure[name]
             if name in self.holdouts:
-                found[name]["holdout"] = True
+                found[name]["holdout"] = self.holdouts[name]
         return found
 
     def _moved(self, now: Sampled, before: Mapping[str, list[float | None]]) -> dict[str, list[dict[str, Any]]]:
@@ -387,6 +417,11 @@ class DriftCallback(TrainerCallback):
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
+    @property
+    def _start_file(self) -> Path:
+        """Beside the run log and named after it: several runs may log into one folder."""
+        return self._log.path.with_name(f"{self._log.path.stem}_{START_FILE.removeprefix('interp_')}")
+
     def _save_start(self) -> None:
         assert self._start is not None
         if not self._log.writable:
@@ -396,7 +431,7 @@ class DriftCallback(TrainerCallback):
             extra |= {f"labelled/{key}": value for key, value in reading.tensors(name).items()}
         if self._start.sampled is not None:
             extra |= self._start.sampled.tensors()
-        self.battery.save(self._start.snapshot, self._log.path.with_name(START_FILE), extra, self._note())
+        self.battery.save(self._start.snapshot, self._start_file, extra, self._note())
 
     def _load_start(self, path: Path) -> _Start | None:
         found = self.battery.load(path, self._note())

@@ -22,7 +22,7 @@ from ..concepts.readout import Readout
 from .battery import Battery, Snapshot, spread
 from .monitors import LabelledSet, Reading, concept_angle
 from .texts import TEXTS
-from .verdicts import NOT_ENOUGH, TABLE, Verdict, gather, judge
+from .verdicts import TABLE, Verdict, gather, judge
 
 
 def compare_checkpoints(
@@ -106,8 +106,8 @@ def compare_checkpoints(
         assert examples is not None
         summary = examples.summary(second_readings[readout.name], first_readings[readout.name])
         event["monitors"][readout.name] = {**summary, "hook_point": readout.hook_point}
-    if (angle := concept_angle(readouts, second_readings, first_readings) if readouts else None) is not None:
-        event["concept_angle"] = angle
+    if readouts:
+        event["concept_angle"] = concept_angle(second_readings, first_readings)
     return event, judge(gather(event))
 
 
@@ -124,9 +124,10 @@ def parse_limits(above: Sequence[str], below: Sequence[str], verdicts: Sequence[
     """Limits as they are written on the command line, `kl=0.5`.
 
     Raises:
-        `ValueError`: not `name=number`, or no such verdict.
+        `ValueError`: not `name=number`, or no verdict that two checkpoints can get.
     """
-    known = [rule.name for rule in (*TABLE, NOT_ENOUGH)]
+    # The others need a training: something that pushes, rewards, samples.
+    known = [rule.name for rule in TABLE if rule.name not in ("activations obfuscated", "text gamed")]
     for name in verdicts:
         if name not in known:
             raise ValueError(f"`--fail-on {name}` – expected one of {', '.join(f'`{k}`' for k in known)}.")

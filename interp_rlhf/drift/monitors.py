@@ -20,6 +20,7 @@ from ..concepts.readout import Readout
 from ..validation.statistics import auroc_difference, auroc_interval
 from .metrics import direction_cosine, principal_angles
 
+PARTS = ("direction", "directions", "mean", "std")
 READINGS = ("frozen", "restandardized", "refitted")
 # Share of false alarms that a monitor's threshold is set to at the start, to be followed by length of text.
 FALSE_ALARMS = 0.05
@@ -35,24 +36,26 @@ class Reading:
             `restandardized` with its weight on activations whose mean and variance per dimension are set to what they were at the
             start; `refitted` by probes fitted anew on this model (`fit_anew`), each on the other folds.
         direction (`torch.FloatTensor` of shape (D,)): weight of a probe fitted anew on all examples.
+        directions (`torch.FloatTensor` of shape (F, D)): the same on all folds but one, which span the concept's subspace.
         mean, std (`torch.DoubleTensor` of shape (D,)): of the activations of counted tokens.
     """
 
     scores: dict[str, np.ndarray]
     direction: torch.Tensor
+    directions: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """For a file."""
         found = {f"{name}/{way}": torch.from_numpy(values) for way, values in self.scores.items()}
-        return found | {f"{name}/{key}": getattr(self, key) for key in ("direction", "mean", "std")}
+        return found | {f"{name}/{key}": getattr(self, key) for key in PARTS}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Reading:
         """What `tensors` gave."""
         scores = {way: tensors[f"{name}/{way}"].numpy() for way in READINGS}
-        return cls(scores, *(tensors[f"{name}/{key}"] for key in ("direction", "mean", "std")))
+        return cls(scores, *(tensors[f"{name}/{key}"] for key in PARTS))
 
 
 class LabelledSet:
@@ -100,21 +103,23 @@ class LabelledSet:
                 "frozen": scores_of(readout, self.batch, values), "restandardized": scores_of(readout, self.batch, anew),
                 "refitted": refits[readout.hook_point][0],
             }  # fmt: skip
-            found[readout.name] = Reading(ways, refits[readout.hook_point][1], mean, std)
+            found[readout.name] = Reading(ways, *refits[readout.hook_point][1:], mean, std)
         return found
 
-    def _refit(self, values: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-        """Scores of each example by probes that did not see its prompt, and the weight of a probe that saw all."""
+    def _refit(self, values: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """Scores of each example by probes that did not see its prompt, the weight of a probe that saw all, and theirs (F, D)."""
         rows = self.batch.completion_mask.nonzero()[:, 0]
         means = torch.zeros(len(self.batch), values.shape[1], dtype=torch.float64)
         means.index_add_(0, rows, values.double())
         array = (means / torch.from_numpy(self.lengths)[:, None]).numpy()
         labels = self.examples.labels
         scores = np.zeros(len(labels))
+        directions = []
         for train, test in self._folds:
             weight, bias = fit_anew(array[train], labels[train])
             scores[test] = array[test] @ weight + bias
-        return scores, torch.from_numpy(fit_anew(array, labels)[0]).float()
+            directions.append(torch.from_numpy(weight).float())
+        return scores, torch.from_numpy(fit_anew(array, labels)[0]).float(), torch.stack(directions)
 
     def summary(self, reading: Reading, start: Reading) -> dict[str, Any]:
         """What a reading says beside the first one.
@@ -171,19 +176,11 @@ def scores_of(readout: Readout, batch: TokenBatch, activations: torch.Tensor) ->
     return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
 
 
-def concept_angle(
-    readouts: Sequence[Readout], now: Mapping[str, Reading], start: Mapping[str, Reading]
-) -> float | None:
-    """Largest principal angle, in degrees, between the span of the refitted directions at the start and now, over the hook points
-    where there are several; None where no hook point has two."""
-    by_point: dict[str, list[str]] = {}
-    for readout in readouts:
-        by_point.setdefault(readout.hook_point, []).append(readout.name)
-    angles = [
-        float(
-            principal_angles(*(torch.stack([side[name].direction for name in names]) for side in (start, now))).max()
-        )
-        for names in by_point.values()
-        if len(names) > 1
-    ]
-    return float(np.degrees(max(angles))) if angles else None
+def concept_angle(readings: Mapping[str, Reading], start: Mapping[str, Reading]) -> float:
+    """Largest principal angle, in degrees, between the concept's subspace at the start and now, over the hook points read.
+
+    The subspace is the span of the directions fitted anew on all folds but one: all that these examples say of where the concept
+    is. In [0, 90]; 0 = where it was.
+    """
+    angles = [principal_angles(start[name].directions, now.directions).max() for name, now in readings.items()]
+    return float(np.degrees(max(map(float, angles))))

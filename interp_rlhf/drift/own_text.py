@@ -20,6 +20,7 @@ from ..activations.read import measuring
 from ..activations.tap import reading
 from ..concepts.readout import Readout
 from ..validation.statistics import mean_interval
+from .battery import perplexity
 from .monitors import scores_of
 
 MIN_PROMPTS = 8
@@ -120,11 +121,11 @@ class OwnText:
         model = self.trainer.model
         policy, token_scores, _ = self._read(model, batch)
         text: dict[str, np.ndarray] = {}
-        perplexity = math.nan
+        surprise = math.nan
         if self.has_reference:
             with reference_pass(model, self.reference) as frozen:
                 text, _, log_probs = self._read(frozen, batch)
-            perplexity = math.exp(-float(log_probs.double().mean())) if len(log_probs) else math.nan
+            surprise = perplexity(log_probs) if len(log_probs) else math.nan
         counted = [ids[: counted_length(ids, self._ends)] for ids in completions]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         return Sampled(
@@ -137,7 +138,7 @@ class OwnText:
             clipped=float(np.mean([len(own) == self.max_new_tokens for own in counted])),
             empty=float(np.mean([not t.strip() for t in texts])),
             repetition=float(np.mean([repetition(ids) for ids in counted])),
-            reference_perplexity=perplexity,
+            reference_perplexity=surprise,
         )  # fmt: skip
 
     @property
@@ -184,7 +185,7 @@ class OwnText:
             torch.manual_seed(self.seed)
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=self.temperature, top_k=0,
-                top_p=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(self._ends),
+                top_p=1.0, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(self._ends),
             )  # fmt: skip
         found = []
         for line in output[:, width:].tolist():
@@ -240,5 +241,6 @@ def _change(now: np.ndarray, start: np.ndarray, seed: int) -> list[float] | None
     both = np.isfinite(now) & np.isfinite(start)
     if both.sum() < MIN_PROMPTS:
         return None
-    scale = max(float(start[both].std()), 1e-9)
+    # In standard deviations of the start; of both where the start's values were all alike.
+    scale = float(start[both].std()) or float(np.concatenate([start[both], now[both]]).std()) or 1.0
     return [value / scale for value in mean_interval((now - start)[both], seed)]
