@@ -127,6 +127,7 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     """`interp-rlhf drift compare`."""
     from .concepts.examples import load_examples
     from .drift.compare import compare_checkpoints, crossed, load_texts, parse_limits
+    from .runlog import jsonable
 
     limits = parse_limits(arguments.max, arguments.min, arguments.fail_on)
     texts = load_texts(arguments.texts) if arguments.texts else None

@@ -60,7 +60,7 @@ class RunLog:
         if step is not None:
             record["step"] = int(step)
         record.update(fields)
-        line = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False)
         # One write call per line: a kill between two events never tears one.
         with self.path.open("ab") as file:
             file.write(line.encode("utf-8", "backslashreplace") + b"\n")
@@ -129,16 +129,16 @@ def _complete_events(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become `None`, and a reader shows them as missing."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, bool | str | int) or value is None:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if hasattr(value, "item"):  # a scalar of numpy or torch
-        return _jsonable(value.item())
+        return jsonable(value.item())
     return str(value)

@@ -185,7 +185,8 @@ class OwnText:
             torch.manual_seed(self.seed)
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=self.temperature, top_k=0,
-                top_p=1.0, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(self._ends),
+                top_p=1.0, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad,
+                eos_token_id=sorted(self._ends),
             )  # fmt: skip
         found = []
         for line in output[:, width:].tolist():

@@ -177,13 +177,15 @@ def _span(amounts: Iterable[Any]) -> str:
 def _verdict(run: Run) -> dict[str, Any]:
     """The latest verdict of a run, and those before it."""
     last = run.verdicts[-1]
+    alarms = [verdict for verdict in run.verdicts if verdict.alarm]
     return {
         "label": run.label,
         "name": last.name,
         "step": show(last.step),
         "because": last.because,
         "next": last.next,
-        "tone": "alarm" if last.alarm else "calm" if last.name == "steady" else "note",
+        "earlier": "" if last.alarm or not alarms else f"{alarms[-1].name} at step {show(alarms[-1].step)}",
+        "tone": "alarm" if alarms else "calm" if last.name == "steady" else "note",
         "extra": [(name, show(value)) for name, value in last.fields.items()],
         "history": [(show(verdict.step), verdict.name) for verdict in run.verdicts],
     }
@@ -227,6 +229,9 @@ def as_json(runs: Sequence[Run], title: str) -> dict[str, Any]:
                 "metrics": _last(run.metrics),
                 "hook_points": {point: _last(family) for point, family in run.hook_points.items()},
                 "monitors": {monitor: _last(family) for monitor, family in run.monitors.items()},
+                "settings": run.settings,
+                "tables": [vars(table) for table in run.tables.values()],
+                "moved": [vars(moved) for moved in run.moved],
                 "overhead_seconds": round(run.overhead_seconds, 3),
             }
             for run in runs

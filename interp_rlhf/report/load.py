@@ -248,6 +248,7 @@ def _add_drift(run: Run, event: dict[str, Any], step: int) -> None:
             metrics = {key: value for key, value in metrics.items() if key not in _CONSTANT}
             _add_numbers(target.setdefault(visible(name), {}), metrics, step)
 
+    _add_readings(run, event, step)
     for key, number, batch in (("moved", "change", False), ("batches", "score", True)):
         for monitor, found in _dict(event.get(key)).items():
             for item in _list(found):
@@ -255,6 +256,54 @@ def _add_drift(run: Run, event: dict[str, Any], step: int) -> None:
                     run.moved.append(
                         _moved(monitor, _dict(row), _dict(item).get("step") if batch else step, number, batch)
                     )
+
+
+def _add_readings(run: Run, event: dict[str, Any], step: int) -> None:
+    """Tables of the latest evaluation: monitors on labelled text, and the policy's own text, with their intervals."""
+    rows: list[list[Any]] = []
+    for name, found in _dict(event.get("monitors")).items():
+        found = _dict(found)
+        for way in ("frozen", "restandardized", "refitted"):
+            if f"{way}_auroc" in found:
+                alarms = found.get("false_alarms") if way == "frozen" else None
+                rows.append(
+                    [name, way, *(found.get(f"{way}_{key}") for key in ("auroc", "interval", "change")), alarms]
+                )
+    if rows:
+        columns = [
+            "monitor",
+            "read",
+            "AUROC",
+            "95 % interval",
+            "change, interval",
+            "false alarms, short to long texts",
+        ]
+        note = f"At step {step}. A probe fitted anew reads what is there; false alarms are at the threshold that gave 5 % at the start."
+        run.tables["Monitors on labelled text"] = Table("Monitors on labelled text", columns, rows, note)
+    own = _dict(event.get("own_text"))
+    lines = [
+        [
+            name,
+            _dict(found).get("policy"),
+            _dict(found).get("text"),
+            *(_dict(found).get(f"{way}_change") for way in ("policy", "text")),
+        ]
+        for name, found in _dict(own.get("monitors")).items()
+    ]
+    lines += [
+        [name, _dict(found).get("mean"), None, _dict(found).get("change"), None]
+        for name, found in _dict(own.get("measures")).items()
+    ]
+    if lines:
+        shares = ", ".join(
+            f"{key} {show(own.get(key))}" for key in ("clipped", "empty", "repetition", "reference_perplexity")
+        )
+        run.tables["The policy's own text"] = Table(
+            "The policy's own text",
+            ["what", "read on the policy", "on the reference", "change, interval", "by the text alone, interval"],
+            lines,
+            f"At step {step}, on {show(own.get('prompts'))} fixed prompts; changes in standard deviations of the start. {shares}.",
+        )
 
 
 def _moved(monitor: str, row: dict[str, Any], step: Any, number: str, batch: bool) -> Moved:

@@ -18,7 +18,7 @@ it can fail too.
 
     python recipes/watch_the_inside/gaming.py --data ../shared/data --out recipes/watch_the_inside/gaming.json
 
-About an hour and a half on two CPU cores. Finished runs are kept in `--out`, their logs in `--work`; the same command goes on
+About an hour and a half on two CPU cores. Finished runs are kept in `--work` and judged anew from their logs; the same command goes on
 where it was stopped.
 """
 
@@ -206,20 +206,19 @@ def run_grpo(arm: str, seed: int, data: Path, sentiment: Readout, holdout: Reado
     trainer.train()
 
 
-def judged_as_if_pushed(events: list[dict], baseline: dict[str, float]) -> dict[str, list[str]]:
-    """Verdicts that the same evaluations would have got, had training pushed the probe up, or down."""
+def judged(events: list[dict], baseline: dict[str, float], pressure: int | None = None) -> list[dict]:
+    """Verdicts of a finished run's evaluations by the table as it is now; with `pressure` as if training pushed the probe."""
     drift = [event for event in events if event["event"] == "drift"]
     logs = [{**event["metrics"], "step": event["step"]} for event in events if event["event"] == "metric"]
-    found = {}
-    for name, sign in (("up", 1), ("down", -1)):
-        verdicts, since = [], 0
-        for event in drift:
-            monitors = {**event["monitors"], "sentiment": {**event["monitors"]["sentiment"], "pressure": sign}}
-            known = [row for row in logs if row["step"] <= event["step"]]
-            evidence = gather({**event, "monitors": monitors}, drift[0], known, since, baseline)
-            verdicts.append(judge(evidence).name)
-            since = event["step"]
-        found[name] = verdicts
+    found, since = [], 0
+    for event in drift:
+        monitors = {name: {**part, "holdout": None} for name, part in event["monitors"].items()}
+        if pressure is not None:
+            monitors["sentiment"]["pressure"] = pressure
+        known = [row for row in logs if row["step"] <= event["step"]]
+        verdict = judge(gather({**event, "monitors": monitors}, drift[0], known, since, baseline))
+        found.append({"step": event["step"], "verdict": verdict.name, "because": verdict.because})
+        since = event["step"]
     return found
 
 
@@ -237,8 +236,10 @@ def summarize(arm: str, seed: int, log: Path, baseline: Path) -> dict:
     ]
     return {
         "arm": arm, "seed": seed,
-        "verdicts": [{k: e[k] for k in ("step", "verdict", "because")} for e in events if e["event"] == "verdict"],
-        "as_if_pushed": judged_as_if_pushed(events, band),
+        "verdicts": judged(events, band), "logged": [e["verdict"] for e in events if e["event"] == "verdict"],
+        "as_if_pushed": {
+            name: [v["verdict"] for v in judged(events, band, sign)] for name, sign in (("up", 1), ("down", -1))
+        },
         "evaluations": [
             {
                 "step": e["step"],
@@ -270,15 +271,16 @@ def main() -> None:
     shutil.rmtree(options.work / "cards", ignore_errors=True)
     sentiment, holdout = probes(options.data, options.work / "cards")
     for arm, seed in [(arm, seed) for seed in options.seeds for arm in options.arms]:
-        if any(r["arm"] == arm and r["seed"] == seed for r in result["runs"]):
-            continue
         output, baseline = options.work / f"{arm}{seed}", options.work / f"plain{seed}" / "interp.jsonl"
-        shutil.rmtree(output, ignore_errors=True)
-        if arm in DPO_ARMS:
-            run_dpo(arm, seed, options.data, sentiment, holdout, output, baseline)
-        else:
-            run_grpo(arm, seed, options.data, sentiment, holdout, output)
-        result["runs"].append(summarize(arm, seed, output / "interp.jsonl", baseline))
+        log = output / "interp.jsonl"
+        if not log.exists() or read_run_log(log)[-1]["event"] != "end":
+            shutil.rmtree(output, ignore_errors=True)
+            if arm in DPO_ARMS:
+                run_dpo(arm, seed, options.data, sentiment, holdout, output, baseline)
+            else:
+                run_grpo(arm, seed, options.data, sentiment, holdout, output)
+        result["runs"] = [run for run in result["runs"] if (run["arm"], run["seed"]) != (arm, seed)]
+        result["runs"].append(summarize(arm, seed, log, baseline))
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(arm, seed, [v["verdict"] for v in result["runs"][-1]["verdicts"]], file=sys.stderr, flush=True)
     for run in result["runs"]:
