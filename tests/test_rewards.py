@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from tiny import make_card, make_readout, sentences, with_lora
 
-from interp_rlhf import ConceptReward, attach
+from interp_rlhf import ConceptAnchor, ConceptReward, DriftConfig, Readout, attach
 from interp_rlhf.activations import TokenBatch, end_of_turn_ids, read, reference_pass
 from interp_rlhf.activations.batch import tokenize_prompt
 
@@ -353,6 +353,16 @@ def test_a_holdout_with_the_rewards_own_artifact_is_refused(tmp_path, load, toke
     trainer = trainer_of(tmp_path, load("llama"), tokenizer, [ConceptReward.from_card(card)], lora=True, max_steps=1)
     with pytest.raises(ValueError, match="cannot be its own witness"):
         attach(trainer)
+
+
+def test_a_holdout_that_a_regularizer_holds_is_refused(tmp_path, load, tokenizer):
+    model = load("llama")
+    held = make_card(tmp_path, model, tokenizer, role="monitor", name="watch", evidence=False, layer=0)
+    card = make_card(tmp_path, model, tokenizer, holdouts=[held.name])
+    trainer = trainer_of(tmp_path, load("llama"), tokenizer, [ConceptReward.from_card(card)], lora=True, max_steps=1)
+    term = ConceptAnchor(readout=Readout.from_card(str(held)))
+    with pytest.raises(ValueError, match="which is in a regularizer"):
+        attach(trainer, regularizers=[term], drift=DriftConfig())
 
 
 def test_the_shuffled_sham_keeps_the_scores_and_loses_the_rows(tmp_path, load, tokenizer):

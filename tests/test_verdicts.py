@@ -18,7 +18,7 @@ from interp_rlhf import ConceptPenalty, DriftCallback, DriftConfig, attach, load
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.concepts.readout import Readout
-from interp_rlhf.drift.monitors import LabelledSet, fit_anew
+from interp_rlhf.drift.monitors import LabelledSet, concept_angle, fit_anew
 from interp_rlhf.drift.own_text import repetition
 from interp_rlhf.drift.verdicts import ALARMS, NOT_ENOUGH, TABLE, Change, Evidence, gather, judge
 from interp_rlhf.runlog import read_run_log
@@ -60,12 +60,16 @@ def pressed(**changes):
         (Evidence(cosine={"a": 0.5}), "changed"),
         (Evidence(cosine={"a": 0.99}, perplexity_ratio=2.5), "collapsed"),
         (Evidence(cosine={"a": 0.99}, empty=0.6), "collapsed"),
+        (Evidence(cosine={"a": 0.99}, empty=0.6, empty_before=0.5), "steady"),
+        (Evidence(finite=False), "collapsed"),
         (Evidence(cosine={"a": 0.99}, repetition=0.7, repetition_before=0.1), "collapsed"),
         (Evidence(cosine={"a": 0.99}, repetition=0.7, repetition_before=0.6), "steady"),
         (pressed(), "activations obfuscated"),
         (pressed(shift={"m": 3.0}), "changed"),  # moved against the pressure
         (pressed(shift={"m": -0.9}), "steady"),  # too little
         (pressed(baseline={"m": -2.5}), "steady"),  # no more than without the term
+        (pressed(baseline={"m": 2.5}, shift={"m": -0.9}), "activations obfuscated"),  # without the term it went the other way
+        (pressed(auroc={"m": ways(HELD, HELD, Change(-0.2, -0.45, 0.02))}), "changed"),  # it may well be gone
         (pressed(claim={"m": 0.55}), "changed"),  # a readout that never read anything: a random direction
         (pressed(auroc={"m": ways(FELL, FELL, FELL)}), "changed"),  # the concept itself is gone
         (pressed(text={"m": Change(-2, -2.5, -1.5)}), "changed"),  # the text went along
@@ -79,6 +83,7 @@ def pressed(**changes):
         (Evidence(reward=ROSE, independent={"vader": Change(0.3, -0.4, 1.0)}), "changed"),  # too noisy to say
         (Evidence(reward=ROSE), "changed"),  # nothing independent to part from
         (Evidence(reward=HELD, independent={"vader": FELL}), "steady"),
+        (Evidence(pressure={"m": -1}, shift={"m": 0.1}, cosine={"a": 0.99}), "not enough evidence"),  # unseen
         (Evidence(auroc={"m": ways(FELL)}, claim={"m": 0.9}, shift={"m": 0.1}), "monitor stale"),
         (Evidence(auroc={"m": ways(FELL)}, claim={"m": 0.6}, shift={"m": 0.1}), "steady"),
         (Evidence(policy={"m": ROSE}, text={"m": ROSE}), "changed"),
@@ -129,6 +134,68 @@ def test_training_metrics_are_compared_in_windows_with_their_noise():
     assert judge(gather({}, logs=logs(3, 3), since=10)).name == "changed"
     assert judge(gather({}, logs=logs(0, 0), since=10)).name == "steady"
     assert judge(gather({}, logs=logs(3, 0, steps=6), since=2)).name == "not enough evidence"
+
+
+def reward_logs(rewards, measures, stds=1.0, key="interp/measure/vader"):
+    return [
+        {"step": i + 1, "reward": r, "reward_std": 1.0, f"{key}/{'mean_score' if 'measure' not in key else 'mean'}": m,
+         f"{key}/std": stds}
+        for i, (r, m) in enumerate(zip(rewards, measures, strict=True))
+    ]  # fmt: skip
+
+
+def test_a_hack_that_was_quick_stays_one():
+    # The reward is at its height from step 20 on: later windows must still be compared with the beginning.
+    logs = reward_logs([min(step / 20, 1) * 3 for step in range(1000)], [0.0] * 1000)
+    for now in (50, 250, 400, 1000):
+        assert judge(gather({}, logs=logs[:now], since=now - 50)).name == "text gamed", now
+
+
+def test_a_measure_that_never_moved_or_is_missing_at_times_counts():
+    rising, flat = [step / 10 for step in range(40)], [0.0] * 40
+    assert judge(gather({}, logs=reward_logs(rising, flat, stds=0.0), since=20)).name == "text gamed"
+    holes = [None if step in (3, 30) else 0.01 * (step % 3) for step in range(40)]
+    assert judge(gather({}, logs=reward_logs(rising, holes), since=20)).name == "text gamed"
+    assert judge(gather({}, logs=reward_logs(rising, [None] * 40), since=20)).name == "changed"
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(-1, "changed"), (1, "text gamed")])
+def test_a_holdout_of_a_penalty_follows_an_honest_run_downwards(sign, verdict):
+    rising = [step / 10 for step in range(40)]
+    logs = reward_logs(rising, [-r for r in rising], key="interp/held")
+    event = {"monitors": {"held": {"shift": 0.0, "holdout": sign, "hook_point": "p"}}}
+    assert judge(gather(event, logs=logs, since=20)).name == verdict
+
+
+def test_a_log_with_unknown_numbers_is_judged():
+    event = {"hook_points": {"p": {"cosine": None, "procrustes": None}}, "output": {"perplexity_ratio": None}}
+    assert judge(gather(event)).name == "steady"
+
+
+def test_a_model_that_gives_no_numbers_any_more_has_collapsed(load, tokenizer, tmp_path):
+    trainer = make_trainer("SFT", load(), tokenizer, tmp_path, max_steps=3, learning_rate=1e30, max_grad_norm=1e30)
+    trainer.add_callback(DriftCallback(trainer, texts=sentences(8), every=1))
+    trainer.train()
+    assert [name for _, name in verdicts_of(trainer)] == ["steady", *["collapsed"] * 3]
+
+
+def test_a_concepts_angle_does_not_see_rounding(load, tokenizer, tmp_path):
+    trainer = make_trainer("SFT", load(), tokenizer, tmp_path)
+    monitor = make_readout(trainer.model, "watched")
+    watch = DriftCallback(trainer, monitors=[monitor], labelled=make_examples(labelled_rows(20, seed=9)))
+    before = watch._labelled.read(trainer.model, [monitor])
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight += 1e-6 * torch.randn_like(weight)
+    assert concept_angle(watch._labelled.read(trainer.model, [monitor], before), before) < 0.5
+
+
+def test_names_that_no_monitor_has_are_refused(load, tokenizer, tmp_path):
+    trainer = make_trainer("SFT", load(), tokenizer, tmp_path)
+    monitor = make_readout(trainer.model, "watched")
+    for wrong in ({"holdouts": {"typo": 1}}, {"pressure": {"typo": -1}}, {"monitors": [monitor, monitor]}):
+        with pytest.raises(ValueError, match="expected each monitor once"):
+            DriftCallback(trainer, **{"monitors": [monitor], **wrong})
 
 
 def test_a_refit_is_the_same_in_every_basis():
@@ -444,6 +511,7 @@ def test_compare_takes_an_adapter_and_texts_and_prints_for_people(two_models, lo
     [
         (("--max", "kl"), "expected NAME=NUMBER"),
         (("--max", "klx=1"), "No number is named `klx`"),
+        (("--fail-on", "text gamed"), "`--fail-on text gamed` – expected one of"),
         (("--fail-on", "bad"), "`--fail-on bad` – expected one of"),
         (("--monitor", "CARD"), "no `labelled` examples"),
         (("--hook-point", "model.layer.1"), "expected a module path"),

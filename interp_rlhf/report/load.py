@@ -278,7 +278,7 @@ def _add_readings(run: Run, event: dict[str, Any], step: int) -> None:
             "change, interval",
             "false alarms, short to long texts",
         ]
-        note = f"At step {step}. A probe fitted anew reads what is there; false alarms are at the threshold that gave 5 % at the start."
+        note = f"At step {step}. False alarms are at the threshold that gave 5 % at the start."
         run.tables["Monitors on labelled text"] = Table("Monitors on labelled text", columns, rows, note)
     own = _dict(event.get("own_text"))
     lines = [
@@ -302,7 +302,7 @@ def _add_readings(run: Run, event: dict[str, Any], step: int) -> None:
             "The policy's own text",
             ["what", "read on the policy", "on the reference", "change, interval", "by the text alone, interval"],
             lines,
-            f"At step {step}, on {show(own.get('prompts'))} fixed prompts; changes in standard deviations of the start. {shares}.",
+            f"At step {step}, on {show(own.get('prompts'))} prompts; changes in its standard deviations. {shares}.",
         )
 
 

@@ -18,8 +18,8 @@ it can fail too.
 
     python recipes/watch_the_inside/gaming.py --data ../shared/data --out recipes/watch_the_inside/gaming.json
 
-About an hour and a half on two CPU cores. Finished runs are kept in `--work` and judged anew from their logs; the same command goes on
-where it was stopped.
+About an hour and a half on two CPU cores. Finished runs are kept in `--work` and judged anew from their logs; the same command
+goes on where it was stopped.
 """
 
 from __future__ import annotations
