@@ -360,7 +360,7 @@ def test_a_holdout_that_a_regularizer_holds_is_refused(tmp_path, load, tokenizer
     held = make_card(tmp_path, model, tokenizer, role="monitor", name="watch", evidence=False, layer=0)
     card = make_card(tmp_path, model, tokenizer, holdouts=[held.name])
     trainer = trainer_of(tmp_path, load("llama"), tokenizer, [ConceptReward.from_card(card)], lora=True, max_steps=1)
-    term = ConceptAnchor(readout=Readout.from_card(str(held)))
+    term = ConceptAnchor(readout=Readout.from_card(str(held)), weight=1.0)
     with pytest.raises(ValueError, match="which is in a regularizer"):
         attach(trainer, regularizers=[term], drift=DriftConfig())
 

@@ -63,7 +63,7 @@ DPO = {
     "beta": 0.1, "max_length": 128,
 }  # fmt: skip
 GRPO = {
-    "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 24, "max_steps": 20, "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 24, "max_steps": 30, "learning_rate": 1e-3,
     "beta": 0.02, "temperature": 1.0, "lr_scheduler_type": "constant",
 }  # fmt: skip
 EVERYWHERE = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False,
