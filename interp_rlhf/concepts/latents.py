@@ -1,29 +1,47 @@
-"""Latents with given weights: the encoder of a sparse autoencoder as a readout.
+"""Latents of a sparse autoencoder as a readout: only those that somebody reads.
 
-In: an activation (..., D). Out: latents (..., S). Only an elementwise activation function is known here, so that a choice of
-latents is exact: rows of the encoder that nobody reads are left out.
+In: an activation (..., D). Out: latents (..., K). Where a latent depends on no other (ReLU, JumpReLU, gated), a choice of K
+latents touches K rows of the encoder and is exact. TopK and group-max need all S to know which are on: they are looked at in
+blocks of tokens, so that (B, T, S) is never held. It must not know files, nor what its latents are used for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from torch.nn.functional import linear
+
+Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
+# Added to the norm or the standard deviation by sae-lens' normalizations.
+EPSILON = 1e-5
+# Numbers of a block's (tokens, S) pre-activations where all latents must be looked at: 8 MiB in float32.
+BLOCK_NUMBERS = 2**21
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """ReLU or JumpReLU latents: f(E (h − center) + bias).
+    """Latents with given weights: f(E (norm(h) − center) + bias).
 
     Attributes:
         name (`str`): scores and metrics are kept by it.
         hook_point (`str`): where it reads.
         encoder (`torch.FloatTensor` of shape (S, D)): one row per latent.
-        bias (`torch.FloatTensor` of shape (S,)).
+        bias (`torch.FloatTensor` of shape (S,)): for a gated one, that of the gate.
         center (`torch.FloatTensor` of shape (D,), *optional*): subtracted from the activation first.
         threshold (`torch.FloatTensor` of shape (S,), *optional*): a latent at or below it is 0 (JumpReLU, arXiv 2407.14435);
             ReLU without it.
+        gate_scale, gate_bias (`torch.FloatTensor` of shape (S,), *optional*): a latent whose gate E h + bias is positive has the
+            magnitude ReLU(gate_scale · E h + gate_bias) (gated, arXiv 2404.16014; the former is e^r).
+        k (`int`, *optional*): only the k largest of all S are on (TopK, arXiv 2406.04093).
+        grouped (`bool`, defaults to `False`): instead the largest of each of k groups of neighbours is (group-max).
+        normalization (`str`, defaults to `"none"`): of the activation before all else: `constant_norm_rescale` to the norm √D,
+            `layer_norm` to mean 0 and standard deviation 1.
+        columns (`torch.LongTensor` of shape (K,), *optional*): which of the S are returned, where all S are needed to tell.
+        decoder (`torch.FloatTensor` of shape (K, D), *optional*): what each returned latent writes: where ablation and steering act.
     """
 
     name: str
@@ -32,52 +50,180 @@ class Latents:
     bias: torch.Tensor
     center: torch.Tensor | None = None
     threshold: torch.Tensor | None = None
+    gate_scale: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+    k: int | None = None
+    grouped: bool = False
+    normalization: Normalization = "none"
+    columns: torch.Tensor | None = None
+    decoder: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.encoder.dim() != 2:
             raise ValueError(f"`encoder` of `{self.name}` has shape {tuple(self.encoder.shape)} – expected (S, D).")
         count, width = self.encoder.shape
-        for field, size in {"bias": count, "center": width, "threshold": count}.items():
+        expected = {"bias": count, "center": width, "threshold": count, "gate_scale": count, "gate_bias": count}
+        for field, size in expected.items():
             tensor = getattr(self, field)
             if tensor is not None and tuple(tensor.shape) != (size,):
                 raise ValueError(f"`{field}` of `{self.name}` has shape {tuple(tensor.shape)} – expected ({size},).")
-        for field in ("encoder", "bias", "center", "threshold"):
+        if (self.gate_scale is None) != (self.gate_bias is None):
+            raise ValueError(f"`{self.name}` has one of `gate_scale` and `gate_bias` – expected both or none.")
+        if self.k is not None and not 0 < self.k <= count:
+            raise ValueError(f"`k` of `{self.name}` is {self.k} – expected 1 to {count}, its number of latents.")
+        if self.grouped and (self.k is None or count % self.k):
+            raise ValueError(f"`{self.name}` has {count} latents in {self.k} groups – expected groups of equal size.")
+        if self.columns is not None and self.k is None:
+            raise ValueError(f"`columns` of `{self.name}` are given without `k` – expected fewer encoder rows instead.")
+        if self.decoder is not None and len(self.decoder) != self.size:
+            raise ValueError(
+                f"`decoder` of `{self.name}` has shape {tuple(self.decoder.shape)} – expected ({self.size}, D)."
+            )
+        for field in _TENSORS:
             tensor = getattr(self, field)
             if tensor is not None:  # a readout never gets a gradient
                 object.__setattr__(self, field, tensor.detach().float())
+        if self.columns is not None:
+            object.__setattr__(self, "columns", self.columns.long())
+        if self.threshold is not None:  # ReLU comes first: a negative threshold is one of 0
+            object.__setattr__(self, "threshold", self.threshold.clamp(min=0))
+        # The centre is folded into the bias: one matrix product, and no copy of the activation.
+        shift = 0.0 if self.center is None else self.encoder @ self.center
+        object.__setattr__(self, "_offset", self.bias - shift)
+        if self.gate_scale is not None and self.gate_bias is not None:
+            object.__setattr__(self, "_gate_offset", self.gate_bias - self.gate_scale * shift)
+
+    @property
+    def size(self) -> int:
+        """K: how many latents it returns."""
+        return len(self.encoder) if self.columns is None else len(self.columns)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.encoder.shape[1]
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
-        """Latents (..., S) of an activation (..., D), float32."""
-        own = self._on(activation.device)
-        assert own.bias is not None
-        # The centre is folded into the bias: one matrix product, and no copy of the activation.
-        bias = own.bias if own.center is None else own.bias - own.encoder @ own.center
-        before = torch.nn.functional.linear(activation, own.encoder, bias)
-        if own.threshold is None:
-            return before.relu()
-        return before * (before > own.threshold)
+        """Latents (..., K) of an activation (..., D), float32; the gradient to the activation is that of the latents that are on."""
+        self._move_to(activation.device)
+        normalized = normalize(activation, self.normalization)[0]
+        if self.k is None:
+            return self._elementwise(normalized)
+        flat = normalized.reshape(-1, self.width)
+        # No column is looked at for its value in a block: the gradient has only the columns that are returned.
+        if self.columns is None:
+            parts = [self._on(part)[0] for part in blocks(flat, len(self.encoder))]
+            found = torch.cat(parts) if parts else flat.new_zeros(0, self.size)
+        else:
+            before = linear(flat, self.encoder[self.columns], self._offset[self.columns])  # type: ignore[attr-defined]
+            found = before.relu().masked_fill(~self._kept(flat), 0.0)
+        return found.view(*activation.shape[:-1], self.size)
 
-    def choose(self, indices: Sequence[int]) -> Latents:
+    def choose(self, indices: Sequence[int], name: str | None = None) -> Latents:
         """The same readout of some latents only, in the order given.
 
         Raises:
             `ValueError`: an index out of range.
         """
-        outside = [index for index in indices if not 0 <= index < len(self.encoder)]
-        if outside:
+        outside = [index for index in indices if not 0 <= index < self.size]
+        if outside or not len(indices):
             raise ValueError(
-                f"Latents {outside} – expected indices from 0 to {len(self.encoder) - 1} of `{self.name}`."
+                f"Latents {outside} – expected indices from 0 to {self.size - 1} of `{self.name}`, at least one."
             )
-        rows = torch.tensor(list(indices), dtype=torch.long)
-        threshold = None if self.threshold is None else self.threshold[rows]
-        return replace(self, encoder=self.encoder[rows], bias=self.bias[rows], threshold=threshold)
+        rows = torch.tensor(list(indices), dtype=torch.long, device=self.encoder.device)
+        decoder = None if self.decoder is None else self.decoder[rows]
+        if self.k is not None:
+            columns = rows if self.columns is None else self.columns[rows]
+            return replace(self, name=name or self.name, columns=columns, decoder=decoder)
+        per_latent = ("encoder", "bias", "threshold", "gate_scale", "gate_bias")
+        chosen = {field: getattr(self, field)[rows] for field in per_latent if getattr(self, field) is not None}
+        return replace(self, name=name or self.name, decoder=decoder, **chosen)
 
-    def _on(self, device: torch.device) -> Latents:
+    def top(self, activation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (N, k) and indices (N, k) of the latents that are on, of an activation (..., D) of N tokens; TopK only.
+
+        A value is 0 where fewer than k are positive.
+        """
+        assert self.k is not None and self.columns is None
+        self._move_to(activation.device)
+        flat = normalize(activation, self.normalization)[0].reshape(-1, self.width)
+        found = [self._top(part) for part in blocks(flat, len(self.encoder))]
+        if not found:
+            return flat.new_zeros(0, self.k), torch.zeros(0, self.k, dtype=torch.long, device=flat.device)
+        values, indices = zip(*found, strict=True)
+        return torch.cat(values), torch.cat(indices)
+
+    def _elementwise(self, activation: torch.Tensor) -> torch.Tensor:
+        if self.gate_scale is not None:
+            before = linear(activation, self.encoder)
+            magnitude = torch.addcmul(self._gate_offset, before, self.gate_scale).relu()  # type: ignore[attr-defined]
+            return magnitude.masked_fill(before <= -self._offset, 0.0)  # type: ignore[attr-defined]
+        before = linear(activation, self.encoder, self._offset)  # type: ignore[attr-defined]
+        if self.threshold is None:
+            return before.relu() if before.requires_grad else before.relu_()
+        off = before <= self.threshold
+        return before.masked_fill(off, 0.0) if before.requires_grad else before.masked_fill_(off, 0.0)
+
+    def _top(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = linear(flat, self.encoder, self._offset)  # type: ignore[attr-defined]  # (n, S)
+        assert self.k is not None
+        if not self.grouped:
+            values, indices = before.topk(self.k, dim=-1, sorted=False)
+        else:
+            values, indices = before.unflatten(-1, (self.k, -1)).max(dim=-1)
+            indices = indices + torch.arange(self.k, device=flat.device) * (len(self.encoder) // self.k)
+        return values.relu(), indices
+
+    def _on(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All latents (n, S) of a block, and the indices (n, k) of those that are on."""
+        values, indices = self._top(flat)
+        return flat.new_zeros(len(flat), len(self.encoder)).scatter(1, indices, values), indices
+
+    @torch.no_grad()
+    def _kept(self, flat: torch.Tensor) -> torch.Tensor:
+        """Which of the columns (N, K) are among those that are on."""
+        found = []
+        for part in blocks(flat, len(self.encoder)):
+            on = torch.zeros(len(part), len(self.encoder), dtype=torch.bool, device=part.device)
+            found.append(on.scatter_(1, self._top(part)[1], True)[:, self.columns])
+        return torch.cat(found) if found else torch.zeros(0, self.size, dtype=torch.bool, device=flat.device)
+
+    def _move_to(self, device: torch.device) -> None:
         if self.encoder.device == device:
-            return self
+            return
         # Moved once: a frozen readout has no other state.
-        for field in ("encoder", "bias", "center", "threshold"):
-            tensor = getattr(self, field)
+        for field in (*_TENSORS, "columns", "_offset", "_gate_offset"):
+            tensor = getattr(self, field, None)
             if tensor is not None:
                 object.__setattr__(self, field, tensor.to(device))
-        return self
+
+
+def normalize(activation: torch.Tensor, how: Normalization) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
+    """Activation (..., D) as an autoencoder sees it, float32, and what takes its output back: times scale, plus mean.
+
+    Source: sae-lens' `normalize_activations`. Its standard deviation is the unbiased one, and the way back leaves out the 1e-5
+    that the way there adds to it.
+
+    Returns:
+        The normalized activation, the scale (..., 1) or None, and the mean (..., 1) or 0.
+    """
+    activation = activation.float()
+    if how == "constant_norm_rescale":
+        scale = activation.shape[-1] ** 0.5 / activation.norm(dim=-1, keepdim=True)
+        return activation * scale, 1 / scale, 0.0
+    if how == "layer_norm":
+        mean = activation.mean(-1, keepdim=True)
+        std = activation.std(-1, keepdim=True)
+        return (activation - mean) / (std + EPSILON), std, mean
+    return activation, None, 0.0
+
+
+def blocks(flat: torch.Tensor, latents: int) -> Iterator[torch.Tensor]:
+    """Blocks of tokens (n, D) of (N, D) whose pre-activations take little memory; none of an empty one."""
+    size = max(16, BLOCK_NUMBERS // latents)
+    return iter(flat.split(size)) if len(flat) else iter(())
+
+
+_TENSORS = tuple(
+    field.name for field in dataclasses.fields(Latents) if "Tensor" in str(field.type) and field.name != "columns"
+)

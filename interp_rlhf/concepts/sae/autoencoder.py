@@ -1,0 +1,250 @@
+"""Sparse autoencoders and transcoders with frozen weights.
+
+In: an activation (..., D). Out: latents, a reconstruction, and how good it is. It must not know file formats, nor the model that
+it reads: it is never a submodule of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding_bag
+
+from ...activations import hidden_size, resolve
+from ..latents import Latents, Normalization, blocks, normalize
+
+Architecture = Literal["gated", "groupmax", "jumprelu", "standard", "topk"]
+TENSORS = (
+    "encoder", "encoder_bias", "decoder", "decoder_bias", "center", "threshold", "gate_scale", "gate_bias", "skip",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SaeSpec:
+    """What a sparse autoencoder is, but for its weights.
+
+    Attributes:
+        architecture (`str`): `standard` (ReLU), `jumprelu`, `gated`, `topk` or `groupmax`.
+        hook_point (`str`): module path whose output it reads.
+        k (`int`, *optional*): of `topk` and `groupmax`.
+        normalization (`str`, defaults to `"none"`): of the activation, see `Latents`.
+        restore (`bool`, defaults to `True`): whether the output is taken back to the activation's own scale; not in a
+            transcoder, whose output is another activation.
+        output_point (`str`, *optional*): module path whose output a transcoder predicts; None for an autoencoder.
+        model_id (`str`): what it was trained on, as its file says.
+        source (`dict`): where it came from: path or Hub id, revision, digest, format, its hook name.
+    """
+
+    architecture: Architecture
+    hook_point: str
+    k: int | None = None
+    normalization: Normalization = "none"
+    restore: bool = True
+    output_point: str | None = None
+    model_id: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact_columns(self) -> bool:
+        """Whether a latent depends on no other, so that reading k of them touches k rows."""
+        return self.k is None
+
+
+class SparseAutoencoder(nn.Module):
+    """A frozen sparse autoencoder or transcoder.
+
+    Args:
+        spec (`SaeSpec`): what it is.
+        encoder (`torch.Tensor` of shape (S, D)), encoder_bias (`torch.Tensor` of shape (S,)): of a gated one, the gate's.
+        decoder (`torch.Tensor` of shape (S, D_out)), decoder_bias (`torch.Tensor` of shape (D_out,)).
+        center (`torch.Tensor` of shape (D,), *optional*): subtracted from the input.
+        threshold (`torch.Tensor` of shape (S,), *optional*): of `jumprelu`.
+        gate_scale, gate_bias (`torch.Tensor` of shape (S,), *optional*): of `gated`, see `Latents`.
+        skip (`torch.Tensor` of shape (D_out, D), *optional*): a transcoder's linear path past its latents.
+
+    Raises:
+        `ValueError`: tensors whose shapes do not fit together or that the architecture does not have; all of it in one error.
+    """
+
+    def __init__(self, spec: SaeSpec, **tensors: torch.Tensor | None):
+        super().__init__()
+        self.spec = spec
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        problems = _problems(spec, given)
+        if problems:
+            listed = "\n".join(f"  - {problem}" for problem in problems)
+            raise ValueError(f"The sparse autoencoder has {len(problems)} problem(s):\n{listed}")
+        for name in TENSORS:
+            tensor = given.get(name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().float().contiguous())
+        self._all: tuple[torch.Tensor, Latents] | None = None
+
+    encoder: torch.Tensor
+    encoder_bias: torch.Tensor
+    decoder: torch.Tensor
+    decoder_bias: torch.Tensor
+    center: torch.Tensor | None
+    threshold: torch.Tensor | None
+    gate_scale: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+    skip: torch.Tensor | None
+
+    @property
+    def size(self) -> int:
+        """S: its number of latents."""
+        return len(self.encoder)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.encoder.shape[1]
+
+    def latents(self, indices: Sequence[int] | None = None, name: str = "sae") -> Latents:
+        """Some of its latents as a readout, all by default; weights are shared, not copied, where all are read.
+
+        Raises:
+            `ValueError`: an index out of range.
+        """
+        if self._all is None or self._all[0] is not self.encoder:  # moved to another device since
+            found = Latents(
+                "sae", self.spec.hook_point, self.encoder, self.encoder_bias, self.center, self.threshold, self.gate_scale,
+                self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None, self.decoder,
+            )  # fmt: skip
+            self._all = (self.encoder, found)
+        return self._all[1] if indices is None else self._all[1].choose(indices, name)
+
+    def encode(self, activation: torch.Tensor) -> torch.Tensor:
+        """Latents (..., S) of an activation (..., D), float32: all of them, dense."""
+        return self.latents()(activation)
+
+    def decode(self, latents: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+        """Reconstruction (..., D_out) of latents (..., S), without a transcoder's skip path.
+
+        Args:
+            like (`torch.Tensor` of shape (..., D), *optional*): the activation that was encoded; needed where its scale was
+                normalized away.
+
+        Raises:
+            `ValueError`: it is needed and was not given.
+        """
+        return self._restore(latents @ self.decoder + self.decoder_bias, like)
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """Reconstruction (..., D_out) of an activation (..., D), in blocks of tokens: (..., S) is never held."""
+        flat = activation.float().reshape(-1, self.width)
+        parts = [self._reconstruct(part) for part in blocks(flat, self.size)]
+        found = torch.cat(parts) if parts else flat.new_zeros(0, self.decoder.shape[1])
+        return found.view(*activation.shape[:-1], self.decoder.shape[1])
+
+    @torch.no_grad()
+    def fvu(self, activation: torch.Tensor, target: torch.Tensor | None = None) -> float:
+        """Fraction of variance unexplained over all tokens: Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖², ȳ the mean of the tokens given.
+
+        In [0, ∞), lower = better; 1 = no better than the mean. Explained variance is 1 − FVU.
+
+        Args:
+            activation (`torch.Tensor` of shape (..., D)): at least two tokens.
+            target (`torch.Tensor` of shape (..., D_out), *optional*): what a transcoder should give; by default the activation.
+        """
+        wanted = activation if target is None else target
+        wanted = wanted.double().reshape(-1, wanted.shape[-1])
+        missed = (wanted - self(activation).double().reshape(wanted.shape)).pow(2).sum()
+        return float(missed / (wanted - wanted.mean(0)).pow(2).sum())
+
+    @torch.no_grad()
+    def l0(self, activation: torch.Tensor) -> float:
+        """Mean number of latents that are on, over tokens of an activation (..., D)."""
+        flat = activation.reshape(-1, self.width)
+        counts = [(self.encode(part) > 0).sum(1) for part in blocks(flat, self.size)]
+        return float(torch.cat(counts).double().mean())
+
+    def check_model(self, model: Any) -> None:
+        """Raises `ValueError` for a model without the hook point or of another width."""
+        resolve(model, self.spec.hook_point)
+        if (width := hidden_size(model)) != self.width:
+            raise ValueError(
+                f"The sparse autoencoder at `{self.spec.hook_point}` has width {self.width} – the model's is {width}. It was "
+                f"trained on `{self.spec.model_id or 'another model'}`: take that model, or an autoencoder of this one."
+            )
+
+    def _reconstruct(self, flat: torch.Tensor) -> torch.Tensor:
+        readout = self.latents()
+        if self.spec.k is None:
+            found = readout(flat) @ self.decoder + self.decoder_bias
+        else:
+            values, indices = readout.top(flat)
+            found = embedding_bag(indices, self.decoder, per_sample_weights=values, mode="sum") + self.decoder_bias
+        found = self._restore(found, flat)
+        return found if self.skip is None else found + flat @ self.skip.T
+
+    def _restore(self, output: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+        if self.spec.normalization == "none" or not self.spec.restore:
+            return output
+        if like is None:
+            raise ValueError(
+                f"`decode` was given no `like` – expected the activation that was encoded: `{self.spec.normalization}` took its "
+                "scale away. Pass it, or call the autoencoder itself."
+            )
+        _, scale, mean = normalize(like, self.spec.normalization)
+        return output * scale + mean
+
+
+def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -> SparseAutoencoder:
+    """The control: an autoencoder of the same shape whose decoder is random and frozen, and whose encoder is its transpose.
+
+    Rows are unit vectors drawn from `seed`; TopK with the same k, or with `k` where the architecture has none. What a random
+    dictionary does as well, the training of the autoencoder was not needed for (arXiv 2602.14111).
+
+    Args:
+        k (`int`, *optional*): how many are on, for an autoencoder without a k of its own: its L0.
+
+    Raises:
+        `ValueError`: neither the autoencoder nor the caller has a k.
+    """
+    count = sae.spec.k or k
+    if count is None:
+        raise ValueError(f"`k` is None – expected the L0 of the {sae.spec.architecture} autoencoder, which has no k.")
+    rows = torch.randn(sae.size, sae.width, generator=torch.Generator().manual_seed(seed))
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    spec = SaeSpec(
+        "topk", sae.spec.hook_point, min(max(1, round(count)), sae.size), model_id=sae.spec.model_id,
+        source={"random_dictionary": seed},
+    )  # fmt: skip
+    center = torch.zeros(sae.width) if sae.center is None else sae.center
+    return SparseAutoencoder(
+        spec, encoder=rows, encoder_bias=torch.zeros(sae.size), decoder=rows, decoder_bias=center, center=center
+    )
+
+
+def _problems(spec: SaeSpec, tensors: dict[str, torch.Tensor]) -> list[str]:
+    needed = {"encoder", "encoder_bias", "decoder", "decoder_bias"}
+    needed |= {"jumprelu": {"threshold"}, "gated": {"gate_scale", "gate_bias"}}.get(spec.architecture, set())
+    allowed = needed | {"center", "skip"}
+    problems = [f"no `{name}`" for name in sorted(needed - set(tensors))]
+    problems += [f"`{n}` – `{spec.architecture}` has none" for n in sorted(set(tensors) - allowed)]
+    if (spec.k is not None) != (spec.architecture in ("topk", "groupmax")):
+        problems.append(f"`k` is {spec.k} – expected a number for `topk` and `groupmax`, and none for the others")
+    if problems:
+        return problems
+    encoder, decoder = tensors["encoder"], tensors["decoder"]
+    if encoder.dim() != 2 or decoder.dim() != 2 or len(encoder) != len(decoder):
+        shapes = f"`encoder` has shape {tuple(encoder.shape)} and `decoder` {tuple(decoder.shape)}"
+        return [f"{shapes} – expected (S, D) and (S, D_out)"]
+    (size, width), out = encoder.shape, decoder.shape[1]
+    shapes = {
+        "encoder_bias": (size,), "decoder_bias": (out,), "center": (width,), "threshold": (size,), "gate_scale": (size,),
+        "gate_bias": (size,), "skip": (out, width),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            problems.append(f"`{name}` has shape {tuple(tensors[name].shape)} – expected {shape}")
+    problems += [f"`{name}` is not finite" for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if spec.output_point is None and out != width:
+        problems.append(f"`decoder` has width {out} – expected {width}: only a transcoder gives another activation")
+    if spec.k is not None and not 0 < spec.k <= size:
+        problems.append(f"`k` is {spec.k} – expected 1 to {size}")
+    return problems
