@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from interp_rlhf.activations import norm_outliers
 from interp_rlhf.drift import metrics
 
 
@@ -122,4 +123,4 @@ def test_norm_outliers_are_found_on_either_side():
     x, y = matrix(), matrix(seed=1)
     x[5] *= 50
     y[7] *= 50
-    assert metrics.norm_outliers(x, y).nonzero().flatten().tolist() == [5, 7]
+    assert norm_outliers(x, y).nonzero().flatten().tolist() == [5, 7]

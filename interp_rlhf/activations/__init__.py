@@ -17,6 +17,7 @@ from .hook_points import (
 )
 from .identity import identity, structure
 from .intervene import Intervention
+from .outliers import norm_outliers
 from .read import read, read_activations, read_inputs, read_means, read_predictions, reference_pass
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
@@ -35,6 +36,7 @@ __all__ = [
     "has_adapters",
     "hidden_size",
     "identity",
+    "norm_outliers",
     "read",
     "read_activations",
     "read_inputs",

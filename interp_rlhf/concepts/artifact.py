@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .latents import Latents
+
 HEADER_KEY = "interp_rlhf"
 
 
@@ -23,7 +25,7 @@ class Header:
     """What an artifact knows of itself.
 
     Attributes:
-        kind (`str`): `probe` or `direction`.
+        kind (`str`): `probe`, `direction` or `sae_latents`.
         method (`str`): `logistic_regression` or `difference_of_means`.
         hook_point (`str`): where it reads.
         width (`int`): D.
@@ -36,6 +38,7 @@ class Header:
         calibration (`dict[str, tuple[float, float]]`): pooling to (scale, bias): what makes a pooled score a log-odds.
         include_end_of_turn (`bool`): whether end-of-turn tokens counted in the fit.
         versions (`dict[str, str]`): libraries of the fit.
+        sae (`dict`): of `sae_latents`: indices of the latents, S, k, normalization, and where the autoencoder came from.
     """
 
     kind: str
@@ -52,27 +55,32 @@ class Header:
     calibration: dict[str, tuple[float, float]]
     include_end_of_turn: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    sae: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """Weights of one concept: the score of a token is ⟨h, weight⟩ + bias.
+    """Weights of one concept: the score of a token is ⟨h, weight⟩ + bias, or ⟨latents(h), weight⟩ + bias.
 
     Attributes:
-        weight (`torch.FloatTensor` of shape (D,)): float32.
+        weight (`torch.FloatTensor` of shape (D,), or (K,) of latents): float32.
         bias (`float`): 0 for a direction.
         header (`Header`): what it is.
+        latents (`Latents`, *optional*): of `sae_latents`: the K latents that are weighed.
     """
 
     weight: torch.Tensor
     bias: float
     header: Header
+    latents: Latents | None = None
 
     def save(self, path: str | Path) -> str:
         """Write the file whole or not at all; returns its SHA-256."""
         from safetensors.torch import save
 
         tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor([self.bias])}
+        if self.latents is not None:
+            tensors |= {f"sae.{name}": tensor.contiguous().cpu() for name, tensor in self.latents.tensors().items()}
         data = save(tensors, metadata={HEADER_KEY: json.dumps(asdict(self.header), sort_keys=True)})
         write_atomically(path, data)
         return hashlib.sha256(data).hexdigest()
@@ -111,16 +119,25 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
         )
     header = _header(data, path)
     weight, bias = tensors["weight"].float(), float(tensors["bias"].item())
-    if (
-        weight.shape != (header.width,)
-        or not torch.isfinite(weight).all()
-        or not torch.isfinite(tensors["bias"]).all()
-    ):
+    size = len(header.sae["latents"]) if header.kind == "sae_latents" else header.width
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    if weight.shape != (size,) or not finite:
         raise ValueError(
-            f"`{path}` has a weight of shape {tuple(weight.shape)}, finite: {bool(torch.isfinite(weight).all())} – "
-            f"expected ({header.width},) finite numbers. Fit it anew."
+            f"`{path}` has a weight of shape {tuple(weight.shape)}, all numbers finite: {finite} – "
+            f"expected ({size},) finite numbers. Fit it anew."
         )
-    return Artifact(weight, bias, header)
+    return Artifact(weight, bias, header, _latents(tensors, header))
+
+
+def _latents(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None:
+    if header.kind != "sae_latents":
+        return None
+    weights = {name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")}
+    said = header.sae
+    return Latents(
+        name="sae", hook_point=header.hook_point, k=said["k"], grouped=said["grouped"], normalization=said["normalization"],
+        **weights,
+    )  # fmt: skip
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -34,7 +34,7 @@ class ArtifactRef(Strict):
 
 
 class ReadoutSpec(Strict):
-    kind: Literal["probe", "direction"]
+    kind: Literal["probe", "direction", "sae_latents"]
     hook_point: str
     artifact: ArtifactRef
     pooling: Literal["mean", "ema_max", "last", "max"]

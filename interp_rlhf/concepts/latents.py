@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import linear
+
+from ..activations import hidden_size, resolve
 
 Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
 # Added to the norm or the standard deviation by sae-lens' normalizations.
@@ -41,7 +43,8 @@ class Latents:
         normalization (`str`, defaults to `"none"`): of the activation before all else: `constant_norm_rescale` to the norm √D,
             `layer_norm` to mean 0 and standard deviation 1.
         columns (`torch.LongTensor` of shape (K,), *optional*): which of the S are returned, where all S are needed to tell.
-        decoder (`torch.FloatTensor` of shape (K, D), *optional*): what each returned latent writes: where ablation and steering act.
+        decoder (`torch.FloatTensor` of shape (K, D), *optional*): what each returned latent writes, where ablation and steering
+            act.
     """
 
     name: str
@@ -74,7 +77,9 @@ class Latents:
         if self.grouped and (self.k is None or count % self.k):
             raise ValueError(f"`{self.name}` has {count} latents in {self.k} groups – expected groups of equal size.")
         if self.columns is not None and self.k is None:
-            raise ValueError(f"`columns` of `{self.name}` are given without `k` – expected fewer encoder rows instead.")
+            raise ValueError(
+                f"`columns` of `{self.name}` are given without `k` – expected fewer encoder rows instead."
+            )
         if self.decoder is not None and len(self.decoder) != self.size:
             raise ValueError(
                 f"`decoder` of `{self.name}` has shape {tuple(self.decoder.shape)} – expected ({self.size}, D)."
@@ -104,7 +109,7 @@ class Latents:
         return self.encoder.shape[1]
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
-        """Latents (..., K) of an activation (..., D), float32; the gradient to the activation is that of the latents that are on."""
+        """Latents (..., K) of an activation (..., D), float32; its gradient is that of the latents that are on."""
         self._move_to(activation.device)
         normalized = normalize(activation, self.normalization)[0]
         if self.k is None:
@@ -118,6 +123,35 @@ class Latents:
             before = linear(flat, self.encoder[self.columns], self._offset[self.columns])  # type: ignore[attr-defined]
             found = before.relu().masked_fill(~self._kept(flat), 0.0)
         return found.view(*activation.shape[:-1], self.size)
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """Encoder rows (K, D) of the latents that it returns."""
+        return self.encoder if self.columns is None else self.encoder[self.columns]
+
+    @property
+    def written(self) -> torch.Tensor:
+        """Directions (K, D) that its latents write, by which they are ablated; their encoder rows where no decoder is known."""
+        return self.chosen if self.decoder is None or self.decoder.shape[1] != self.width else self.decoder
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its weights by name, for a file."""
+        return {name: getattr(self, name) for name in (*_TENSORS, "columns") if getattr(self, name) is not None}
+
+    def check_model(self, model: Any) -> None:
+        """Raises `ValueError` for a model without the hook point or of another width."""
+        resolve(model, self.hook_point)
+        if (width := hidden_size(model)) != self.width:
+            raise ValueError(
+                f"Latents `{self.name}` at `{self.hook_point}` have width {self.width} – the model's is {width}: they were made "
+                "on another one. Take an autoencoder of this model."
+            )
+
+    def with_rows(self, rows: torch.Tensor) -> Latents:
+        """The same readout with other encoder rows (K, D) in the place of those that it returns, which write what they read."""
+        encoder, rows = self.encoder.clone(), rows.to(self.encoder.device)
+        encoder[slice(None) if self.columns is None else self.columns] = rows
+        return replace(self, encoder=encoder, decoder=rows)
 
     def choose(self, indices: Sequence[int], name: str | None = None) -> Latents:
         """The same readout of some latents only, in the order given.
@@ -144,7 +178,8 @@ class Latents:
 
         A value is 0 where fewer than k are positive.
         """
-        assert self.k is not None and self.columns is None
+        assert self.k is not None
+        assert self.columns is None
         self._move_to(activation.device)
         flat = normalize(activation, self.normalization)[0].reshape(-1, self.width)
         found = [self._top(part) for part in blocks(flat, len(self.encoder))]
@@ -198,7 +233,9 @@ class Latents:
                 object.__setattr__(self, field, tensor.to(device))
 
 
-def normalize(activation: torch.Tensor, how: Normalization) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
+def normalize(
+    activation: torch.Tensor, how: Normalization
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | float]:
     """Activation (..., D) as an autoencoder sees it, float32, and what takes its output back: times scale, plus mean.
 
     Source: sae-lens' `normalize_activations`. Its standard deviation is the unbiased one, and the way back leaves out the 1e-5

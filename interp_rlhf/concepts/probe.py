@@ -27,8 +27,10 @@ from ..activations import (
 )
 from .artifact import Artifact, Header, library_versions
 from .examples import Examples
+from .latents import Latents
 from .pooling import POOLINGS, pool
 from .readout import Readout
+from .sae.autoencoder import SparseAutoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ METHODS = ("logistic_regression", "difference_of_means")
 # Inverse strength of the L2 penalty on standardized activations. There are far more dimensions than examples: at
 # scikit-learn's default of 1 the training set is separated and the weight follows its noise.
 REGULARIZATION = 0.001
+# The same for a handful of latents, of which there are fewer than examples.
+LATENT_REGULARIZATION = 1.0
+KINDS = ("direction", "probe", "sae_latents")
 FOLDS = 5
 
 
@@ -118,6 +123,8 @@ def fit_probe(
     *,
     model_id: str,
     kind: str = "probe",
+    sae: SparseAutoencoder | None = None,
+    latents: Sequence[int] | None = None,
     method: str = "logistic_regression",
     seed: int = 0,
     include_end_of_turn: bool = False,
@@ -132,15 +139,25 @@ def fit_probe(
         examples (`Examples`): labelled examples.
         hook_points (`Sequence[str]`): with more than one, that with the highest cross-validated AUROC is taken.
         model_id (`str`): name that the artifact carries.
-        kind (`str`, defaults to `"probe"`): or `direction`: the unit vector of the probe's weight, without a bias.
+        kind (`str`, defaults to `"probe"`): or `direction`: the unit vector of the probe's weight, without a bias; or
+            `sae_latents`: the probe's weight is on latents of a sparse autoencoder, at its own hook point.
+        sae (`SparseAutoencoder`), latents (`Sequence[int]`): of `sae_latents`: which latents of which.
         include_end_of_turn (`bool`, defaults to `False`): count end-of-turn tokens that close a completion; then
             the examples must hold them, as `completion_ids`.
         progress (`bool`): show progress bars.
 
     Raises:
-        `ValueError`: too few examples of a class, an example without counted tokens, activations that are not finite.
+        `ValueError`: too few examples of a class, an example without counted tokens, activations that are not finite, latents
+            that are never on.
     """
     require_bare(model)
+    if kind not in KINDS or (kind == "sae_latents") != (sae is not None and latents is not None):
+        raise ValueError(
+            f"`kind` is {kind!r}, with{'' if sae is not None else 'out'} `sae`, `latents` {latents} – expected one of "
+            f"{', '.join(KINDS)}; `sae_latents` with both, the others with none."
+        )
+    if sae is not None:
+        sae.check_model(model)
     counts = np.bincount(examples.labels, minlength=2)
     if counts.min() < FOLDS:
         raise ValueError(
@@ -152,22 +169,29 @@ def fit_probe(
     if not batch.completion_mask.any(1).all():
         row = int((~batch.completion_mask.any(1)).nonzero()[0])
         raise ValueError(f"Example {row} has no token that counts – expected a completion. Remove it.")
-    means = read_means(model, batch, hook_points, progress="reading activations" if progress else None)
-    arrays = {point: values.double().numpy() for point, values in means.items()}
-    probe = LinearProbe(method, seed=seed)
-    curve = _sweep(probe, arrays, examples) if len(arrays) > 1 else []
-    best = max(curve, key=lambda point: point.auroc).hook_point if curve else hook_points[0]
-    weight, bias = probe.fit(arrays[best], examples.labels)
+    label = "reading activations" if progress else None
+    chosen: Latents | None = None
+    curve: list[SweepPoint] = []
+    if sae is not None and latents is not None:
+        chosen = sae.latents(latents)
+        best = chosen.hook_point
+        probe = LinearProbe(method, LATENT_REGULARIZATION, seed)
+        weight, bias = probe.fit(_mean_latents(model, batch, chosen, label), examples.labels)
+    else:
+        means = read_means(model, batch, hook_points, progress=label)
+        arrays = {point: values.double().numpy() for point, values in means.items()}
+        probe = LinearProbe(method, seed=seed)
+        curve = _sweep(probe, arrays, examples) if len(arrays) > 1 else []
+        best = max(curve, key=lambda point: point.auroc).hook_point if curve else hook_points[0]
+        weight, bias = probe.fit(arrays[best], examples.labels)
     if kind == "direction":
         weight, bias = weight / np.linalg.norm(weight), 0.0
-    elif kind != "probe":
-        raise ValueError(f"`kind` is {kind!r} – expected probe or direction.")
     vector = torch.tensor(weight, dtype=torch.float32)
     header = Header(
         kind=kind,
         method=method,
         hook_point=best,
-        width=len(weight),
+        width=len(weight) if chosen is None else chosen.width,
         model_id=model_id,
         identity=identity(model, best),
         structure=structure(model),
@@ -175,11 +199,12 @@ def fit_probe(
         data=examples.fingerprint,
         examples=len(examples),
         seed=seed,
-        calibration=_calibrate(model, batch, examples.labels, Readout("fit", best, vector, bias)),
+        calibration=_calibrate(model, batch, examples.labels, Readout("fit", best, vector, bias, latents=chosen)),
         include_end_of_turn=include_end_of_turn,
         versions=library_versions(),
+        sae={} if sae is None else _description(sae, latents or ()),
     )
-    return Fit(Artifact(vector, bias, header), curve)
+    return Fit(Artifact(vector, bias, header, chosen), curve)
 
 
 def require_bare(model: Any) -> None:
@@ -189,6 +214,30 @@ def require_bare(model: Any) -> None:
             "The model has an active adapter – expected the bare reference model: an artifact names the base model's weights, "
             "and a reward reads it without adapters. Merge the adapter and save the model, or switch it off."
         )
+
+
+def _mean_latents(model: Any, batch: TokenBatch, latents: Latents, progress: str | None) -> np.ndarray:
+    """Latents (N, K) averaged over each row's counted tokens.
+
+    Raises:
+        `ValueError`: none is ever on.
+    """
+    scores = read(model, batch, [latents], progress=progress)[latents.name]
+    means = pool(scores.scores, scores.mask, "mean").double().numpy()
+    if not means.any():
+        raise ValueError(
+            f"None of the {means.shape[1]} latents is on anywhere in the {len(means)} examples – expected some that tell the "
+            "labels apart. Find them with `interp-rlhf sae find`."
+        )
+    return means
+
+
+def _description(sae: SparseAutoencoder, indices: Sequence[int]) -> dict[str, Any]:
+    spec = sae.spec
+    return {
+        "latents": list(indices), "size": sae.size, "architecture": spec.architecture, "k": spec.k,
+        "grouped": spec.architecture == "groupmax", "normalization": spec.normalization, "source": spec.source,
+    }  # fmt: skip
 
 
 def sweep_points(model: Any, every: int = 1) -> list[str]:

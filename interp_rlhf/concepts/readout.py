@@ -1,10 +1,11 @@
-"""Readouts: a probe or a direction at a hook point, with its pooling and its transform.
+"""Readouts: a probe, a direction or latents at a hook point, with their pooling and their transform.
 
 In: an activation (B, T, D). Out: scores per token (B, T, 1), and from those one score per completion.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ..activations import ConceptScores, has_adapters, hidden_size, identity, resolve, structure
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
+from .latents import Latents
 from .pooling import pool
 
 
@@ -23,12 +25,14 @@ class Readout:
     Attributes:
         name (`str`): the card's name; scores and metrics are kept by it.
         hook_point (`str`): where it reads.
-        weight (`torch.FloatTensor` of shape (D,)), bias (`float`): the score of a token is ⟨h, weight⟩ + bias.
+        weight (`torch.FloatTensor` of shape (D,)), bias (`float`): the score of a token is ⟨h, weight⟩ + bias; with `latents`
+            ⟨latents(h), weight⟩ + bias, the weight of shape (K,).
         pooling (`str`): see `pooling.pool`.
         scale (`float`), offset (`float`): the calibration of that pooling: scale · pooled + offset is a log-odds.
         transform (`Transform`, *optional*): standardization and clipping of the pooled score.
         include_end_of_turn (`bool`): whether end-of-turn tokens at the end of a completion count.
         header (`Header`, *optional*): the artifact's own description, checked against models.
+        latents (`Latents`, *optional*): latents of a sparse autoencoder, K of them.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Readout:
     transform: Transform | None = None
     include_end_of_turn: bool = False
     header: Header | None = None
+    latents: Latents | None = None
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, name: str, pooling: str, transform: Transform | None = None) -> Readout:
@@ -59,7 +64,7 @@ class Readout:
         scale, offset = header.calibration[pooling]
         return cls(
             name, header.hook_point, artifact.weight, artifact.bias, pooling, scale, offset, transform,
-            header.include_end_of_turn, header,
+            header.include_end_of_turn, header, artifact.latents,
         )  # fmt: skip
 
     @classmethod
@@ -79,7 +84,32 @@ class Readout:
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
         """Scores (B, T, 1) of an activation (B, T, D), float32."""
         weight = self.weight.detach().to(activation.device)  # a readout never gets a gradient
-        return (activation @ weight + self.bias).unsqueeze(-1)
+        read = activation if self.latents is None else self.latents(activation)
+        return (read @ weight + self.bias).unsqueeze(-1)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return len(self.weight) if self.latents is None else self.latents.width
+
+    @property
+    def direction(self) -> torch.Tensor:
+        """Direction (D,) that stands for the concept: a probe's weight, and what its latents write, weighed."""
+        weight = self.weight.detach().float().cpu()
+        return weight if self.latents is None else weight @ self.latents.written.cpu()
+
+    @property
+    def directions(self) -> torch.Tensor:
+        """Directions (R, D) that span it: its weight, or what each of its latents writes."""
+        return self.direction[None] if self.latents is None else self.latents.written.cpu()
+
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        tensors = [self.weight] if self.latents is None else [self.weight, *self.latents.tensors().values()]
+        found = hashlib.sha256()
+        for tensor in tensors:
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def score(self, scores: ConceptScores) -> list[float | None]:
         """One score per completion: pooled, calibrated, transformed. `None` where no token counts.
@@ -114,9 +144,9 @@ class Readout:
             `ValueError`: no such hook point, another width, another architecture, or other weights.
         """
         resolve(model, self.hook_point)
-        if (width := hidden_size(model)) != len(self.weight):
+        if (width := hidden_size(model)) != self.width:
             raise ValueError(
-                f"Readout `{self.name}` has width {len(self.weight)} – the model's is {width}. It was made on "
+                f"Readout `{self.name}` has width {self.width} – the model's is {width}. It was made on "
                 f"`{self.header.model_id if self.header else 'another model'}`: fit one on this model."
             )
         if self.header is None:
@@ -139,8 +169,16 @@ class Readout:
 
 
 def same_artifact(one: Readout, other: Readout) -> bool:
-    """Whether two readouts are one claim: the same hook point and the same weight, whatever their names, pooling and scale."""
-    return one.hook_point == other.hook_point and torch.equal(one.weight.detach().cpu(), other.weight.detach().cpu())
+    """Whether two readouts are one claim: the same hook point and the same weight, whatever their names, pooling and scale.
+
+    Readouts of latents are one where they have a latent in common.
+    """
+    if one.hook_point != other.hook_point or (one.latents is None) != (other.latents is None):
+        return False
+    if one.latents is None or other.latents is None:
+        return torch.equal(one.weight.detach().cpu(), other.weight.detach().cpu())
+    rows, others = one.latents.chosen.cpu(), other.latents.chosen.cpu()
+    return rows.shape[1] == others.shape[1] and bool((rows[:, None] == others[None]).all(-1).any())
 
 
 def _require_agreement(card: Card, header: Header, path: Any) -> None:

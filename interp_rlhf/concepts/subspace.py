@@ -60,7 +60,7 @@ class Subspace:
 
     @classmethod
     def from_readouts(cls, readouts: Sequence[Readout | Latents]) -> Subspace:
-        """Subspace of the weights of probes and directions, and of the encoder rows of latents.
+        """Subspace of the weights of probes and directions, and of what latents write: their decoder rows.
 
         Raises:
             `ValueError`: none, or readouts at different hook points.
@@ -71,7 +71,7 @@ class Subspace:
                 f"The readouts are at {', '.join(f'`{point}`' for point in points) or 'no hook point'} – expected one hook "
                 "point: a subspace lives in one activation. Make one per hook point."
             )
-        rows = [r.encoder if isinstance(r, Latents) else r.weight.detach()[None] for r in readouts]
+        rows = [r.written if isinstance(r, Latents) else r.directions for r in readouts]
         made = cls.spanned_by(points[0], torch.cat([row.float().cpu() for row in rows]))
         return replace(made, sources=tuple(r for r in readouts if isinstance(r, Readout)))
 

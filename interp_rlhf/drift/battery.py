@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..activations import TokenBatch, read_predictions
+from ..activations import TokenBatch, norm_outliers, read_predictions
 from ..concepts.artifact import write_atomically
 from . import metrics
 
@@ -107,7 +107,7 @@ class Battery:
         points = {}
         for point in self.hook_points:
             pair = before.activations[point], after.activations[point]
-            outliers = metrics.norm_outliers(*pair)
+            outliers = norm_outliers(*pair)
             a, b = (values[~outliers] for values in pair)
             points[point] = {name: metric(a, b) for name, metric in _POINT_METRICS.items()}
             first = self.first & ~outliers

@@ -413,7 +413,7 @@ class DriftCallback(TrainerCallback):
             if self._own is not None
             else None,
             "measures": sorted(self.config.measures or {}),
-            "monitors": [(m.name, hashlib.sha256(m.weight.numpy().tobytes()).hexdigest()) for m in self.monitors],
+            "monitors": [(m.name, m.digest()) for m in self.monitors],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -62,7 +62,7 @@ class PreventativeSteering:
     """Adds a concept while the model learns, so that it need not learn it: h + α v.
 
     Source: persona vectors (arXiv 2507.21509). Deviations:
-    1. v is the readout's direction at unit length; α is the length of the step, in the activation's own units.
+    1. v is the readout's direction (of latents: what they write) at unit length; α is the length of the step, in the activation's own units.
     2. KTO's estimate of the KL, a pass of the policy too, is made on the changed model.
 
     Args:
@@ -76,7 +76,7 @@ class PreventativeSteering:
     random_direction: int | None = None
 
     def __post_init__(self) -> None:
-        weight = self.readout.weight.detach().float().cpu()
+        weight = self.readout.direction
         if self.random_direction is not None:
             weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(self.random_direction))
         if not torch.isfinite(weight).all() or weight.norm() == 0 or not math.isfinite(self.alpha):

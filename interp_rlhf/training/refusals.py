@@ -11,6 +11,7 @@ from typing import Any
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..activations import decoder_layers, embedding_point, has_adapters, resolve, runs_after, unwrap
+from ..concepts.latents import Latents
 from ..concepts.readout import Readout, same_artifact
 from .interventions import TRAINERS, ConceptAblation, TrainingIntervention
 from .regularizers import (
@@ -126,6 +127,8 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
         _refuse_losses(trainer, regularizer)
     if isinstance(regularizer, DriftPenalty) and regularizer.subspace is not None:
         regularizer.subspace.check_model(trainer.model)
+    if isinstance(regularizer, FeatureConstraint) and isinstance(regularizer.readout, Latents):
+        regularizer.readout.check_model(trainer.model)
     if regularizer.policy_point is not None:
         _refuse_hook_point(trainer, name, regularizer.policy_point)
 

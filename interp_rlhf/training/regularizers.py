@@ -286,7 +286,7 @@ class FeatureConstraint(Regularizer):
         if self.k < 1:
             raise ValueError(f"`k` is {self.k} – expected a number of latents, at least 1.")
         _named(self, f"features_{self.readout.name}")
-        wide = isinstance(self.readout, Latents) and len(self.readout.encoder) > self.readout.encoder.shape[1]
+        wide = isinstance(self.readout, Latents) and self.readout.size > self.readout.width
         # The narrower of the two travels from the reference pass: latents, or the activation that they come from.
         object.__setattr__(self, "_reference", Whole(self.policy_point) if wide else self.readout)
 
@@ -458,10 +458,17 @@ def margin(pairs: Pairs, loss_type: str) -> torch.Tensor:
 
 
 def random_like(readout: Readout, seed: int) -> Readout:
-    """A control readout: a random direction of the same norm, drawn from `seed`."""
-    drawn = torch.randn(readout.weight.shape, generator=torch.Generator().manual_seed(seed))
+    """A control readout: a random direction of the same norm in the place of each one that it reads, drawn from `seed`."""
+    name = f"{readout.name}_random{seed}"
+    generator = torch.Generator().manual_seed(seed)
+    if readout.latents is not None:
+        own = readout.latents.chosen.cpu()
+        drawn = torch.randn(own.shape, generator=generator)
+        rows = drawn * (own.norm(dim=1) / drawn.norm(dim=1))[:, None]
+        return replace(readout, latents=readout.latents.with_rows(rows), transform=None, name=name)
+    drawn = torch.randn(readout.weight.shape, generator=generator)
     weight = drawn / drawn.norm() * readout.weight.detach().cpu().float().norm()
-    return replace(readout, weight=weight, bias=0.0, offset=0.0, transform=None, name=f"{readout.name}_random{seed}")
+    return replace(readout, weight=weight, bias=0.0, offset=0.0, transform=None, name=name)
 
 
 def _without_transform(term: ConceptAnchor | ConceptPenalty) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 
-from ...activations import hidden_size, resolve
 from ..latents import Latents, Normalization, blocks, normalize
 
 Architecture = Literal["gated", "groupmax", "jumprelu", "standard", "topk"]
@@ -164,12 +163,7 @@ class SparseAutoencoder(nn.Module):
 
     def check_model(self, model: Any) -> None:
         """Raises `ValueError` for a model without the hook point or of another width."""
-        resolve(model, self.spec.hook_point)
-        if (width := hidden_size(model)) != self.width:
-            raise ValueError(
-                f"The sparse autoencoder at `{self.spec.hook_point}` has width {self.width} – the model's is {width}. It was "
-                f"trained on `{self.spec.model_id or 'another model'}`: take that model, or an autoencoder of this one."
-            )
+        self.latents().check_model(model)
 
     def _reconstruct(self, flat: torch.Tensor) -> torch.Tensor:
         readout = self.latents()
@@ -190,7 +184,7 @@ class SparseAutoencoder(nn.Module):
                 "scale away. Pass it, or call the autoencoder itself."
             )
         _, scale, mean = normalize(like, self.spec.normalization)
-        return output * scale + mean
+        return output if scale is None else output * scale + mean
 
 
 def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -> SparseAutoencoder:
@@ -214,7 +208,9 @@ def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -
         "topk", sae.spec.hook_point, min(max(1, round(count)), sae.size), model_id=sae.spec.model_id,
         source={"random_dictionary": seed},
     )  # fmt: skip
-    center = torch.zeros(sae.width) if sae.center is None else sae.center
+    center = sae.center
+    if center is None:  # what an autoencoder's decoder starts from is about the mean of its activations
+        center = torch.zeros(sae.width) if sae.spec.output_point else sae.decoder_bias
     return SparseAutoencoder(
         spec, encoder=rows, encoder_bias=torch.zeros(sae.size), decoder=rows, decoder_bias=center, center=center
     )
@@ -235,11 +231,11 @@ def _problems(spec: SaeSpec, tensors: dict[str, torch.Tensor]) -> list[str]:
         shapes = f"`encoder` has shape {tuple(encoder.shape)} and `decoder` {tuple(decoder.shape)}"
         return [f"{shapes} – expected (S, D) and (S, D_out)"]
     (size, width), out = encoder.shape, decoder.shape[1]
-    shapes = {
+    expected: dict[str, tuple[int, ...]] = {
         "encoder_bias": (size,), "decoder_bias": (out,), "center": (width,), "threshold": (size,), "gate_scale": (size,),
         "gate_bias": (size,), "skip": (out, width),
     }  # fmt: skip
-    for name, shape in shapes.items():
+    for name, shape in expected.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             problems.append(f"`{name}` has shape {tuple(tensors[name].shape)} – expected {shape}")
     problems += [f"`{name}` is not finite" for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
