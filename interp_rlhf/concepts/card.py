@@ -75,6 +75,16 @@ class Control(Strict):
     repeats: int
 
 
+class SaeFindings(Strict):
+    """How well a sparse autoencoder stands for the activations of some text: first tokens and norm outliers left out."""
+
+    explained_variance: float
+    l0: float
+    dead_fraction: float
+    latents: int
+    tokens: int
+
+
 class Findings(Strict):
     """What one set of examples says of a probe, and of what it must beat."""
 
@@ -89,6 +99,8 @@ class Findings(Strict):
     punctuation: Estimate
     embedding: Estimate
     measures: dict[str, Estimate] = {}
+    random_dictionary: Control | None = None
+    sae: SaeFindings | None = None
 
 
 class Evidence(Strict):

@@ -176,7 +176,7 @@ def fit_probe(
         chosen = sae.latents(latents)
         best = chosen.hook_point
         probe = LinearProbe(method, LATENT_REGULARIZATION, seed)
-        weight, bias = probe.fit(_mean_latents(model, batch, chosen, label), examples.labels)
+        weight, bias = probe.fit(mean_latents(model, batch, chosen, label), examples.labels)
     else:
         means = read_means(model, batch, hook_points, progress=label)
         arrays = {point: values.double().numpy() for point, values in means.items()}
@@ -216,7 +216,7 @@ def require_bare(model: Any) -> None:
         )
 
 
-def _mean_latents(model: Any, batch: TokenBatch, latents: Latents, progress: str | None) -> np.ndarray:
+def mean_latents(model: Any, batch: TokenBatch, latents: Latents, progress: str | None = None) -> np.ndarray:
     """Latents (N, K) averaged over each row's counted tokens.
 
     Raises:

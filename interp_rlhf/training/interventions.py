@@ -62,7 +62,8 @@ class PreventativeSteering:
     """Adds a concept while the model learns, so that it need not learn it: h + α v.
 
     Source: persona vectors (arXiv 2507.21509). Deviations:
-    1. v is the readout's direction (of latents: what they write) at unit length; α is the length of the step, in the activation's own units.
+    1. v is the readout's direction (of latents, what they write) at unit length; α is the length of the step, in the
+       activation's own units.
     2. KTO's estimate of the KL, a pass of the policy too, is made on the changed model.
 
     Args:

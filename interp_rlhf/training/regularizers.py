@@ -263,7 +263,8 @@ class FeatureConstraint(Regularizer):
     Source: FPO (arXiv 2411.07618, equations 8 to 10); α is `weight`. Deviations:
     1. z is the trainer's own margin: that of `sigmoid_norm` is FPO's, `sigmoid` is allowed too.
     2. c̄ is the mean over the tokens that the trainer's loss counts.
-    3. With a probe in the place of latents there is one feature: D is the squared gap of mean scores.
+    3. With a probe in the place of latents there is one feature: D is the squared gap of mean scores. A card of latents gives
+       its latents, not their weighed sum.
     4. α may follow a schedule.
     5. It is part of DPO's own loss, so that micro-batches of unequal size weigh as they do there: each by its mean.
 
@@ -286,9 +287,13 @@ class FeatureConstraint(Regularizer):
         if self.k < 1:
             raise ValueError(f"`k` is {self.k} – expected a number of latents, at least 1.")
         _named(self, f"features_{self.readout.name}")
-        wide = isinstance(self.readout, Latents) and self.readout.size > self.readout.width
+        features: Latents | Readout = self.readout
+        if isinstance(features, Readout) and features.latents is not None:
+            features = replace(features.latents, name=f"{features.name}_latents")
+        object.__setattr__(self, "_features", features)
+        wide = isinstance(features, Latents) and features.size > features.width
         # The narrower of the two travels from the reference pass: latents, or the activation that they come from.
-        object.__setattr__(self, "_reference", Whole(self.policy_point) if wide else self.readout)
+        object.__setattr__(self, "_reference", Whole(self.policy_point) if wide else features)
 
     @property
     def policy_point(self) -> str:
@@ -305,10 +310,11 @@ class FeatureConstraint(Regularizer):
     def compute(self, batch: Batch, weight: float) -> Term:
         assert batch.pairs is not None
         tokens = batch.tokens(getattr(self.readout, "include_end_of_turn", True))
-        now = tokens.means(self.readout(batch.policy(self.policy_point, tokens)))  # (2P, S)
+        features: Latents | Readout = self._features  # type: ignore[attr-defined]
+        now = tokens.means(features(batch.policy(self.policy_point, tokens)))  # (2P, S)
         with torch.no_grad():
             start = batch.reference(self.references[0], tokens)
-            start = tokens.means(self.readout(start) if isinstance(self.references[0], Whole) else start)
+            start = tokens.means(features(start) if isinstance(self.references[0], Whole) else start)
         distance = self._distance(now, start)  # (2P,)
         chosen, rejected = distance.chunk(2)
         beta = batch.pairs.beta
@@ -484,8 +490,9 @@ def make_regularizer(given: Any) -> Regularizer:
     """Regularizer of what a user wrote.
 
     Args:
-        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`) and the kind's options, as
-            in a recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
+        given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`; for `feature_constraint`
+            also `sae`, a file or folder of a sparse autoencoder, and `latents`, all by default) and the kind's options, as in a
+            recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
 
     Raises:
         `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
@@ -505,6 +512,11 @@ def _load(kind: str, options: dict[str, Any]) -> None:
     if kind == "drift_penalty" and "cards" in options:
         cards = options.pop("cards")
         options["subspace"] = Subspace.from_readouts([Readout.from_card(load_card(card)) for card in cards])
+    elif kind == "feature_constraint" and "sae" in options:
+        from ..concepts.sae.files import load_sae
+
+        sae = load_sae(options.pop("sae"))
+        options["readout"] = sae.latents(options.pop("latents", None))
     elif kind != "drift_penalty" and "card" in options:
         card = load_card(options.pop("card"))
         if kind in ("concept_penalty", "explain_away"):  # the score decides what is learned: a claim needs evidence

@@ -17,9 +17,11 @@ from ..concepts.artifact import library_versions
 from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
 from ..concepts.examples import Examples
 from ..concepts.pooling import pool
-from ..concepts.probe import LinearProbe, require_bare
+from ..concepts.probe import LATENT_REGULARIZATION, REGULARIZATION, LinearProbe, mean_latents, require_bare
 from ..concepts.readout import Readout
+from ..concepts.sae.autoencoder import SparseAutoencoder
 from . import baselines
+from .dictionaries import RandomDictionaries, sae_findings
 from .statistics import auroc_interval, weighted_aurocs
 
 PERMUTATIONS = 100
@@ -36,6 +38,7 @@ def check_card(
     *,
     completions: Examples | None = None,
     measures: Mapping[str, Callable[[str], float]] | None = None,
+    sae: SparseAutoencoder | None = None,
     seed: int = 0,
     command: str = "",
     chat_template: str | None = None,
@@ -52,12 +55,13 @@ def check_card(
         examples (`Examples`): held out: shares no row with the fit.
         completions (`Examples`, *optional*): the model's own answers, labelled by an independent measure or by hand.
         measures (`dict[str, Callable]`, *optional*): independent measures of a text, reported beside the probe.
-        seed (`int`, defaults to 0): of permutations, directions and bootstrap.
+        sae (`SparseAutoencoder`, *optional*): of a card of latents: the whole autoencoder that they were taken from.
+        seed (`int`, defaults to 0): of permutations, directions, dictionaries and bootstrap.
         command (`str`): what the evidence says produced it.
         progress (`bool`): show progress bars.
 
     Raises:
-        `ValueError`: other fit data than the artifact's, or held-out rows that the fit has seen.
+        `ValueError`: other fit data than the artifact's, held-out rows that the fit has seen, or another autoencoder.
     """
     readout = Readout.from_card(card)
     require_bare(model)
@@ -74,11 +78,28 @@ def check_card(
         skip = set() if readout.include_end_of_turn else end_of_turn_ids(model, tokenizer)
         return tokenize_examples(rows.rows, tokenizer, chat_template, chat_template_kwargs, skip)
 
+    _require_its_sae(readout, sae)
     embedding = embedding_point(model)
     points = [readout.hook_point, embedding]
     label = "reading the fit's examples" if progress else None
     means = {k: v.double().numpy() for k, v in read_means(model, tokens(fit_examples), points, progress=label).items()}
-    controls = Controls(readout, means[readout.hook_point], fit_examples.labels, seed)
+    read_by_fit = means[readout.hook_point]
+    dictionaries = None
+    if readout.latents is not None and sae is not None:
+        read_by_fit = mean_latents(model, tokens(fit_examples), readout.latents)
+        l0 = sae_findings(model, tokens(fit_examples), sae, progress).l0
+        dictionaries = RandomDictionaries(
+            model,
+            tokens(fit_examples),
+            fit_examples.labels,
+            sae,
+            readout.latents.size,
+            l0,
+            header.method,
+            seed,
+            progress,
+        )
+    controls = Controls(readout, means[readout.hook_point], read_by_fit, fit_examples.labels, seed)
     embedding_probe = LinearProbe(header.method).fit(means[embedding], fit_examples.labels)
 
     def findings(rows: Examples, what: str) -> Findings:
@@ -93,10 +114,17 @@ def check_card(
                 f"{len(prompts)} prompts of the {what} are prompts of the fit – expected other prompts: answers to one prompt "
                 "are alike, and the probe may know the prompt. Remove them."
             )
-        return _findings(
+        found = _findings(
             model, tokens(rows), rows, fit_examples, readout, controls, (embedding, embedding_probe), measures or {}, seed,
             f"reading the {what}" if progress else None,
         )  # fmt: skip
+        if dictionaries is None or sae is None:
+            return found
+        drawn = dictionaries.scores(model, tokens(rows), readout.pooling, progress)
+        random = _control(np.array([weighted_aurocs(rows.labels, c, np.ones((1, len(rows))))[0] for c in drawn.T]))
+        return found.model_copy(
+            update={"random_dictionary": random, "sae": sae_findings(model, tokens(rows), sae, progress)}
+        )
 
     return Evidence(
         readout=card.card.readout_digest,
@@ -109,7 +137,7 @@ def check_card(
 
 
 class Controls:
-    """Probes that know nothing, all in one readout: refitted on permuted labels, and random directions.
+    """Probes that know nothing, all in one readout: refitted on permuted labels (of latents: on these), and random directions.
 
     Random directions are drawn in the standardized space in which probes are fitted (in the raw one, the few dimensions
     with massive activations would decide alone) and get the better sign on the fit's examples: the same chance to be
@@ -118,24 +146,49 @@ class Controls:
 
     name = "controls"
 
-    def __init__(self, readout: Readout, means: np.ndarray, labels: np.ndarray, seed: int):
+    def __init__(self, readout: Readout, means: np.ndarray, read: np.ndarray, labels: np.ndarray, seed: int):
         self.hook_point = readout.hook_point
         self.pooling = readout.pooling
+        self.latents = readout.latents
         rng = np.random.default_rng(seed)
         method = readout.header.method if readout.header else "logistic_regression"
-        probe = LinearProbe(method)
-        permuted = [probe.fit(means, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)]
+        probe = LinearProbe(method, REGULARIZATION if readout.latents is None else LATENT_REGULARIZATION)
+        permuted = [probe.fit(read, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)]
         spread = means.std(0)
         directions = rng.standard_normal((RANDOM_DIRECTIONS, means.shape[1])) / np.where(spread > 0, spread, np.inf)
         gaps = directions @ (means[labels == 1].mean(0) - means[labels == 0].mean(0))
         directions *= np.where(gaps >= 0, 1.0, -1.0)[:, None]
-        weights = np.concatenate([np.stack(permuted), directions])
-        # Only the order of scores matters; a common scale keeps float32 exact enough.
-        weights /= np.linalg.norm(weights, axis=1, keepdims=True)
-        self.weights = torch.tensor(weights.T, dtype=torch.float32)  # (D, permutations + directions)
+        self.permuted, self.directions = _columns(np.stack(permuted)), _columns(directions)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
-        return activation @ self.weights.to(activation.device)
+        read = activation if self.latents is None else self.latents(activation)
+        return torch.cat([read @ self.permuted.to(read), activation @ self.directions.to(activation)], dim=-1)
+
+
+def _columns(weights: np.ndarray) -> torch.Tensor:
+    """Weights (N, D) as columns at one scale: only the order of scores matters, and this keeps float32 exact enough."""
+    norms = np.linalg.norm(weights, axis=1, keepdims=True)
+    return torch.tensor((weights / np.where(norms > 0, norms, 1)).T, dtype=torch.float32)
+
+
+def _require_its_sae(readout: Readout, sae: SparseAutoencoder | None) -> None:
+    """Raises `ValueError` where a card of latents is checked without the autoencoder that they were taken from."""
+    if readout.latents is None:
+        if sae is not None:
+            raise ValueError(f"`sae` was given and `{readout.name}` is no card of latents – expected none.")
+        return
+    assert readout.header is not None
+    indices = readout.header.sae["latents"]
+    if (
+        sae is None
+        or max(indices) >= sae.size
+        or not torch.equal(sae.latents(indices).chosen.cpu(), readout.latents.chosen.cpu())
+    ):
+        given = "no `sae`" if sae is None else f"an autoencoder of {sae.size} latents that are others"
+        raise ValueError(
+            f"`{readout.name}` reads latents {indices} of {readout.header.sae['source']} and was given {given} – expected that "
+            "autoencoder: its explained variance and a random one of its shape are part of the evidence. Pass it (`--sae`)."
+        )
 
 
 def _findings(

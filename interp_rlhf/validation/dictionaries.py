@@ -1,0 +1,136 @@
+"""What a card of latents must show beyond a probe: how good its autoencoder is here, and that a random one does worse.
+
+In: a model, tokenized examples, the autoencoder. Out: explained variance, L0 and dead latents on the examples' own tokens; scores
+of random dictionaries that had the same choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..activations import TokenBatch, norm_outliers, read_activations
+from ..concepts.card import SaeFindings
+from ..concepts.latents import Latents
+from ..concepts.pooling import pool
+from ..concepts.probe import LATENT_REGULARIZATION, LinearProbe
+from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
+
+RANDOM_DICTIONARIES = 5
+CHUNK_ROWS = 64
+
+
+class RandomDictionaries:
+    """Latents of random dictionaries, as many of each as the card weighs, chosen and weighed on the fit's examples.
+
+    The choice is by the AUROC of a latent's mean, whichever way it points: the same chance to be right by luck that whoever chose
+    the card's latents had among all of them.
+
+    Args:
+        sae (`SparseAutoencoder`): the card's.
+        count (`int`): K, latents that the card weighs.
+        l0 (`float`): how many are on, for an architecture without a k.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: TokenBatch,
+        labels: np.ndarray,
+        sae: SparseAutoencoder,
+        count: int,
+        l0: float,
+        method: str,
+        seed: int,
+        progress: bool = False,
+    ):
+        drawn = [random_dictionary(sae, seed + i, max(1, round(l0))) for i in range(RANDOM_DICTIONARIES)]
+        means = all_mean_latents(model, batch, drawn, "random dictionaries on the fit" if progress else None)
+        self.readouts: list[tuple[Latents, torch.Tensor]] = []
+        for dictionary, values in zip(drawn, means, strict=True):
+            best = np.argsort(-np.abs(aurocs(values, labels) - 0.5), kind="stable")[:count]
+            weight, _ = LinearProbe(method, LATENT_REGULARIZATION).fit(values[:, best], labels)
+            self.readouts.append((dictionary.latents(best.tolist()), torch.tensor(weight, dtype=torch.float32)))
+
+    def scores(self, model: Any, batch: TokenBatch, pooling: str, progress: bool = False) -> np.ndarray:
+        """Pooled scores (N, dictionaries) of a batch."""
+        found = []
+        for part, activations in _parts(
+            model, batch, self.readouts[0][0].hook_point, "random dictionaries" if progress else None
+        ):
+            scores = torch.zeros(*part.completion_mask.shape, len(self.readouts))
+            columns = [latents(activations) @ weight for latents, weight in self.readouts]
+            scores[part.completion_mask] = torch.stack(columns, dim=-1)
+            found.append(pool(scores, part.completion_mask, pooling).double().numpy())
+        return np.concatenate(found)
+
+
+def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress: bool = False) -> SaeFindings:
+    """Explained variance (1 − FVU, over tokens), mean L0 and share of latents that are never on, on a batch's counted tokens.
+
+    The first token of a row and tokens whose norm stands out are left out.
+    """
+    parts = []
+    for part, activations in _parts(
+        model, batch, sae.spec.hook_point, "the autoencoder on the text" if progress else None
+    ):
+        real = part.attention_mask.bool()
+        first = real & (real.cumsum(1) == 1)
+        parts.append(activations[~first[part.completion_mask]])
+    values = torch.cat(parts)
+    values = values[~norm_outliers(values)]
+    on = torch.zeros(sae.size, dtype=torch.bool)
+    count = 0
+    for block in values.split(1024):
+        active = sae.encode(block) > 0
+        on |= active.any(0)
+        count += int(active.sum())
+    return SaeFindings(
+        explained_variance=round(1 - sae.fvu(values), 4), l0=round(count / len(values), 2),
+        dead_fraction=round(1 - float(on.double().mean()), 4), latents=sae.size, tokens=len(values),
+    )  # fmt: skip
+
+
+def all_mean_latents(
+    model: Any, batch: TokenBatch, saes: Sequence[SparseAutoencoder], progress: str | None = None
+) -> list[np.ndarray]:
+    """Mean over counted tokens of every latent, (N, S) for each autoencoder, all at one hook point, by one forward.
+
+    (T, S) is held for a block of tokens only.
+    """
+    found: list[list[torch.Tensor]] = [[] for _ in saes]
+    for part, activations in _parts(model, batch, saes[0].spec.hook_point, progress):
+        rows = part.completion_mask.nonzero()[:, 0]
+        lengths = part.completion_mask.sum(1).clamp(min=1)
+        for sae, means in zip(saes, found, strict=True):
+            total = torch.zeros(len(part), sae.size, dtype=torch.float64)
+            for start in range(0, len(rows), 512):
+                total.index_add_(0, rows[start : start + 512], sae.encode(activations[start : start + 512]).double())
+            means.append(total / lengths[:, None])
+    return [torch.cat(means).numpy() for means in found]
+
+
+def aurocs(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """AUROC of every column of (N, S): the share of (positive, negative) pairs in order, ties one half."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values, axis=0)
+    positive = labels == 1
+    count = int(positive.sum())
+    above = ranks[positive].sum(0) - count * (count + 1) / 2
+    return np.asarray(above / (count * (len(labels) - count)))
+
+
+def _parts(
+    model: Any, batch: TokenBatch, hook_point: str, progress: str | None
+) -> Iterator[tuple[TokenBatch, torch.Tensor]]:
+    """Some rows at a time, with the activations (n, D) of their counted tokens."""
+    starts = range(0, len(batch), CHUNK_ROWS)
+    for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+        rows = slice(start, start + CHUNK_ROWS)
+        part = TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.completion_mask[rows])
+        yield part, read_activations(model, part, [hook_point])[hook_point]
