@@ -20,8 +20,9 @@ from ..activations import hidden_size, resolve
 Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
 # Added to the norm or the standard deviation by sae-lens' normalizations.
 EPSILON = 1e-5
-# Numbers of a block's (tokens, S) pre-activations where all latents must be looked at: 8 MiB in float32.
-BLOCK_NUMBERS = 2**21
+# Where all latents must be looked at, tokens are taken in blocks: as many as give 16 MiB of pre-activations (tokens, S), and no
+# fewer than a matrix product needs to be fast.
+BLOCK_NUMBERS, BLOCK_TOKENS = 2**22, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +258,7 @@ def normalize(
 
 def blocks(flat: torch.Tensor, latents: int) -> Iterator[torch.Tensor]:
     """Blocks of tokens (n, D) of (N, D) whose pre-activations take little memory; none of an empty one."""
-    size = max(16, BLOCK_NUMBERS // latents)
+    size = max(BLOCK_TOKENS, BLOCK_NUMBERS // latents)
     return iter(flat.split(size)) if len(flat) else iter(())
 
 

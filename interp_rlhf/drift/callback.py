@@ -28,11 +28,14 @@ from ..activations import decoder_layers, end_of_turn_ids, resolve, tokenize_exa
 from ..concepts.card import LoadedCard
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
+from ..concepts.sae.autoencoder import SparseAutoencoder
+from ..concepts.sae.files import load_sae
 from ..runlog import read_run_log
 from .battery import Battery, Snapshot, spread
 from .monitors import LabelledSet, Reading, concept_angle, scores_of
 from .own_text import OwnText, Sampled, per_prompt, summarize
 from .recorder import record
+from .sparse import changed_latents
 from .texts import TEXTS
 from .verdicts import Verdict, gather, judge
 
@@ -65,6 +68,8 @@ class DriftConfig:
         max_overhead (`float`, *optional*): share of the training time that evaluations may take, 0.02 say: they become rarer than
             `every` where they would take more.
         baseline (`str` or `Path`, *optional*): run log of a run without the term: its movement of each monitor is taken off.
+        sae (`str`, `Path` or `SparseAutoencoder`, *optional*): a sparse autoencoder (see `load_sae`): the latents that changed
+            most, and the variance that it leaves unexplained, on `texts` and on the policy's own tokens.
         seed (`int`, defaults to 0): of sampling, folds and bootstraps.
     """
 
@@ -78,6 +83,7 @@ class DriftConfig:
     on_verdict: Literal["log", "stop"] = "log"
     max_overhead: float | None = None
     baseline: str | Path | None = None
+    sae: str | Path | SparseAutoencoder | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,7 +125,7 @@ class DriftCallback(TrainerCallback):
         config (`DriftConfig`, *optional*), **settings: the fields of `DriftConfig`, as one or by name.
 
     Logged under `interp/drift/<hook point>/` are `cosine`, `relative_norm`, `cka`, `procrustes`, `shift_rank`, `first_tokens` and
-    `norm_outliers` (see `drift.metrics`), under `interp/drift/` `kl`, `perplexity`, `alarm` (1 where the verdict is one) and
+    `norm_outliers` (see `drift.metrics`), under `interp/drift/` `kl`, `perplexity`, `sae/fvu`, `sae/l0`, `alarm` (1 where the verdict is one) and
     `overhead_seconds`, under `interp/<monitor>/` `drift_…`. The verdict itself is in the run log and the report.
     """
 
@@ -152,7 +158,10 @@ class DriftCallback(TrainerCallback):
             )
         layers = decoder_layers(model)
         chosen = list(config.hook_points) if config.hook_points else spread(layers)
-        chosen = list(dict.fromkeys([*chosen, *(monitor.hook_point for monitor in self.monitors)]))
+        self._sae = _loaded(config.sae, model)
+        watched = [monitor.hook_point for monitor in self.monitors]
+        watched += [self._sae.spec.hook_point] if self._sae is not None else []
+        chosen = list(dict.fromkeys([*chosen, *watched]))
         for point in chosen:
             resolve(model, point)
         chosen.sort(key=lambda point: layers.index(point) if point in layers else -1)
@@ -178,7 +187,7 @@ class DriftCallback(TrainerCallback):
             self._own = OwnText(
                 trainer, config.prompts, self.monitors, config.measures or {},
                 reference if reference is not None else getattr(trainer, "ref_model", None), ends, config.max_new_tokens,
-                seed=config.seed, chat=chat,
+                seed=config.seed, chat=chat, sae=self._sae,
             )  # fmt: skip
         self._baseline = _shifts(config.baseline) if config.baseline is not None else {}
         self._log = record(trainer, run_log)
@@ -276,6 +285,9 @@ class DriftCallback(TrainerCallback):
             "texts": len(self.battery), "tokens": self.battery.tokens, "hook_points": points, "output": output,
             "monitors": self._monitors(snapshot, readings),
         }  # fmt: skip
+        if self._sae is not None:
+            sides = (side.activations[self._sae.spec.hook_point] for side in (start.snapshot, snapshot))
+            event["sae"] = changed_latents(self._sae, *sides)
         if readings:
             event["concept_angle"] = concept_angle(readings, start.readings)
         if sampled is not None and start.sampled is not None:
@@ -414,6 +426,7 @@ class DriftCallback(TrainerCallback):
             else None,
             "measures": sorted(self.config.measures or {}),
             "monitors": [(m.name, m.digest()) for m in self.monitors],
+            "sae": self._sae.digest() if self._sae is not None else None,
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -465,10 +478,21 @@ def _flat(event: Mapping[str, Any]) -> dict[str, float]:
     for name, part in own.get("measures", {}).items():
         if part["mean"] is not None:
             found[f"interp/measure/{name}/own_mean"] = part["mean"]
-    for key in ("clipped", "empty", "repetition", "reference_perplexity"):
+    sae = event.get("sae", {})
+    found |= {f"interp/drift/sae/{key}": sae[key] for key in ("fvu", "l0") if key in sae}
+    for key in ("clipped", "empty", "repetition", "reference_perplexity", "fvu"):
         if key in own and math.isfinite(own[key]):
             found[f"interp/own_text/{key}"] = own[key]
     return found
+
+
+def _loaded(sae: str | Path | SparseAutoencoder | None, model: Any) -> SparseAutoencoder | None:
+    if sae is None:
+        return None
+    if not isinstance(sae, SparseAutoencoder):
+        return load_sae(sae, model=model)
+    sae.check_model(model)
+    return sae
 
 
 def _shifts(path: str | Path) -> dict[str, float]:

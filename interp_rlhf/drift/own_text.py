@@ -19,9 +19,11 @@ from ..activations.batch import counted_length, tokenize_prompt
 from ..activations.read import measuring
 from ..activations.tap import reading
 from ..concepts.readout import Readout
+from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..validation.statistics import mean_interval
 from .battery import perplexity
 from .monitors import scores_of
+from .sparse import unexplained
 
 MIN_PROMPTS = 8
 _NGRAM = 4
@@ -40,6 +42,7 @@ class Sampled:
         clipped, empty (`float`): shares of completions that reached the limit, and that hold nothing.
         repetition (`float`): share of a completion's 4-grams of tokens that occurred before in it, on average.
         reference_perplexity (`float`): of the completions under the reference; NaN without one.
+        fvu (`float`): of a sparse autoencoder on the policy's own tokens; NaN without one.
     """
 
     texts: list[str]
@@ -52,6 +55,7 @@ class Sampled:
     empty: float
     repetition: float
     reference_perplexity: float
+    fvu: float = math.nan
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """For a file: what later evaluations are compared with. The texts themselves stay in the run log."""
@@ -59,7 +63,7 @@ class Sampled:
         found = {f"own/{key}/{name}": torch.from_numpy(v) for key, part in parts.items() for name, v in part.items()}
         return found | {
             "own/shares": torch.tensor(
-                [self.clipped, self.empty, self.repetition, self.reference_perplexity], dtype=torch.float64
+                [self.clipped, self.empty, self.repetition, self.reference_perplexity, self.fvu], dtype=torch.float64
             )
         }
 
@@ -86,6 +90,7 @@ class OwnText:
         reference (`nn.Module`, *optional*): the frozen reference; with PEFT it is the policy without adapters.
         max_new_tokens (`int`, defaults to 32), temperature (`float`, defaults to 0.7), seed (`int`, defaults to 0).
         chat (`dict`): `chat_template` and `chat_template_kwargs` as the trainer has them.
+        sae (`SparseAutoencoder`, *optional*): its FVU on the completions' tokens is measured.
     """
 
     def __init__(
@@ -100,13 +105,14 @@ class OwnText:
         temperature: float = 0.7,
         seed: int = 0,
         chat: Mapping[str, Any] | None = None,
+        sae: SparseAutoencoder | None = None,
     ):
         processing: Any = trainer.processing_class
         self.trainer, self.readouts, self.measures, self.reference = trainer, list(readouts), dict(measures), reference
         self.tokenizer = getattr(processing, "tokenizer", processing)
         self.prompts = list(prompts)
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self._ends = end_of_turn_ids
+        self._ends, self.sae = end_of_turn_ids, sae
         self._prompt_ids = [tokenize_prompt(prompt, self.tokenizer, **dict(chat or {})) for prompt in self.prompts]
         empty = [i for i, ids in enumerate(self._prompt_ids) if not ids]
         if empty or not self.prompts:
@@ -119,12 +125,12 @@ class OwnText:
         completions = self._generate()
         batch = TokenBatch.from_ids(self._prompt_ids, completions, self._ends)
         model = self.trainer.model
-        policy, token_scores, _ = self._read(model, batch)
+        policy, token_scores, _, fvu = self._read(model, batch, self.sae)
         text: dict[str, np.ndarray] = {}
         surprise = math.nan
         if self.has_reference:
             with reference_pass(model, self.reference) as frozen:
-                text, _, log_probs = self._read(frozen, batch)
+                text, _, log_probs, _ = self._read(frozen, batch)
             surprise = perplexity(log_probs) if len(log_probs) else math.nan
         counted = [ids[: counted_length(ids, self._ends)] for ids in completions]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
@@ -139,6 +145,7 @@ class OwnText:
             empty=float(np.mean([not t.strip() for t in texts])),
             repetition=float(np.mean([repetition(ids) for ids in counted])),
             reference_perplexity=surprise,
+            fvu=fvu,
         )  # fmt: skip
 
     @property
@@ -149,16 +156,18 @@ class OwnText:
         return self.reference is not None or has_adapters(self.trainer.model)
 
     def _read(
-        self, model: Any, batch: TokenBatch
-    ) -> tuple[dict[str, np.ndarray], dict[str, list[list[float]]], torch.Tensor]:
+        self, model: Any, batch: TokenBatch, sae: SparseAutoencoder | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, list[list[float]]], torch.Tensor, float]:
         if not batch.completion_mask.any():
             empty = np.full(len(batch), np.nan)
             return (
                 {r.name: empty for r in self.readouts},
                 {r.name: [[]] * len(batch) for r in self.readouts},
                 torch.empty(0),
+                math.nan,
             )
         points = [readout.hook_point for readout in self.readouts]
+        points += [sae.spec.hook_point] if sae is not None else []
         activations, log_probs, _ = read_predictions(model, batch, points, torch.zeros(1, dtype=torch.long))
         lengths = batch.completion_mask.sum(1).tolist()
         scores, per_token = {}, {}
@@ -166,7 +175,8 @@ class OwnText:
             values = activations[readout.hook_point]
             scores[readout.name] = scores_of(readout, batch, values)
             per_token[readout.name] = [part.tolist() for part in readout(values)[:, 0].split(lengths)]
-        return scores, per_token, log_probs
+        fvu = unexplained(sae, activations[sae.spec.hook_point]) if sae is not None else math.nan
+        return scores, per_token, log_probs, fvu
 
     @torch.no_grad()
     def _generate(self) -> list[list[int]]:
@@ -222,6 +232,8 @@ def summarize(now: Sampled, start: Sampled, seed: int = 0) -> dict[str, Any]:
         found["measures"][name] = {"mean": _mean(values), "change": _change(values, start.measures[name], seed)}
     for name in ("clipped", "empty", "repetition", "reference_perplexity"):
         found[name] = getattr(now, name)
+    if math.isfinite(now.fvu):
+        found |= {"fvu": now.fvu, "fvu_before": start.fvu}
     return found
 
 

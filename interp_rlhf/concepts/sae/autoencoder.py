@@ -6,6 +6,7 @@ it reads: it is never a submodule of one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -160,6 +161,13 @@ class SparseAutoencoder(nn.Module):
         flat = activation.reshape(-1, self.width)
         counts = [(self.encode(part) > 0).sum(1) for part in blocks(flat, self.size)]
         return float(torch.cat(counts).double().mean())
+
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        found = hashlib.sha256()
+        for _, tensor in sorted(self.named_buffers()):
+            found.update(tensor.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def check_model(self, model: Any) -> None:
         """Raises `ValueError` for a model without the hook point or of another width."""

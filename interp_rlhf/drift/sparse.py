@@ -1,0 +1,59 @@
+"""A sparse autoencoder as an axis of drift: which of its latents changed, and whether it still stands for the activations.
+
+In: activations of the same tokens on two models, or of one text on one. Out: numbers for the log. It must not know trainers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..activations import norm_outliers
+from ..concepts.sae.autoencoder import SparseAutoencoder
+
+CHANGED = 10  # latents that are named
+
+
+def changed_latents(sae: SparseAutoencoder, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+    """What two models make of the same N tokens, in latents; tokens with outlying norms left out.
+
+    Args:
+        before, after (`torch.Tensor` of shape (N, D)): activations at the autoencoder's hook point.
+
+    Returns:
+        `dict`: `fvu` and `fvu_before` (fraction of variance unexplained, lower = better), `l0` and `l0_before` (mean number of
+        latents that are on), and `changed`: the latents whose mean over tokens changed most, each with `latent`, `before`, `after`
+        and `on_before`, `on_after`, the shares of tokens on which it is on.
+    """
+    outliers = norm_outliers(before, after)
+    pair = [values[~outliers] for values in (before, after)]
+    (old, old_on), (new, new_on) = (_means(sae, values) for values in pair)
+    top = (new - old).abs().topk(min(CHANGED, sae.size)).indices.tolist()
+    rows = [
+        {
+            "latent": i, "before": round(float(old[i]), 4), "after": round(float(new[i]), 4),
+            "on_before": round(float(old_on[i]), 4), "on_after": round(float(new_on[i]), 4),
+        }
+        for i in top if new[i] != old[i]
+    ]  # fmt: skip
+    return {
+        "hook_point": sae.spec.hook_point, "tokens": len(pair[0]), "fvu_before": sae.fvu(pair[0]), "fvu": sae.fvu(pair[1]),
+        "l0_before": float(old_on.sum()), "l0": float(new_on.sum()), "changed": rows,
+    }  # fmt: skip
+
+
+def unexplained(sae: SparseAutoencoder, activations: torch.Tensor) -> float:
+    """FVU on activations (N, D) of some text's tokens, outlying norms left out; NaN for fewer than two."""
+    kept = activations[~norm_outliers(activations)] if len(activations) else activations
+    return sae.fvu(kept) if len(kept) > 1 else float("nan")
+
+
+def _means(sae: SparseAutoencoder, activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of every latent (S,) over tokens, and the share of tokens on which it is on."""
+    total, on = torch.zeros(sae.size, dtype=torch.float64), torch.zeros(sae.size, dtype=torch.float64)
+    for part in activations.split(256):
+        latents = sae.encode(part).cpu()
+        total += latents.double().sum(0)
+        on += (latents > 0).double().sum(0)
+    return total / len(activations), on / len(activations)
