@@ -90,7 +90,14 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     where.add_argument(
         "--sweep", type=int, metavar="N", help="choose among every N-th decoder layer by cross-validation (default: 3)"
     )
-    fit.add_argument("--kind", choices=["probe", "direction"], default="probe", help="(default: probe)")
+    fit.add_argument(
+        "--kind", choices=["probe", "direction", "sae_latents"], default="probe",
+        help="sae_latents: a probe on some latents of a sparse autoencoder, at its own hook point (default: probe)",
+    )  # fmt: skip
+    fit.add_argument("--sae", help="folder, file or Hub id of the autoencoder, for `--kind sae_latents`")
+    fit.add_argument(
+        "--latents", metavar="I,J", help="which of its latents, 12,80 say: `interp-rlhf sae find` names some"
+    )
     fit.add_argument(
         "--method", choices=["logistic_regression", "difference_of_means"], default="logistic_regression",
         help="(default: logistic_regression)",
@@ -126,6 +133,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument(
         "--measure", choices=["vader"], action="append", default=[], help="independent measure to report beside"
     )
+    check.add_argument("--sae", help="the autoencoder that a card of latents was taken from")
     check.add_argument("--model", help=MODEL_HELP)
     check.add_argument("--seed", type=int, default=0, help="of permutations, directions and bootstrap (default: 0)")
     check.add_argument("--replace", action="store_true", help="replace evidence that the card has already")

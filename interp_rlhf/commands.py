@@ -47,12 +47,18 @@ def probe_fit(arguments: argparse.Namespace) -> int:
     from .concepts.probe import fit_probe, sweep_points
     from .concepts.publish import plot_sweep, publish
 
+    latents = _indices(arguments.latents)
+    if (arguments.kind == "sae_latents") != (arguments.sae is not None and latents is not None):
+        raise ValueError(
+            f"`--kind` is {arguments.kind}, `--sae` {arguments.sae}, `--latents` {arguments.latents} – expected both with "
+            "`--kind sae_latents`, and neither otherwise."
+        )
     examples = load_examples(arguments.data, arguments.positive)
     model, tokenizer, model_id = _load(arguments.model)
     points = [arguments.hook_point] if arguments.hook_point else sweep_points(model, arguments.sweep or 3)
     fit = fit_probe(
         model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
-        seed=arguments.seed, progress=True,
+        sae=_sae(arguments.sae, model), latents=latents, seed=arguments.seed, progress=True,
     )  # fmt: skip
     path = publish(
         fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
@@ -105,7 +111,8 @@ def probe_check(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = _load(arguments.model)
     evidence = check_card(
         card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),
-        measures={name: getattr(measures, name)() for name in arguments.measure}, seed=arguments.seed,
+        measures={name: getattr(measures, name)() for name in arguments.measure}, sae=_sae(arguments.sae, model),
+        seed=arguments.seed,
         command="interp-rlhf " + shlex.join(sys.argv[1:]), progress=True,
     )  # fmt: skip
     write_atomically(card.path, with_evidence(card.path.read_text(encoding="utf-8"), evidence).encode())
@@ -219,6 +226,21 @@ def _path(name: str) -> str:
     return str(default_model())
 
 
+def _sae(source: str | None, model: Any) -> Any:
+    """The autoencoder that an argument names, resolved on the model."""
+    from .concepts.sae.files import load_sae
+
+    return None if source is None else load_sae(source, model=model)
+
+
+def _indices(given: str | None) -> list[int] | None:
+    """Latents of an argument, `12,80`."""
+    try:
+        return None if given is None else [int(index) for index in given.split(",")]
+    except ValueError:
+        raise ValueError(f"`--latents {given}` – expected numbers such as 12,80.") from None
+
+
 def _load(name: str | None) -> tuple[Any, Any, str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -235,8 +257,18 @@ def _print_findings(title: str, found: Any) -> None:
     rows = {"probe": found.probe, "TF-IDF": found.tfidf, "length": found.length, "punctuation": found.punctuation}
     for name, estimate in (rows | {"embedding probe": found.embedding} | found.measures).items():
         print(f"{name:>20}  AUROC {estimate.auroc:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
-    for name, control in (("permuted labels", found.permutation), ("random directions", found.random_direction)):
-        print(f"{name:>20}  AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
+    controls = {
+        "permuted labels": found.permutation, "random directions": found.random_direction,
+        "random dictionaries": found.random_dictionary,
+    }  # fmt: skip
+    for name, control in controls.items():
+        if control is not None:
+            print(f"{name:>20}  AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
+    if found.sae is not None:
+        print(
+            f"{'autoencoder here':>20}  explained variance {found.sae.explained_variance:.3f}, L0 {found.sae.l0:.1f}, "
+            f"{found.sae.dead_fraction:.1%} of {found.sae.latents} latents never on in {found.sae.tokens} tokens"
+        )
 
 
 def _gain(name: str, gain: dict[str, Any]) -> str:

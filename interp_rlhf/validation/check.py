@@ -16,15 +16,15 @@ from ..activations import embedding_point, end_of_turn_ids, read, read_means, to
 from ..concepts.artifact import library_versions
 from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
 from ..concepts.examples import Examples
+from ..concepts.latents import Latents
 from ..concepts.pooling import pool
-from ..concepts.probe import LATENT_REGULARIZATION, REGULARIZATION, LinearProbe, mean_latents, require_bare
+from ..concepts.probe import LinearProbe, require_bare
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
 from . import baselines
-from .dictionaries import RandomDictionaries, sae_findings
+from .dictionaries import PERMUTATIONS, RandomDictionaries, all_mean_latents, permuted_choices, sae_findings
 from .statistics import auroc_interval, weighted_aurocs
 
-PERMUTATIONS = 100
 RANDOM_DIRECTIONS = 200
 CHUNK_ROWS = 256
 
@@ -83,10 +83,11 @@ def check_card(
     points = [readout.hook_point, embedding]
     label = "reading the fit's examples" if progress else None
     means = {k: v.double().numpy() for k, v in read_means(model, tokens(fit_examples), points, progress=label).items()}
-    read_by_fit = means[readout.hook_point]
+    permuted = None
     dictionaries = None
     if readout.latents is not None and sae is not None:
-        read_by_fit = mean_latents(model, tokens(fit_examples), readout.latents)
+        of_all = all_mean_latents(model, tokens(fit_examples), [sae], label)[0]
+        permuted = permuted_choices(of_all, fit_examples.labels, sae, readout.latents.size, header.method, seed)
         l0 = sae_findings(model, tokens(fit_examples), sae, progress).l0
         dictionaries = RandomDictionaries(
             model,
@@ -99,7 +100,7 @@ def check_card(
             seed,
             progress,
         )
-    controls = Controls(readout, means[readout.hook_point], read_by_fit, fit_examples.labels, seed)
+    controls = Controls(readout, means[readout.hook_point], fit_examples.labels, seed, permuted)
     embedding_probe = LinearProbe(header.method).fit(means[embedding], fit_examples.labels)
 
     def findings(rows: Examples, what: str) -> Findings:
@@ -137,28 +138,40 @@ def check_card(
 
 
 class Controls:
-    """Probes that know nothing, all in one readout: refitted on permuted labels (of latents: on these), and random directions.
+    """Probes that know nothing, all in one readout: refitted on permuted labels, and random directions.
 
     Random directions are drawn in the standardized space in which probes are fitted (in the raw one, the few dimensions
     with massive activations would decide alone) and get the better sign on the fit's examples: the same chance to be
     right by luck that the probe had.
+
+    Args:
+        permuted (`tuple[Latents, np.ndarray]`, *optional*): of a card of latents: see `permuted_choices`.
     """
 
     name = "controls"
 
-    def __init__(self, readout: Readout, means: np.ndarray, read: np.ndarray, labels: np.ndarray, seed: int):
+    def __init__(
+        self,
+        readout: Readout,
+        means: np.ndarray,
+        labels: np.ndarray,
+        seed: int,
+        permuted: tuple[Latents, np.ndarray] | None = None,
+    ):
         self.hook_point = readout.hook_point
         self.pooling = readout.pooling
-        self.latents = readout.latents
         rng = np.random.default_rng(seed)
-        method = readout.header.method if readout.header else "logistic_regression"
-        probe = LinearProbe(method, REGULARIZATION if readout.latents is None else LATENT_REGULARIZATION)
-        permuted = [probe.fit(read, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)]
+        self.latents: Latents | None = None
+        if permuted is not None:
+            self.latents, weights = permuted
+        else:
+            probe = LinearProbe(readout.header.method if readout.header else "logistic_regression")
+            weights = np.stack([probe.fit(means, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)])
         spread = means.std(0)
         directions = rng.standard_normal((RANDOM_DIRECTIONS, means.shape[1])) / np.where(spread > 0, spread, np.inf)
         gaps = directions @ (means[labels == 1].mean(0) - means[labels == 0].mean(0))
         directions *= np.where(gaps >= 0, 1.0, -1.0)[:, None]
-        self.permuted, self.directions = _columns(np.stack(permuted)), _columns(directions)
+        self.permuted, self.directions = _columns(weights), _columns(directions)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
         read = activation if self.latents is None else self.latents(activation)

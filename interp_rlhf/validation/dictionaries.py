@@ -20,6 +20,7 @@ from ..concepts.pooling import pool
 from ..concepts.probe import LATENT_REGULARIZATION, LinearProbe
 from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
 
+PERMUTATIONS = 100
 RANDOM_DICTIONARIES = 5
 CHUNK_ROWS = 64
 
@@ -52,8 +53,7 @@ class RandomDictionaries:
         means = all_mean_latents(model, batch, drawn, "random dictionaries on the fit" if progress else None)
         self.readouts: list[tuple[Latents, torch.Tensor]] = []
         for dictionary, values in zip(drawn, means, strict=True):
-            best = np.argsort(-np.abs(aurocs(values, labels) - 0.5), kind="stable")[:count]
-            weight, _ = LinearProbe(method, LATENT_REGULARIZATION).fit(values[:, best], labels)
+            best, weight = _choose(values, labels, count, method)
             self.readouts.append((dictionary.latents(best.tolist()), torch.tensor(weight, dtype=torch.float32)))
 
     def scores(self, model: Any, batch: TokenBatch, pooling: str, progress: bool = False) -> np.ndarray:
@@ -67,6 +67,36 @@ class RandomDictionaries:
             scores[part.completion_mask] = torch.stack(columns, dim=-1)
             found.append(pool(scores, part.completion_mask, pooling).double().numpy())
         return np.concatenate(found)
+
+
+def permuted_choices(
+    means: np.ndarray, labels: np.ndarray, sae: SparseAutoencoder, count: int, method: str, seed: int
+) -> tuple[Latents, np.ndarray]:
+    """Latents chosen and weighed on permuted labels, `PERMUTATIONS` times.
+
+    To permute the labels of the weights alone would leave the choice as it is, and one latent has only two weights: up and down.
+
+    Args:
+        means (`np.ndarray` of shape (N, S)): all latents on the fit's examples.
+        count (`int`): K, latents per choice.
+
+    Returns:
+        The U latents that were chosen at least once, and weights (permutations, U) on them.
+    """
+    rng = np.random.default_rng(seed)
+    choices = [_choose(means, rng.permutation(labels), count, method) for _ in range(PERMUTATIONS)]
+    union = sorted({int(index) for best, _ in choices for index in best})
+    place = {index: i for i, index in enumerate(union)}
+    weights = np.zeros((PERMUTATIONS, len(union)))
+    for row, (best, weight) in enumerate(choices):
+        weights[row, [place[int(index)] for index in best]] = weight
+    return sae.latents(union), weights
+
+
+def _choose(means: np.ndarray, labels: np.ndarray, count: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the latents whose mean separates labels best, whichever way it points, and a probe's weight on them."""
+    best = np.argsort(-np.abs(aurocs(means, labels) - 0.5), kind="stable")[:count]
+    return best, LinearProbe(method, LATENT_REGULARIZATION).fit(means[:, best], labels)[0]
 
 
 def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress: bool = False) -> SaeFindings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -115,7 +115,10 @@ class SparseAutoencoder(nn.Module):
                 self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None, self.decoder,
             )  # fmt: skip
             self._all = (self.encoder, found)
-        return self._all[1] if indices is None else self._all[1].choose(indices, name)
+        found = self._all[1]
+        if indices is not None:
+            return found.choose(indices, name)
+        return found if name == found.name else replace(found, name=name)
 
     def encode(self, activation: torch.Tensor) -> torch.Tensor:
         """Latents (..., S) of an activation (..., D), float32: all of them, dense."""

@@ -1,0 +1,483 @@
+"""Where latents are on: the texts that turn them on, those that almost do, and how often.
+
+In: a model, a sparse autoencoder, texts. Out: per latent its contexts, its density and its histogram, and of the whole autoencoder
+how well it does on these texts. Texts are read in blocks, all S latents in smaller ones: (tokens, S) is never held. It must not
+know labels, nor what a page looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import linear, max_pool1d
+from tqdm.auto import tqdm
+
+from ...activations import TokenBatch, end_of_turn_ids, read_activations, tokenize_examples
+from ..latents import Latents, blocks, normalize
+from .autoencoder import SparseAutoencoder
+
+# Bins between 0 and a power of two: when a larger value comes, neighbours become one bin, so that no value is looked at twice.
+BINS = 64
+_TEXTS = 64  # tokenized at a time
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens around one token, with the activation of a latent on each.
+
+    Attributes:
+        text (`int`), position (`int`): index of the text, and of the token among the text's tokens.
+        pieces (`list[str]`), token_ids (`list[int]`): the tokens.
+        activations (`list[float | None]`): of each; None on a token that is not counted.
+        peak (`int`): which of them it is about.
+        value (`float`, *optional*): the activation there; in a near miss the pre-activation; None in a random window.
+    """
+
+    text: int
+    position: int
+    pieces: list[str]
+    token_ids: list[int]
+    activations: list[float | None]
+    peak: int
+    value: float | None
+
+
+@dataclass
+class LatentContexts:
+    """One latent on the texts.
+
+    Attributes:
+        index (`int`): which.
+        density (`float`): share of counted tokens on which it is on, in [0, 1].
+        mean (`float`), maximum (`float`): of its activation where it is on; 0 where it never is.
+        histogram (`dict`): `edges` (N + 1) and `counts` (N) of its activations where it is on.
+        top (`list[Window]`): around its highest activations, one per context, highest first.
+        near (`list[Window]`): in which it is off throughout, around its highest pre-activations.
+        off (`list[Window]`): in which it is off throughout, drawn at random from the same texts.
+    """
+
+    index: int
+    density: float
+    mean: float
+    maximum: float
+    histogram: dict[str, list[float]]
+    top: list[Window]
+    near: list[Window]
+    off: list[Window]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All latents on the texts.
+
+    Attributes:
+        texts, contexts, tokens (`int`): how many were read; tokens: those that count.
+        fvu (`float`): fraction of variance unexplained, lower = better; see `SparseAutoencoder.fvu`.
+        l0 (`float`): mean number of latents that are on.
+        dead (`float`): share of latents that were never on.
+        density, mean (`torch.Tensor` of shape (S,)): share of tokens on which each is on, and its mean over all tokens.
+    """
+
+    texts: int
+    contexts: int
+    tokens: int
+    fvu: float
+    l0: float
+    dead: float
+    density: torch.Tensor
+    mean: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are cut and read.
+
+    Attributes:
+        context_length (`int`, defaults to 256): tokens of a context. A longer text is cut; each part begins with the text's
+            beginning-of-sequence token, where it has one.
+        window (`int`, defaults to 16): tokens shown on either side of a token.
+        batch_tokens (`int`, defaults to 4096): tokens per forward.
+        progress (`bool`): show progress bars.
+    """
+
+    context_length: int = 256
+    window: int = 16
+    batch_tokens: int = 4096
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.context_length < 3 or self.window < 1 or self.batch_tokens < 1:
+            raise ValueError(f"{self} – expected contexts of at least 3 tokens, and the others at least 1.")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Contexts that are read together, with their activations (N, D) of all real tokens, row by row."""
+
+    batch: TokenBatch
+    counted: torch.Tensor  # (B, T)
+    texts: list[int]
+    starts: list[int]  # where in its text a context begins
+    activations: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Which of the N tokens count."""
+        return self.counted[self.batch.attention_mask]
+
+
+def survey(
+    model: Any, tokenizer: Any, sae: SparseAutoencoder, texts: Sequence[str | Mapping[str, Any]], how: Reading
+) -> Survey:
+    """All latents over texts, in one pass.
+
+    Raises:
+        `ValueError`: texts without two tokens that count.
+    """
+    totals = _Totals(sae)
+    for block in _read(model, tokenizer, sae, texts, how, "all latents"):
+        totals.add(block)
+    return totals.survey()
+
+
+def gather(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    texts: Sequence[str | Mapping[str, Any]],
+    indices: Sequence[int],
+    how: Reading,
+    *,
+    contexts: int = 10,
+    seed: int = 0,
+    whole: bool = True,
+) -> tuple[list[LatentContexts], Survey | None]:
+    """Contexts of chosen latents, in one pass over texts.
+
+    The first token of a context is not counted: it is an attention sink, with activations like no other token's. Activations
+    are compared rounded to twelve bits, so that the last ones, which depend on how tokens were batched, do not decide; equal
+    ones stand in the order of the texts. Equal windows are shown once.
+
+    Args:
+        indices (`Sequence[int]`): which latents. Only their rows of the encoder are touched, where the architecture allows.
+        contexts (`int`, defaults to 10): windows of each kind and latent, at most.
+        seed (`int`, defaults to 0): of the random windows.
+        whole (`bool`, defaults to `True`): also survey all latents, in the same pass.
+
+    Raises:
+        `ValueError`: an index out of range, or texts without two tokens that count.
+    """
+    chosen = sae.latents(indices)
+    totals = _Totals(sae) if whole else None
+    kept = _Chosen(sae, chosen, indices, contexts, seed, how.window)
+    for block in _read(model, tokenizer, sae, texts, how, "latents"):
+        if totals is not None:
+            totals.add(block)
+        kept.add(block)
+    return kept.finish(tokenizer), None if totals is None else totals.survey()
+
+
+def counted_batch(model: Any, tokenizer: Any, rows: Sequence[str | Mapping[str, Any]]) -> TokenBatch:
+    """Token batch of whole examples whose first token does not count.
+
+    Raises:
+        `ValueError`: an example without a token that counts.
+    """
+    batch = tokenize_examples(rows, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
+    counted = batch.completion_mask.clone()
+    counted[:, :1] = False
+    if not counted.any(1).all():
+        row = int((~counted.any(1)).nonzero()[0])
+        raise ValueError(f"Example {row} has no token that counts after its first – expected two. Remove it.")
+    return TokenBatch(batch.input_ids, batch.attention_mask, counted)
+
+
+@torch.no_grad()
+def pooled(
+    model: Any, batch: TokenBatch, latents: Latents, *, rows: int = 64, progress: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Mean and maximum (N, K), float32, of latents over the counted tokens of each row, and how many are on per token.
+
+    Args:
+        rows (`int`, defaults to 64): rows whose activations (tokens, D) are held at a time.
+    """
+    means, maxima = torch.zeros(len(batch), latents.size), torch.zeros(len(batch), latents.size)
+    on = tokens = 0
+    starts = range(0, len(batch), rows)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, leave=False):
+        part = _rows(batch, slice(start, start + rows))
+        activations = read_activations(model, part, [latents.hook_point])[latents.hook_point]
+        for row, own in enumerate(activations.split(part.completion_mask.sum(1).tolist()), start):
+            for few in blocks(own.to(latents.encoder.device), len(latents.encoder)):
+                values = latents(few)
+                means[row] += values.sum(0).cpu() / len(own)
+                maxima[row] = torch.maximum(maxima[row], values.amax(0).cpu())
+                on += int((values > 0).sum())
+            tokens += len(own)
+    return means, maxima, on / max(tokens, 1)
+
+
+def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
+    return TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.completion_mask[rows])
+
+
+def _read(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    texts: Sequence[str | Mapping[str, Any]],
+    how: Reading,
+    label: str,
+) -> Iterator[_Block]:
+    point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
+    with tqdm(total=len(texts), desc=label, unit="text", disable=not how.progress, leave=False) as bar:
+        for pending in _contexts(texts, tokenizer, how, end_of_turn_ids(model, tokenizer)):
+            lengths = [len(ids) for _, _, ids, _ in pending]
+            batch = TokenBatch.from_ids([[] for _ in pending], [ids for _, _, ids, _ in pending])
+            counted = torch.zeros_like(batch.attention_mask)
+            for row, (length, (*_, counts)) in enumerate(zip(lengths, pending, strict=True)):
+                counted[row, :length] = torch.tensor(counts)
+            found = read_activations(model, batch, [point, target], batch_tokens=how.batch_tokens)
+            numbers, starts = [number for number, *_ in pending], [start for _, start, *_ in pending]
+            yield _Block(batch, counted, numbers, starts, found[point], found[target])
+            bar.update(numbers[-1] + 1 - bar.n)
+
+
+_Context = tuple[int, int, list[int], list[bool]]
+
+
+def _contexts(
+    texts: Sequence[str | Mapping[str, Any]], tokenizer: Any, how: Reading, ends: set[int]
+) -> Iterator[list[_Context]]:
+    """Contexts, each as (text, start, ids, which count), together about as many tokens as a forward takes."""
+    pending: list[_Context] = []
+    tokens = 0
+    for first in range(0, len(texts), _TEXTS):
+        batch = tokenize_examples(texts[first : first + _TEXTS], tokenizer, end_of_turn_ids=ends)
+        for row in range(len(batch)):
+            real = batch.attention_mask[row]
+            ids, counts = batch.input_ids[row][real].tolist(), batch.completion_mask[row][real].tolist()
+            for start, part, which in _cut(ids, counts, tokenizer.bos_token_id, how.context_length):
+                pending.append((first + row, start, part, which))
+                tokens += len(part)
+                if tokens >= how.batch_tokens:
+                    yield pending
+                    pending, tokens = [], 0
+    if pending:
+        yield pending
+
+
+def _cut(ids: list[int], counts: list[bool], bos: int | None, length: int) -> Iterator[tuple[int, list[int], list[bool]]]:
+    head = 1 if ids and bos is not None and ids[0] == bos and not counts[0] else 0
+    step = length - head
+    for start in range(0, len(ids) - head, step):
+        own = slice(start + head, start + head + step)
+        which = [False] * head + counts[own]
+        which[0] = False
+        if any(which):
+            yield start, ids[:head] + ids[own], which
+
+
+class _Totals:
+    """Sums over all S latents and all counted tokens."""
+
+    def __init__(self, sae: SparseAutoencoder):
+        self.sae = sae
+        self.on = torch.zeros(sae.size, dtype=torch.long)
+        self.sum = torch.zeros(sae.size, dtype=torch.float64)
+        self.missed = 0.0
+        width = sae.decoder.shape[1]
+        self.target, self.squares = torch.zeros(width, dtype=torch.float64), 0.0
+        self.tokens = self.contexts = 0
+        self.last_text = -1
+
+    @torch.no_grad()
+    def add(self, block: _Block) -> None:
+        sae, device = self.sae, self.sae.encoder.device
+        size = next(blocks(block.activations, sae.size)).shape[0]
+        activations, targets = block.activations[block.kept], block.targets[block.kept]
+        for few, wanted in zip(activations.split(size), targets.split(size), strict=True):
+            here = few.to(device)
+            latents = sae.encode(here)  # (n, S)
+            self.on += (latents > 0).sum(0).cpu()
+            self.sum += latents.sum(0).double().cpu()
+            rebuilt = sae.decode(latents, here)
+            rebuilt = rebuilt if sae.skip is None else rebuilt + here @ sae.skip.T
+            self.missed += float((wanted.double() - rebuilt.double().cpu()).pow(2).sum())
+            self.target += wanted.double().sum(0)
+            self.squares += float(wanted.double().pow(2).sum())
+        self.tokens += len(activations)
+        self.contexts += len(block.texts)
+        self.last_text = block.texts[-1]
+
+    def survey(self) -> Survey:
+        if self.tokens < 2:
+            raise ValueError(
+                f"{self.tokens} tokens count in these texts – expected at least two. The first of each context does not count."
+            )
+        variance = self.squares - float(self.target.pow(2).sum()) / self.tokens
+        return Survey(
+            self.last_text + 1, self.contexts, self.tokens, self.missed / variance if variance > 0 else float("nan"),
+            float(self.on.sum()) / self.tokens, float((self.on == 0).double().mean()),
+            self.on.double() / self.tokens, self.sum / self.tokens,
+        )  # fmt: skip
+
+
+_Key = tuple[float, int, int]
+
+
+@dataclass
+class _Best:
+    """The windows with the highest keys; of equal ones the first."""
+
+    size: int
+    entries: dict[tuple[int, ...], tuple[_Key, Window]] = field(default_factory=dict)
+
+    @property
+    def floor(self) -> float:
+        full = len(self.entries) >= self.size
+        return min(key[0] for key, _ in self.entries.values()) if full else -np.inf
+
+    def offer(self, key: _Key, window: Window) -> None:
+        ids = tuple(window.token_ids)
+        if ids in self.entries and self.entries[ids][0] >= key:
+            return
+        self.entries[ids] = (key, window)
+        if len(self.entries) > self.size:
+            del self.entries[min(self.entries, key=lambda ids: self.entries[ids][0])]
+
+    def windows(self) -> list[Window]:
+        return [window for _, window in sorted(self.entries.values(), key=lambda entry: entry[0], reverse=True)]
+
+
+class _Chosen:
+    """Windows, histogram and density of K latents."""
+
+    def __init__(
+        self, sae: SparseAutoencoder, chosen: Latents, indices: Sequence[int], contexts: int, seed: int, window: int
+    ):
+        self.chosen, self.indices, self.seed, self.window = chosen, list(indices), seed, window
+        self.normalization = sae.spec.normalization
+        self.rows = chosen.chosen
+        bias = sae.encoder_bias[self.indices]
+        self.bias = bias if sae.center is None else bias - self.rows @ sae.center
+        count = len(self.indices)
+        self.best = {kind: [_Best(contexts) for _ in range(count)] for kind in ("top", "near", "off")}
+        self.tokens = 0
+        self.on = torch.zeros(count, dtype=torch.long)
+        self.sum = torch.zeros(count, dtype=torch.float64)
+        self.maximum = torch.zeros(count)
+        self.high = torch.zeros(count)  # of the histogram: a power of two
+        self.bins = torch.zeros(count, BINS, dtype=torch.long)
+
+    @torch.no_grad()
+    def add(self, block: _Block) -> None:
+        activations = block.activations.to(self.rows.device)
+        values = self.chosen(activations).cpu()  # (N, K)
+        before = linear(normalize(activations, self.normalization)[0], self.rows, self.bias).cpu()
+        self._count(values[block.kept])
+        counted = block.counted[:, None]  # (B, 1, T)
+        padded, padded_before = (_padded(part, block.batch.attention_mask) for part in (values, before))  # (B, K, T)
+        padded = padded.masked_fill(~counted, 0.0)
+        self._offer("top", block, padded, _rounded(padded.masked_fill(padded == 0, -torch.inf)), padded)
+        width = 2 * self.window + 1
+        off = (max_pool1d(padded, width, 1, self.window) == 0) & counted
+        self._offer("near", block, padded, _rounded(padded_before.masked_fill(~off, -torch.inf)), padded_before)
+        drawn = torch.zeros(block.counted.shape)
+        for row, (text, start) in enumerate(zip(block.texts, block.starts, strict=True)):
+            length = int(block.batch.attention_mask[row].sum())
+            numbers = np.random.default_rng((self.seed, text, start)).random(length, dtype=np.float32)
+            drawn[row, :length] = torch.from_numpy(numbers)
+        self._offer("off", block, padded, drawn[:, None].expand_as(off).masked_fill(~off, -torch.inf), None)
+
+    def _count(self, values: torch.Tensor) -> None:
+        self.tokens += len(values)
+        self.on += (values > 0).sum(0)
+        self.sum += values.double().sum(0)
+        highest = values.amax(0) if len(values) else torch.zeros_like(self.maximum)
+        self.maximum = torch.maximum(self.maximum, highest)
+        power = torch.ldexp(torch.ones_like(highest), torch.frexp(highest).exponent)  # the next one above
+        wanted = torch.where(highest > 0, torch.maximum(self.high, power), self.high)
+        while (grow := (self.high > 0) & (self.high < wanted)).any():
+            pairs = self.bins[grow].view(-1, BINS // 2, 2).sum(-1)
+            self.bins[grow] = torch.cat([pairs, torch.zeros_like(pairs)], 1)
+            self.high[grow] *= 2
+        self.high = wanted
+        token, latent = (values > 0).nonzero(as_tuple=True)
+        bins = (values[token, latent] / self.high[latent] * BINS).long().clamp(max=BINS - 1)
+        self.bins.view(-1).index_add_(0, latent * BINS + bins, torch.ones_like(bins))
+
+    def _offer(
+        self, kind: str, block: _Block, values: torch.Tensor, keys: torch.Tensor, shown: torch.Tensor | None
+    ) -> None:
+        """Offers each context's best position, by keys (B, K, T), to the latents that may want it, with the value shown there."""
+        highest, places = keys.max(-1)  # (B, K)
+        floors = torch.tensor([best.floor for best in self.best[kind]])
+        for row, latent in (highest > floors).nonzero().tolist():
+            best, key, place = self.best[kind][latent], float(highest[row, latent]), int(places[row, latent])
+            if key <= best.floor:
+                continue
+            value = None if shown is None else float(shown[row, latent, place])
+            window = self._window_of(block, row, place, values[row, latent], value)
+            best.offer((key, -window.text, -window.position), window)
+
+    def _window_of(
+        self, block: _Block, row: int, place: int, values: torch.Tensor, value: float | None
+    ) -> Window:
+        length = int(block.batch.attention_mask[row].sum())
+        own = slice(max(0, place - self.window), min(length, place + self.window + 1))
+        counts = block.counted[row, own].tolist()
+        activations = [x if counted else None for x, counted in zip(values[own].tolist(), counts, strict=True)]
+        ids = block.batch.input_ids[row, own].tolist()
+        return Window(block.texts[row], block.starts[row] + place, [], ids, activations, place - own.start, value)
+
+    def finish(self, tokenizer: Any) -> list[LatentContexts]:
+        found = []
+        for i, index in enumerate(self.indices):
+            windows = {kind: [_spelled(w, tokenizer) for w in best[i].windows()] for kind, best in self.best.items()}
+            on = int(self.on[i])
+            found.append(
+                LatentContexts(
+                    index, on / max(self.tokens, 1), float(self.sum[i]) / max(on, 1), float(self.maximum[i]),
+                    self._histogram(i), **windows,
+                )
+            )  # fmt: skip
+        return found
+
+    def _histogram(self, i: int) -> dict[str, list[float]]:
+        """Up to the highest bin that holds something: 17 to 32 bins."""
+        counts = self.bins[i].view(-1, 2).sum(1)
+        filled = int(counts.nonzero().max()) + 1 if counts.any() else 0
+        step = float(self.high[i]) * 2 / BINS
+        return {"edges": [step * edge for edge in range(filled + 1)], "counts": counts[:filled].tolist()}
+
+
+def _padded(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values (N, K) of real tokens as (B, K, T), 0 on padding."""
+    found = values.new_zeros(*mask.shape, values.shape[1])
+    found[mask] = values
+    return found.transpose(1, 2)
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """Values to twelve bits."""
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 4096).round() / 4096, exponent)
+
+
+def _spelled(window: Window, tokenizer: Any) -> Window:
+    return Window(**{**vars(window), "pieces": pieces(tokenizer, window.token_ids)})
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Text of each token, such that together they are the text of all; token by token where a character is parted."""
+    texts = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(len(ids) + 1)]
+    if all(after.startswith(before) for before, after in pairwise(texts)):
+        return [after[len(before) :] for before, after in pairwise(texts)]
+    return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]

@@ -1,0 +1,65 @@
+"""The format of EleutherAI's sparsify: a folder named after its hook point, with `cfg.json` and `sae.safetensors`.
+
+In: a `RawFile`. Out: `Contents`. It must not know where files come from. Source: eai-sparsify 1.3.3, `sparse_coder.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import cast
+
+from .autoencoder import Architecture
+from .formats import Contents, RawFile, Shape
+
+# Modules outside the layers that a folder may be named after.
+_OUTSIDE = ("embed_tokens", "wte", "norm", "ln_f")
+
+
+def read_sparsify(raw: RawFile) -> Contents:
+    """What a file of sparsify says; what is wrong with it is noted in `raw.problems`."""
+    width = raw.number("d_in")
+    size = raw.number("num_latents") if raw.config.get("num_latents") else None
+    if size is None and not raw.config.get("num_latents"):  # 0: by the expansion factor
+        factor = raw.number("expansion_factor", 32)
+        size = width * factor if width and factor else None
+    k = raw.number("k", 32)
+    architecture = raw.choice("activation", ("groupmax", "topk"), "topk")
+    transcoder, skip = raw.flag("transcode", False), raw.flag("skip_connection", False)
+    if raw.config.get("signed"):
+        raw.problems.append(
+            "`signed` is true – latents of an early version that may be negative, which are not supported"
+        )
+    if k and size and (k > size or (architecture == "groupmax" and size % k)):
+        raw.problems.append(f"`k` is {k} – expected 1 to {size}, and a divisor of it for `groupmax`")
+    shapes: dict[str, Shape] = {
+        "encoder.weight": (size, width), "encoder.bias": (size,), "W_dec": (size, width), "b_dec": (width,),
+    }  # fmt: skip
+    found = raw.take(shapes | ({"W_skip": (width, width)} if skip else {}))
+    names = {"encoder": "encoder.weight", "encoder_bias": "encoder.bias", "decoder": "W_dec", "decoder_bias": "b_dec"}
+    names |= ({} if transcoder else {"center": "b_dec"}) | ({"skip": "W_skip"} if skip else {})
+    point = _hook_point(raw.folder)
+    return Contents(
+        architecture=cast(Architecture, architecture), k=k, transcoder=transcoder, model_id=_model(raw.folder),
+        tensors={} if raw.problems else {ours: found[theirs] for ours, theirs in names.items()},
+        reads=f"{point}.input" if transcoder and point else point, predicts=point if transcoder else None,
+    )  # fmt: skip
+
+
+def _hook_point(folder: Path) -> str | None:
+    """The folder's name, relative to the model without its LM head; of several seeds, each has a folder in it."""
+    name = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
+    return name if name in _OUTSIDE or re.search(r"(^|\.)\d+(\.|$)", name) else None
+
+
+def _model(folder: Path) -> str:
+    """The model's id in the training's own `config.json`, one or two folders up."""
+    for parent in (folder.parent, folder.parent.parent):
+        try:
+            found = json.loads((parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("model"), str):
+            return found["model"]
+    return ""

@@ -1,0 +1,261 @@
+"""`inspect_latents`: what there is to know about latents, on given texts, before one of them is called by a name.
+
+In: a model, a sparse autoencoder, texts, optionally labelled examples and readouts. Out: an `Inspection`: a page per latent, and how
+good the autoencoder is on these texts. It must not know how pages look; a label comes from a judge that the caller passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..concepts.examples import Examples
+from ..concepts.readout import Readout
+from ..concepts.sae.autoencoder import SparseAutoencoder
+from ..concepts.sae.contexts import LatentContexts, Reading, Survey, counted_batch, gather, pooled, survey
+from ..concepts.sae.effects import Promotion, cosines, promotions
+from .split import split_examples
+from .statistics import auroc_interval
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A latent as a detector of a labelled concept: it is there where the latent's maximum over a text exceeds a threshold.
+
+    Attributes:
+        threshold (`float`, *optional*): with the highest F1 on one half of the examples; of several, the highest. None for a
+            latent that has one value on all of them.
+        precision (`float`, *optional*), recall (`float`): at that threshold on the other half; precision is None where the latent
+            never exceeds it.
+        auroc (`tuple[float, float, float]`): of the maximum, on the other half, with its 95 % interval.
+        positives, examples (`int`): of the other half.
+    """
+
+    threshold: float | None
+    precision: float | None
+    recall: float
+    auroc: tuple[float, float, float]
+    positives: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class LatentPage:
+    """What is known of one latent.
+
+    Attributes:
+        contexts (`LatentContexts`): where it is on, how often, and where it is not.
+        written (`float`): mean over all tokens of its activation, times the norm of its decoder row: how much it writes.
+        promoted, suppressed (`list[Promotion]`): see `promotions`.
+        cosines (`dict[str, float]`): of its decoder row with readouts.
+        detection (`Detection`, *optional*): of the labelled concept.
+        label (`str`, *optional*): what the judge said.
+    """
+
+    contexts: LatentContexts
+    written: float
+    promoted: list[Promotion]
+    suppressed: list[Promotion]
+    cosines: dict[str, float]
+    detection: Detection | None = None
+    label: str | None = None
+
+    @property
+    def index(self) -> int:
+        """Which latent it is."""
+        return self.contexts.index
+
+    def entry(self) -> dict[str, Any]:
+        """Everything as one flat mapping with numbers of five digits, for JSON and the run log."""
+        found = {name: getattr(self, name) for name in ("label", "written", "cosines")}
+        found |= {name: [asdict(p) for p in getattr(self, name)] for name in ("promoted", "suppressed")}
+        found["detection"] = None if self.detection is None else asdict(self.detection)
+        short: dict[str, Any] = _short(asdict(self.contexts) | found)
+        return short
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Pages of latents, and how the autoencoder does on the same texts.
+
+    Attributes:
+        sae (`dict`): what was inspected: architecture, number of latents, hook point, source.
+        chosen (`str`): by what rule the latents were chosen.
+        pages (`list[LatentPage]`): one per latent.
+        whole (`Survey`, *optional*): FVU, L0 and the dead fraction; None where only the chosen latents were read.
+        concept (`str`, *optional*): label names of the labelled examples.
+    """
+
+    sae: dict[str, Any]
+    chosen: str
+    pages: list[LatentPage]
+    whole: Survey | None
+    concept: str | None = None
+
+    def event(self) -> dict[str, Any]:
+        """Fields of the run log's event `latents`."""
+        numbers = ("texts", "contexts", "tokens", "fvu", "l0", "dead")
+        whole = {} if self.whole is None else {name: getattr(self.whole, name) for name in numbers}
+        return {
+            "sae": self.sae, "chosen": self.chosen, "concept": self.concept, **whole,
+            "latents": [page.entry() for page in self.pages],
+        }  # fmt: skip
+
+
+def inspect_latents(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    texts: Sequence[str | Mapping[str, Any]],
+    *,
+    latents: Sequence[int] | str | None = None,
+    top: int = 20,
+    contexts: int = 10,
+    labelled: Examples | None = None,
+    readouts: Sequence[Readout] = (),
+    seed: int = 0,
+    judge: Callable[[LatentPage], str] | None = None,
+    whole: bool = True,
+    how: Reading | None = None,
+    progress: bool = False,
+) -> Inspection:
+    """Pages of latents of a sparse autoencoder.
+
+    With `latents` given it takes one pass over the texts, otherwise two: which are on has to be known first. Memory does not grow
+    with the texts: windows are kept by heaps, histograms by bins that double.
+
+    Args:
+        model (`nn.Module`), tokenizer: what the autoencoder reads, as its adapters stand.
+        texts (`list`): strings, or examples as in `tokenize_examples`.
+        latents (`Sequence[int]`, *optional*): which; or `"random"`: `top` drawn among those that are on somewhere. By default the
+            `top` that write most: mean activation over all tokens times the norm of the decoder row. Such a latent can be one that
+            is always on: its density says so.
+        contexts (`int`, defaults to 10): windows of each kind per latent, at most: with the highest activations, one per context;
+            near misses, in which the latent is off throughout although its pre-activation is highest; and random windows in which
+            it is off.
+        labelled (`Examples`, *optional*): precision and recall of each latent for their concept. Threshold and report are on
+            two halves that share no prompt.
+        readouts (`Sequence[Readout]`): at the hook point where the autoencoder writes, to compare decoder rows with.
+        seed (`int`, defaults to 0): of the draw, the random windows, the split and the bootstrap.
+        judge (`Callable[[LatentPage], str]`, *optional*): a person, a model or a rule that names a latent by its page.
+        whole (`bool`, defaults to `True`): also give FVU, L0 and the dead fraction, for which all latents are computed. Without it
+            only the chosen ones' rows are read, where the architecture allows; it needs `latents`.
+        how (`Reading`, *optional*): lengths of contexts, windows and batches.
+        progress (`bool`): show progress bars.
+
+    Raises:
+        `ValueError`: another model's autoencoder, a latent out of range, readouts at another hook point, no text that counts, no
+            latent that is ever on.
+    """
+    sae.check_model(model)
+    for readout in readouts:
+        readout.check_model(model)
+    how = replace(how or Reading(), progress=progress)
+    norms = sae.decoder.norm(dim=1).cpu()
+    if isinstance(latents, str) and latents != "random":
+        raise ValueError(f"`latents` is {latents!r} – expected indices, `random`, or none for the `top` that write most.")
+    if (latents is None or isinstance(latents, str)) and not whole:
+        raise ValueError("`whole` is False without `latents` – expected indices: choosing among all means to read all.")
+    # Whatever is refused is refused before anything is read.
+    cosines(sae, [], readouts)
+    halves = None if labelled is None else split_examples(labelled, seed)
+    found: Survey | None = None
+    if latents is None or isinstance(latents, str):
+        found = survey(model, tokenizer, sae, texts, how)
+        chosen, rule = _choose(found, norms, top, None if latents is None else seed)
+    else:
+        chosen, rule = list(dict.fromkeys(int(index) for index in latents)), "as given"
+        sae.latents(chosen)
+    compared = cosines(sae, chosen, readouts)
+    gathered, seen = gather(
+        model, tokenizer, sae, texts, chosen, how, contexts=contexts, seed=seed, whole=whole and found is None
+    )
+    found = found or seen
+    written = promotions(model, tokenizer, sae, chosen)
+    detected: list[Detection] | list[None] = [None] * len(chosen)
+    if halves is not None:
+        detected = _detect(model, tokenizer, sae, chosen, halves, seed, progress)
+    pages = [
+        LatentPage(one, one.density * one.mean * float(norms[one.index]), *written[i], compared[i], detected[i])
+        for i, one in enumerate(gathered)
+    ]
+    if judge is not None:
+        pages = [replace(page, label=judge(page)) for page in pages]
+    concept = None if labelled is None else labelled.label_names[1]
+    return Inspection(describe(sae), rule, pages, found, concept)
+
+
+def describe(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What an autoencoder is, in plain values."""
+    spec = sae.spec
+    return {
+        "architecture": spec.architecture, "latents": sae.size, "hook_point": spec.hook_point, "output_point": spec.output_point,
+        "k": spec.k, "model": spec.model_id, "source": spec.source,
+    }  # fmt: skip
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _choose(found: Survey, norms: torch.Tensor, top: int, seed: int | None) -> tuple[list[int], str]:
+    """Indices, and the rule in words."""
+    alive = (found.density > 0).nonzero().squeeze(1)
+    if not len(alive) or top < 1:
+        raise ValueError(
+            f"{len(alive)} latents are on anywhere in {found.tokens} tokens, and `top` is {top} – expected at least one of each. Is "
+            "this the autoencoder of this model and hook point?"
+        )
+    if seed is not None:
+        drawn = np.random.default_rng(seed).permutation(len(alive))[:top]
+        return sorted(alive[drawn].tolist()), f"drawn at random (seed {seed}) among the {len(alive)} that are on somewhere"
+    order = (found.mean * norms.double()).argsort(descending=True, stable=True)[: min(top, len(alive))]
+    return order.tolist(), "those that write most: mean activation times the norm of the decoder row"
+
+
+def _detect(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    chosen: list[int],
+    halves: tuple[Examples, Examples],
+    seed: int,
+    progress: bool,
+) -> list[Detection]:
+    maxima = []
+    for half in halves:
+        batch = counted_batch(model, tokenizer, half.rows)
+        label = "labelled examples" if progress else None
+        maxima.append(pooled(model, batch, sae.latents(chosen), progress=label)[1].double().numpy())
+    fit, rest = halves
+    return [_detection(a, fit.labels, b, rest, seed) for a, b in zip(maxima[0].T, maxima[1].T, strict=True)]
+
+
+def _detection(values: np.ndarray, labels: np.ndarray, others: np.ndarray, rest: Examples, seed: int) -> Detection:
+    threshold = best_threshold(values, labels)
+    positive = rest.labels == 1
+    said = others > threshold if threshold is not None else np.zeros(len(others), dtype=bool)
+    hits = int((said & positive).sum())
+    return Detection(
+        threshold, hits / int(said.sum()) if said.any() else None, hits / int(positive.sum()),
+        auroc_interval(rest.labels, others, rest.groups, seed), int(positive.sum()), len(rest),
+    )  # fmt: skip
+
+
+def best_threshold(values: np.ndarray, labels: np.ndarray) -> float | None:
+    """Middle between two neighbouring values (N,) above which predicting label 1 has the highest F1; the highest of several."""
+    order = np.argsort(-values, kind="stable")
+    ordered, hits = values[order], np.cumsum(labels[order])
+    ends = np.flatnonzero(ordered[:-1] > ordered[1:])  # the last row of each value but the lowest
+    if not len(ends):
+        return None
+    best = ends[np.argmax(2 * hits[ends] / (ends + 1 + labels.sum()))]
+    return float(ordered[best] + ordered[best + 1]) / 2
