@@ -23,7 +23,9 @@ import torch
 from tqdm.auto import tqdm
 
 RESAMPLES = 2000
-VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "lmprobe", "transformer-lens")
+VERSIONS = (
+    "torch", "transformers", "trl", "peft", "accelerate", "lmprobe", "transformer-lens", "sae-lens", "eai-sparsify",
+)  # fmt: skip
 
 
 class Sample(NamedTuple):

@@ -246,6 +246,14 @@ def test_too_few_labelled_examples_are_refused(load, tokenizer, tmp_path):
     trainer = make_trainer("DPO", load(), tokenizer, tmp_path)
     with pytest.raises(ValueError, match="at least 10 of each label"):
         DriftCallback(trainer, labelled=make_examples(labelled_rows(5)))
+    rows = labelled_rows(12)
+    few = [{**row, "prompt": rows[i % 3]["prompt"]} for i, row in enumerate(rows)]
+    with pytest.raises(ValueError, match="`labelled` has 3 different prompts – expected at least 5"):
+        DriftCallback(trainer, labelled=make_examples(few))
+    trainer.processing_class, tokens = None, trainer.processing_class
+    with pytest.raises(ValueError, match="`processing_class` is None – expected the model's tokenizer"):
+        DriftCallback(trainer)
+    trainer.processing_class = tokens
     for changes, message in (
         ({"every": 0}, "`every` is 0"), ({"on_verdict": "halt"}, "expected `log` or `stop`"),
         ({"max_overhead": 2.0}, "share of the training time"), ({"measures": {"length": len}}, "without `prompts`"),
@@ -382,6 +390,25 @@ def test_an_alarm_stops_the_run_and_the_last_good_checkpoint_stays(load, tokeniz
     assert (tmp_path / "last_good" / "model.safetensors").exists()
 
 
+def test_an_alarm_at_the_last_step_takes_no_checkpoint_away(load, tokenizer, tmp_path):
+    from transformers import TrainerCallback
+
+    trainer = make_trainer("SFT", load(), tokenizer, tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
+    attach(trainer, drift=DriftConfig(every=4, texts=sentences(8), on_verdict="stop"))
+
+    class Wrecks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    for parameter in trainer.model.parameters():
+                        parameter.mul_(4.0)
+
+    trainer.add_callback(Wrecks())
+    trainer.train()
+    assert verdicts_of(trainer)[-1] == (4, "collapsed")
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+
+
 def test_evaluations_become_rarer_than_a_budget_allows(load, tokenizer, tmp_path):
     steps = {}
     for budget in (None, 0.5):
@@ -504,6 +531,17 @@ def test_compare_takes_an_adapter_and_texts_and_prints_for_people(two_models, lo
     assert "2 texts" in shown
     assert "verdict: changed" in shown
     assert "next: " in shown
+
+
+def test_compare_refuses_two_vocabularies(load, tokenizer, tmp_path, capsys):
+    for name, size in (("one", len(tokenizer)), ("other", len(tokenizer) + 8)):
+        model = load()
+        model.resize_token_embeddings(size)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    code, said = compare(capsys, tmp_path / "one", tmp_path / "other")
+    assert code == 2
+    assert "expected one vocabulary" in said
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,11 @@ class DriftCallback(TrainerCallback):
             resolve(model, point)
         chosen.sort(key=lambda point: layers.index(point) if point in layers else -1)
         processing: Any = trainer.processing_class
+        if processing is None:
+            raise ValueError(
+                "The trainer's `processing_class` is None – expected the model's tokenizer: drift is read on texts. Pass it to "
+                "the trainer."
+            )
         tokenizer = getattr(processing, "tokenizer", processing)
         chat: dict[str, Any] = {
             "chat_template": getattr(trainer, "chat_template", None),
@@ -341,8 +346,9 @@ class DriftCallback(TrainerCallback):
         if self.config.on_verdict != "stop" or step == 0:
             return
         if verdict.alarm:
+            if not control.should_training_stop:  # at the last step the trainer saves what it was going to save
+                control.should_save = False
             control.should_training_stop = True
-            control.should_save = False
             good = (
                 f"`{Path(str(self.trainer.args.output_dir)) / LAST_GOOD}`, of step {self._good}"
                 if self._good

@@ -97,6 +97,12 @@ def compare_checkpoints(
     }
     if len(set(width.values())) > 1:
         raise ValueError(f"The models have widths {width} – expected one: activations could not be compared.")
+    words = {side: snapshot.predictions.shape[1] for side, snapshot in ((before, first), (after, second))}
+    if len(set(words.values())) > 1:
+        raise ValueError(
+            f"The models predict over {words} tokens – expected one vocabulary: predictions could not be compared. Resize the "
+            "embedding of one as that of the other was."
+        )
     points_found, output = battery.compare(first, second)
     event: dict[str, Any] = {
         "before": before, "after": after, "texts": len(battery), "tokens": battery.tokens, "hook_points": points_found,

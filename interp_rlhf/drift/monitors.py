@@ -15,7 +15,7 @@ import torch
 
 from ..activations import ConceptScores, TokenBatch, read_activations
 from ..concepts.examples import Examples
-from ..concepts.probe import folds
+from ..concepts.probe import FOLDS, folds
 from ..concepts.readout import Readout
 from ..validation.statistics import auroc_difference, auroc_interval
 from .metrics import direction_cosine, principal_angles
@@ -74,6 +74,11 @@ class LabelledSet:
                 f"`labelled` has {counts.tolist()} examples of labels 0 and 1, "
                 f"{int((~batch.completion_mask.any(1)).sum())} of them without a token that counts – expected at least "
                 f"{MIN_EXAMPLES // 2} of each label, all with text: fewer tell nothing of a monitor."
+            )
+        if (prompts := len(set(examples.groups))) < FOLDS:
+            raise ValueError(
+                f"`labelled` has {prompts} different prompts – expected at least {FOLDS}: probes are fitted anew on some prompts "
+                "and read on others."
             )
         self.examples, self.batch, self.seed = examples, batch, seed
         self.lengths = batch.completion_mask.sum(1).numpy()  # (E,)
