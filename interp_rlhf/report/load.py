@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from interp_rlhf.report.latents import Inspection, found_table, parse_inspection
 from interp_rlhf.report.text import as_number, model_text, show, visible
 from interp_rlhf.runlog import read_run_log
 
@@ -105,11 +106,21 @@ class Run:
     tables: dict[str, Table] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     moved: list[Moved] = field(default_factory=list)
+    inspections: list[Inspection] = field(default_factory=list)
+    searches: int = 0  # for latents; their results are tables
 
     @property
     def empty(self) -> bool:
         """Whether nothing beside the start (and perhaps the end) was logged."""
-        return not (self.metrics or self.evaluations or self.samples or self.tables or self.verdicts)
+        return not (
+            self.metrics or self.evaluations or self.samples or self.tables or self.verdicts or self.inspections
+        )
+
+    @property
+    def only_read(self) -> bool:
+        """Whether nothing was trained here: a model was read to understand its latents."""
+        trained = self.trainer or self.metrics or self.evaluations or self.samples or self.verdicts
+        return not trained and bool(self.inspections or self.searches)
 
 
 def load_runs(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Run]:
@@ -192,6 +203,7 @@ def _forget_superseded(run: Run, segment: list[dict[str, Any]]) -> None:
     run.samples = [samples for samples in run.samples if samples.step < first]
     run.verdicts = [verdict for verdict in run.verdicts if verdict.step < first]
     run.moved = [moved for moved in run.moved if moved.step < first]
+    run.inspections = [inspection for inspection in run.inspections if inspection.step < first]
     run.last_step = min(run.last_step, first)
 
 
@@ -204,7 +216,7 @@ def _add_segment(run: Run, segment: list[dict[str, Any]]) -> None:
     said = [seconds for event in segment if event["event"] == "end" and (seconds := as_number(event.get("seconds")))]
     run.seconds += said[-1] if said else max(times, default=0.0) - min(times, default=0.0)
     add = {"run": _add_run, "metric": _add_metric, "drift": _add_drift, "samples": _add_samples, "table": _add_table}
-    add["verdict"] = _add_verdict
+    add |= {"verdict": _add_verdict, "latents": _add_latents, "latents_found": _add_found}
     step = 0
     for event in segment:
         # An event without a step belongs to the latest step.
@@ -366,6 +378,16 @@ def _add_verdict(run: Run, event: dict[str, Any], step: int) -> None:
     run.verdicts.append(
         Verdict(step, name, because, visible(event.get("next") or ""), event.get("alarm") is True, fields)
     )
+
+
+def _add_latents(run: Run, event: dict[str, Any], step: int) -> None:
+    run.inspections.append(parse_inspection(event, step))
+
+
+def _add_found(run: Run, event: dict[str, Any], step: int) -> None:
+    table = Table(*found_table(event))
+    run.tables[table.title] = table
+    run.searches += 1
 
 
 def _step(event: dict[str, Any]) -> int | None:

@@ -45,3 +45,32 @@ NOTES: tuple[tuple[str, str], ...] = (
         "Differences between arms with one seed each, or without a control arm, may be noise.",
     ),
 )
+
+LATENT_NOTES: tuple[tuple[str, str], ...] = (
+    (
+        "The highest activations are the exception",
+        "They are the clearest texts and the rarest. Most of the tokens on which a latent is on lie lower, as its histogram "
+        "says, and may be about something else. Precision and recall on labelled text count them all; near misses show what the latent "
+        "does not mean.",
+    ),
+    (
+        "A label is a guess",
+        "Whoever named a latent, a person, a model or a rule, saw some of its contexts. The name holds as far as it was tested "
+        "on text that the namer had not seen.",
+    ),
+    (
+        "Promoted tokens go straight to the output",
+        "They say what the latent would do if no later layer came between. For a late latent that is near what it does, for an "
+        "early one it may be noise.",
+    ),
+    (
+        "A latent that separates is not yet a find",
+        "A dense probe and a bag of words may separate better, and a random dictionary of the same size holds latents that "
+        "separate too. Only what exceeds all of these on held-out text is due to the training of the autoencoder.",
+    ),
+    (
+        "FVU, L0 and dead latents are of these texts",
+        "FVU is the share of the activation's variance that the autoencoder misses: 0 is perfect, 1 is no better than the mean. "
+        "A latent that is dead here may be on elsewhere. The first token of each context is left out of every number.",
+    ),
+)

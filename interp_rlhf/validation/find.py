@@ -53,13 +53,13 @@ class Found:
     Attributes:
         sae (`dict`): which autoencoder.
         concept (`tuple[str, str]`): names of label 0 and label 1.
-        pooling (`str`): `mean` or `max` over the counted tokens of an example: that whose best latent separates the fit part better,
-            the mean where they tie.
+        pooling (`str`): `mean` or `max` over the counted tokens of an example: that whose best latent separates the fit part
+            better, the mean where they tie.
         latents (`list[FoundLatent]`): the best by fit AUROC, best first.
-        probe, tfidf (`tuple[float, float, float]`): held-out AUROC of a dense probe on the mean activation at the same hook point,
-            and of a text classifier that sees words only.
-        random (`list[tuple[float, float, float]]`): held-out AUROC of the best latent of random dictionaries, chosen the same way,
-            one per seed.
+        probe, tfidf (`tuple[float, float, float]`): held-out AUROC of a dense probe on the mean activation at the same hook
+            point, and of a text classifier that sees words only.
+        random (`list[tuple[float, float, float]]`): held-out AUROC of the best latent of random dictionaries, chosen the same
+            way, one per seed.
         less_probe, less_tfidf, less_random (`tuple[float, float, float]`): held-out AUROC of the best latent less theirs, on the
             same rows, with intervals; the random dictionary is the best of them on the held-out part.
         examples (`tuple[int, int]`), l0 (`float`): rows of fit and held-out part; mean number of latents that are on, in the fit.
@@ -125,7 +125,9 @@ def find_latents(
     sae.check_model(model)
     if top < 1 or dictionaries < 1:
         raise ValueError(f"`top` is {top} and `dictionaries` {dictionaries} – expected at least 1 of each.")
-    fit_rows, rest_rows = (examples, held_out) if isinstance(held_out, Examples) else split_examples(examples, seed, held_out)
+    fit_rows, rest_rows = (
+        (examples, held_out) if isinstance(held_out, Examples) else split_examples(examples, seed, held_out)
+    )
     require_apart(fit_rows, rest_rows)
     fit, rest = (_Part(rows, counted_batch(model, tokenizer, rows.rows)) for rows in (fit_rows, rest_rows))
     groups, labels = rest.examples.groups, rest.labels

@@ -1,7 +1,7 @@
 """`inspect_latents`: what there is to know about latents, on given texts, before one of them is called by a name.
 
-In: a model, a sparse autoencoder, texts, optionally labelled examples and readouts. Out: an `Inspection`: a page per latent, and how
-good the autoencoder is on these texts. It must not know how pages look; a label comes from a judge that the caller passes.
+In: a model, a sparse autoencoder, texts, optionally labelled examples and readouts. Out: an `Inspection`: a page per latent, and
+how good the autoencoder is on these texts. It must not know how pages look; a label comes from a judge that the caller passes.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def inspect_latents(
         model (`nn.Module`), tokenizer: what the autoencoder reads, as its adapters stand.
         texts (`list`): strings, or examples as in `tokenize_examples`.
         latents (`Sequence[int]`, *optional*): which; or `"random"`: `top` drawn among those that are on somewhere. By default the
-            `top` that write most: mean activation over all tokens times the norm of the decoder row. Such a latent can be one that
-            is always on: its density says so.
+            `top` that write most: mean activation over all tokens times the norm of the decoder row. Such a latent can be one
+            that is always on: its density says so.
         contexts (`int`, defaults to 10): windows of each kind per latent, at most: with the highest activations, one per context;
             near misses, in which the latent is off throughout although its pre-activation is highest; and random windows in which
             it is off.
@@ -142,8 +142,8 @@ def inspect_latents(
         readouts (`Sequence[Readout]`): at the hook point where the autoencoder writes, to compare decoder rows with.
         seed (`int`, defaults to 0): of the draw, the random windows, the split and the bootstrap.
         judge (`Callable[[LatentPage], str]`, *optional*): a person, a model or a rule that names a latent by its page.
-        whole (`bool`, defaults to `True`): also give FVU, L0 and the dead fraction, for which all latents are computed. Without it
-            only the chosen ones' rows are read, where the architecture allows; it needs `latents`.
+        whole (`bool`, defaults to `True`): also give FVU, L0 and the dead fraction, for which all latents are computed. Without
+            it only the chosen ones' rows are read, where the architecture allows; it needs `latents`.
         how (`Reading`, *optional*): lengths of contexts, windows and batches.
         progress (`bool`): show progress bars.
 
@@ -157,9 +157,13 @@ def inspect_latents(
     how = replace(how or Reading(), progress=progress)
     norms = sae.decoder.norm(dim=1).cpu()
     if isinstance(latents, str) and latents != "random":
-        raise ValueError(f"`latents` is {latents!r} – expected indices, `random`, or none for the `top` that write most.")
+        raise ValueError(
+            f"`latents` is {latents!r} – expected indices, `random`, or none for the `top` that write most."
+        )
     if (latents is None or isinstance(latents, str)) and not whole:
-        raise ValueError("`whole` is False without `latents` – expected indices: choosing among all means to read all.")
+        raise ValueError(
+            "`whole` is False without `latents` – expected indices: choosing among all means to read all."
+        )
     # Whatever is refused is refused before anything is read.
     cosines(sae, [], readouts)
     halves = None if labelled is None else split_examples(labelled, seed)
@@ -211,12 +215,14 @@ def _choose(found: Survey, norms: torch.Tensor, top: int, seed: int | None) -> t
     alive = (found.density > 0).nonzero().squeeze(1)
     if not len(alive) or top < 1:
         raise ValueError(
-            f"{len(alive)} latents are on anywhere in {found.tokens} tokens, and `top` is {top} – expected at least one of each. Is "
-            "this the autoencoder of this model and hook point?"
+            f"{len(alive)} latents are on anywhere in {found.tokens} tokens, and `top` is {top} – expected at least one of each. "
+            "Is this the autoencoder of this model and hook point?"
         )
     if seed is not None:
         drawn = np.random.default_rng(seed).permutation(len(alive))[:top]
-        return sorted(alive[drawn].tolist()), f"drawn at random (seed {seed}) among the {len(alive)} that are on somewhere"
+        return sorted(
+            alive[drawn].tolist()
+        ), f"drawn at random (seed {seed}) among the {len(alive)} that are on somewhere"
     order = (found.mean * norms.double()).argsort(descending=True, stable=True)[: min(top, len(alive))]
     return order.tolist(), "those that write most: mean activation times the norm of the decoder row"
 

@@ -1,13 +1,13 @@
 """Where latents are on: the texts that turn them on, those that almost do, and how often.
 
-In: a model, a sparse autoencoder, texts. Out: per latent its contexts, its density and its histogram, and of the whole autoencoder
-how well it does on these texts. Texts are read in blocks, all S latents in smaller ones: (tokens, S) is never held. It must not
-know labels, nor what a page looks like.
+In: a model, a sparse autoencoder, texts. Out: per latent its contexts, its density and its histogram, and of the whole
+autoencoder how well it does on these texts. All S latents are looked at a block of tokens at a time. It must not know labels, nor
+what a page looks like.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import linear, max_pool1d
-from tqdm.auto import tqdm
 
-from ...activations import TokenBatch, end_of_turn_ids, read_activations, tokenize_examples
 from ..latents import Latents, blocks, normalize
 from .autoencoder import SparseAutoencoder
+from .reading import Block, Reading, read_blocks
 
 # Bins between 0 and a power of two: when a larger value comes, neighbours become one bin, so that no value is looked at twice.
 BINS = 64
-_TEXTS = 64  # tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -93,45 +91,6 @@ class Survey:
     mean: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How texts are cut and read.
-
-    Attributes:
-        context_length (`int`, defaults to 256): tokens of a context. A longer text is cut; each part begins with the text's
-            beginning-of-sequence token, where it has one.
-        window (`int`, defaults to 16): tokens shown on either side of a token.
-        batch_tokens (`int`, defaults to 4096): tokens per forward.
-        progress (`bool`): show progress bars.
-    """
-
-    context_length: int = 256
-    window: int = 16
-    batch_tokens: int = 4096
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.context_length < 3 or self.window < 1 or self.batch_tokens < 1:
-            raise ValueError(f"{self} – expected contexts of at least 3 tokens, and the others at least 1.")
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Contexts that are read together, with their activations (N, D) of all real tokens, row by row."""
-
-    batch: TokenBatch
-    counted: torch.Tensor  # (B, T)
-    texts: list[int]
-    starts: list[int]  # where in its text a context begins
-    activations: torch.Tensor
-    targets: torch.Tensor
-
-    @property
-    def kept(self) -> torch.Tensor:
-        """Which of the N tokens count."""
-        return self.counted[self.batch.attention_mask]
-
-
 def survey(
     model: Any, tokenizer: Any, sae: SparseAutoencoder, texts: Sequence[str | Mapping[str, Any]], how: Reading
 ) -> Survey:
@@ -141,7 +100,7 @@ def survey(
         `ValueError`: texts without two tokens that count.
     """
     totals = _Totals(sae)
-    for block in _read(model, tokenizer, sae, texts, how, "all latents"):
+    for block in read_blocks(model, tokenizer, sae, texts, how, "all latents"):
         totals.add(block)
     return totals.survey()
 
@@ -176,112 +135,11 @@ def gather(
     chosen = sae.latents(indices)
     totals = _Totals(sae) if whole else None
     kept = _Chosen(sae, chosen, indices, contexts, seed, how.window)
-    for block in _read(model, tokenizer, sae, texts, how, "latents"):
+    for block in read_blocks(model, tokenizer, sae, texts, how, "latents"):
         if totals is not None:
             totals.add(block)
         kept.add(block)
     return kept.finish(tokenizer), None if totals is None else totals.survey()
-
-
-def counted_batch(model: Any, tokenizer: Any, rows: Sequence[str | Mapping[str, Any]]) -> TokenBatch:
-    """Token batch of whole examples whose first token does not count.
-
-    Raises:
-        `ValueError`: an example without a token that counts.
-    """
-    batch = tokenize_examples(rows, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
-    counted = batch.completion_mask.clone()
-    counted[:, :1] = False
-    if not counted.any(1).all():
-        row = int((~counted.any(1)).nonzero()[0])
-        raise ValueError(f"Example {row} has no token that counts after its first – expected two. Remove it.")
-    return TokenBatch(batch.input_ids, batch.attention_mask, counted)
-
-
-@torch.no_grad()
-def pooled(
-    model: Any, batch: TokenBatch, latents: Latents, *, rows: int = 64, progress: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Mean and maximum (N, K), float32, of latents over the counted tokens of each row, and how many are on per token.
-
-    Args:
-        rows (`int`, defaults to 64): rows whose activations (tokens, D) are held at a time.
-    """
-    means, maxima = torch.zeros(len(batch), latents.size), torch.zeros(len(batch), latents.size)
-    on = tokens = 0
-    starts = range(0, len(batch), rows)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, leave=False):
-        part = _rows(batch, slice(start, start + rows))
-        activations = read_activations(model, part, [latents.hook_point])[latents.hook_point]
-        for row, own in enumerate(activations.split(part.completion_mask.sum(1).tolist()), start):
-            for few in blocks(own.to(latents.encoder.device), len(latents.encoder)):
-                values = latents(few)
-                means[row] += values.sum(0).cpu() / len(own)
-                maxima[row] = torch.maximum(maxima[row], values.amax(0).cpu())
-                on += int((values > 0).sum())
-            tokens += len(own)
-    return means, maxima, on / max(tokens, 1)
-
-
-def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
-    return TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.completion_mask[rows])
-
-
-def _read(
-    model: Any,
-    tokenizer: Any,
-    sae: SparseAutoencoder,
-    texts: Sequence[str | Mapping[str, Any]],
-    how: Reading,
-    label: str,
-) -> Iterator[_Block]:
-    point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
-    with tqdm(total=len(texts), desc=label, unit="text", disable=not how.progress, leave=False) as bar:
-        for pending in _contexts(texts, tokenizer, how, end_of_turn_ids(model, tokenizer)):
-            lengths = [len(ids) for _, _, ids, _ in pending]
-            batch = TokenBatch.from_ids([[] for _ in pending], [ids for _, _, ids, _ in pending])
-            counted = torch.zeros_like(batch.attention_mask)
-            for row, (length, (*_, counts)) in enumerate(zip(lengths, pending, strict=True)):
-                counted[row, :length] = torch.tensor(counts)
-            found = read_activations(model, batch, [point, target], batch_tokens=how.batch_tokens)
-            numbers, starts = [number for number, *_ in pending], [start for _, start, *_ in pending]
-            yield _Block(batch, counted, numbers, starts, found[point], found[target])
-            bar.update(numbers[-1] + 1 - bar.n)
-
-
-_Context = tuple[int, int, list[int], list[bool]]
-
-
-def _contexts(
-    texts: Sequence[str | Mapping[str, Any]], tokenizer: Any, how: Reading, ends: set[int]
-) -> Iterator[list[_Context]]:
-    """Contexts, each as (text, start, ids, which count), together about as many tokens as a forward takes."""
-    pending: list[_Context] = []
-    tokens = 0
-    for first in range(0, len(texts), _TEXTS):
-        batch = tokenize_examples(texts[first : first + _TEXTS], tokenizer, end_of_turn_ids=ends)
-        for row in range(len(batch)):
-            real = batch.attention_mask[row]
-            ids, counts = batch.input_ids[row][real].tolist(), batch.completion_mask[row][real].tolist()
-            for start, part, which in _cut(ids, counts, tokenizer.bos_token_id, how.context_length):
-                pending.append((first + row, start, part, which))
-                tokens += len(part)
-                if tokens >= how.batch_tokens:
-                    yield pending
-                    pending, tokens = [], 0
-    if pending:
-        yield pending
-
-
-def _cut(ids: list[int], counts: list[bool], bos: int | None, length: int) -> Iterator[tuple[int, list[int], list[bool]]]:
-    head = 1 if ids and bos is not None and ids[0] == bos and not counts[0] else 0
-    step = length - head
-    for start in range(0, len(ids) - head, step):
-        own = slice(start + head, start + head + step)
-        which = [False] * head + counts[own]
-        which[0] = False
-        if any(which):
-            yield start, ids[:head] + ids[own], which
 
 
 class _Totals:
@@ -298,7 +156,7 @@ class _Totals:
         self.last_text = -1
 
     @torch.no_grad()
-    def add(self, block: _Block) -> None:
+    def add(self, block: Block) -> None:
         sae, device = self.sae, self.sae.encoder.device
         size = next(blocks(block.activations, sae.size)).shape[0]
         activations, targets = block.activations[block.kept], block.targets[block.kept]
@@ -377,7 +235,7 @@ class _Chosen:
         self.bins = torch.zeros(count, BINS, dtype=torch.long)
 
     @torch.no_grad()
-    def add(self, block: _Block) -> None:
+    def add(self, block: Block) -> None:
         activations = block.activations.to(self.rows.device)
         values = self.chosen(activations).cpu()  # (N, K)
         before = linear(normalize(activations, self.normalization)[0], self.rows, self.bias).cpu()
@@ -414,7 +272,7 @@ class _Chosen:
         self.bins.view(-1).index_add_(0, latent * BINS + bins, torch.ones_like(bins))
 
     def _offer(
-        self, kind: str, block: _Block, values: torch.Tensor, keys: torch.Tensor, shown: torch.Tensor | None
+        self, kind: str, block: Block, values: torch.Tensor, keys: torch.Tensor, shown: torch.Tensor | None
     ) -> None:
         """Offers each context's best position, by keys (B, K, T), to the latents that may want it, with the value shown there."""
         highest, places = keys.max(-1)  # (B, K)
@@ -427,9 +285,7 @@ class _Chosen:
             window = self._window_of(block, row, place, values[row, latent], value)
             best.offer((key, -window.text, -window.position), window)
 
-    def _window_of(
-        self, block: _Block, row: int, place: int, values: torch.Tensor, value: float | None
-    ) -> Window:
+    def _window_of(self, block: Block, row: int, place: int, values: torch.Tensor, value: float | None) -> Window:
         length = int(block.batch.attention_mask[row].sum())
         own = slice(max(0, place - self.window), min(length, place + self.window + 1))
         counts = block.counted[row, own].tolist()

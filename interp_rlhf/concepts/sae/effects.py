@@ -36,8 +36,8 @@ def promotions(
     """Tokens that each latent promotes and suppresses most, straight through the unembedding, strongest first.
 
     The logit lens on the decoder: W_U (gain ⊙ d). The final norm's gain is folded in, and its centring where it is a LayerNorm;
-    its scale, which depends on the token, is 1; later layers are left out. It says what a late latent does, and little of an early
-    one.
+    its scale, which depends on the token, is 1; later layers are left out. It says what a late latent does, and little of an
+    early one.
 
     Returns:
         Per latent the promoted and the suppressed; empty where the decoder's width is not the unembedding's.
@@ -57,7 +57,10 @@ def promotions(
             kept = min(count, len(effect))
             ends = [effect.topk(kept, largest=largest) for largest in (True, False)]
             promoted, suppressed = (
-                [Promotion(token, tokenizer.decode([token]), value) for value, token in zip(*map(torch.Tensor.tolist, end), strict=True)]
+                [
+                    Promotion(token, tokenizer.decode([token]), value)
+                    for value, token in zip(*map(torch.Tensor.tolist, end), strict=True)
+                ]
                 for end in ends
             )
             found.append((promoted, suppressed))
@@ -67,13 +70,13 @@ def promotions(
 def final_gain(model: Any) -> tuple[torch.Tensor, bool]:
     """Gain (D,) of the norm before the unembedding, and whether that norm centres; ones where the model has none.
 
-    The gain is measured, not read: some keep it less 1 in their weight. For an x of mean 0 and mean square 1 without zeros, a norm
-    gives gain ⊙ x + bias.
+    The gain is measured, not read: some keep it less 1 in their weight. For an x of mean 0 and mean square 1, a norm gives
+    gain ⊙ x + bias.
     """
     core = backbone(model)
     names = {module: name for name, module in unwrap(model).named_modules()}
     inside = tuple(f"{layer}." for layer in decoder_layers(model))
-    norms = [
+    norms: list[Any] = [
         module for module in core.modules()
         if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
         and module.weight.dim() == 1 and not names[module].startswith(inside)

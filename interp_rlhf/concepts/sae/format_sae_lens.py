@@ -55,7 +55,7 @@ def read_sae_lens(raw: RawFile) -> Contents:
         tensors={} if raw.problems else _tensors(found, centred, rescaled),
         reads=metadata.get("hf_hook_name") or metadata.get("hook_name"),
         predicts=metadata.get("hf_hook_name_out") or metadata.get("hook_name_out"),
-        model_id=metadata.get("model_name") or "", metadata=metadata,
+        model_id=str(metadata.get("model_name") or ""), metadata=metadata,
     )  # fmt: skip
 
 
@@ -132,8 +132,9 @@ def _normalization(raw: RawFile) -> Normalization:
 
 
 def _warn_of_processing(metadata: dict[str, Any]) -> None:
-    processed = metadata.get("model_from_pretrained_kwargs") or {}
-    if on := sorted(key for key in ("center_writing_weights", "fold_ln") if processed.get(key)):
+    processed = metadata.get("model_from_pretrained_kwargs")
+    given = processed if isinstance(processed, dict) else {}
+    if on := [key for key in ("center_writing_weights", "fold_ln") if given.get(key)]:
         logger.warning(
             "Trained on a model that TransformerLens had changed (%s): its activations are not those of the Hugging Face model.",
             ", ".join(on),
