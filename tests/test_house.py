@@ -193,6 +193,35 @@ def test_the_evidence_figures_of_the_readme_are_the_committed_ones():
     assert turned["greedy_text_identical"]
 
 
+def test_the_readmes_verdicts_are_those_of_the_gaming_runs():
+    readme = (ROOT / "README.md").read_text()
+    runs = json.loads((ROOT / "recipes" / "watch_the_inside" / "gaming.json").read_text())["runs"]
+    alarms = {"activations obfuscated", "collapsed", "text gamed"}
+    expected = {"penalty": "activations obfuscated", "words": "text gamed"}
+    arms = ("plain", "penalty", "random", "explain", "words", "sentiment")
+    assert sorted({run["arm"] for run in runs}) == sorted(arms)
+    for arm in arms:
+        own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
+        assert [run["seed"] for run in own] == [1, 2, 3]
+        assert f"| {' | '.join(story(run['verdicts']) for run in own)} |" in readme, arm
+        for run in own:
+            found = [verdict["verdict"] for verdict in run["verdicts"]]
+            if arm in expected:  # and not only at the end
+                assert expected[arm] in found[:-1]
+                assert alarms & set(found) == {expected[arm]}
+            else:
+                assert not alarms & {*found, *run["as_if_pushed"]["up"], *run["as_if_pushed"]["down"]}
+
+
+def story(verdicts):
+    """Each verdict where it first holds: `steady, changed from 6`."""
+    parts = []
+    for before, now in zip([None, *verdicts], verdicts, strict=False):
+        if before is None or now["verdict"] != before["verdict"]:
+            parts.append(now["verdict"] + (f" from {now['step']}" if now["step"] else ""))
+    return ", ".join(parts)
+
+
 def test_no_registry_host_is_named_and_nothing_is_left_to_do():
     hosts = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian")
     unfinished = re.compile(r"\b(TODO|FIXME|XXX)\b|NotImplementedError|pickle\.load\b|trust_remote_code=True")
