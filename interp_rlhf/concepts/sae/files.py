@@ -121,7 +121,8 @@ def save_sae(
         save_file(tensors, new / WEIGHTS)
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         digest = _sha256(new / WEIGHTS)
-        os.chmod(new, 0o755)
+        for path, mode in ((new / WEIGHTS, 0o644), (new, 0o755)):  # both were made for this user only
+            os.chmod(path, mode)
         _swap(new, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
