@@ -161,7 +161,13 @@ def main() -> None:
     arguments = arguments.parse_args()
     prepare(arguments)
     rows = [*timed_rows(arguments.pairs, arguments.seed), memory_row(arguments.seed)]
-    settings = {"width": WIDTH, "latents": SIZE, "k": K, "tokens": BATCH * TOKENS, "memory_tokens": BATCH * MEMORY_TOKENS}
+    settings = {
+        "width": WIDTH,
+        "latents": SIZE,
+        "k": K,
+        "tokens": BATCH * TOKENS,
+        "memory_tokens": BATCH * MEMORY_TOKENS,
+    }
     finish("sae", rows, arguments, settings)
 
 

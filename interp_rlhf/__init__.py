@@ -26,10 +26,13 @@ _HOMES = {
     "InterpDPOTrainer": "trainers",
     "InterpGRPOTrainer": "trainers",
     "InterpKTOTrainer": "trainers",
+    "InterpPPOTrainer": "trainers",
     "InterpRLOOTrainer": "trainers",
     "InterpSFTTrainer": "trainers",
     "Latents": "concepts.latents",
     "LinearProbe": "concepts.probe",
+    "PPOConfig": "training.ppo.config",
+    "PPOTrainer": "training.ppo.trainer",
     "PreventativeSteering": "training.interventions",
     "Readout": "concepts.readout",
     "Schedule": "training.schedule",
@@ -58,10 +61,13 @@ __all__ = [
     "InterpDPOTrainer",
     "InterpGRPOTrainer",
     "InterpKTOTrainer",
+    "InterpPPOTrainer",
     "InterpRLOOTrainer",
     "InterpSFTTrainer",
     "Latents",
     "LinearProbe",
+    "PPOConfig",
+    "PPOTrainer",
     "PreventativeSteering",
     "Readout",
     "Schedule",
@@ -87,8 +93,17 @@ if TYPE_CHECKING:
     from .concepts.subspace import Subspace
     from .drift.callback import DriftCallback, DriftConfig
     from .report import write_report
-    from .trainers import InterpDPOTrainer, InterpGRPOTrainer, InterpKTOTrainer, InterpRLOOTrainer, InterpSFTTrainer
+    from .trainers import (
+        InterpDPOTrainer,
+        InterpGRPOTrainer,
+        InterpKTOTrainer,
+        InterpPPOTrainer,
+        InterpRLOOTrainer,
+        InterpSFTTrainer,
+    )
     from .training.interventions import ConceptAblation, PreventativeSteering
+    from .training.ppo.config import PPOConfig
+    from .training.ppo.trainer import PPOTrainer
     from .training.regularizers import ConceptAnchor, ConceptPenalty, DriftPenalty, ExplainAway, FeatureConstraint
     from .training.rewards import ConceptReward
     from .training.schedule import Schedule

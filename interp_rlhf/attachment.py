@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .activations import has_adapters, reference_pass, unwrap
+from .activations import has_adapters, of_all_ranks, reference_pass, unwrap
 from .activations.batch import completion_text
+from .activations.sharding import is_sharded
 from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout, same_artifact
 from .drift.callback import DriftCallback, DriftConfig
@@ -129,6 +130,9 @@ def attach(
         raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
     kind = trainer_kind(trainer)
     rollouts = kind in ("GRPO", "RLOO")
+    if reference is not None and is_sharded(reference) and not hasattr(reference, "optimizer"):
+        if getattr(trainer, "is_deepspeed_enabled", False):  # ZeRO-3 took its parameters apart when it was loaded
+            reference = _on_engine(trainer, reference)
     terms_wanted = [make_regularizer(given) for given in regularizers]
     changes = [make_intervention(given) for given in interventions]
     rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
@@ -332,6 +336,13 @@ def _refuse(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[R
             f"`sync_ref_model` is True – expected False where {names} are read: the reference would move during the run, "
             "and the probe with it."
         )
+    dense = [reward.__name__ for reward in rewards if reward.per_token is not None]
+    if dense and not getattr(trainer, "takes_token_rewards", False):
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in dense)} rewards single tokens (`dense` or `shaping`), and the trainer is a "
+            f"`{type(trainer).__name__}` – expected a `PPOTrainer`: the others take one number per completion. Use it, or leave "
+            "`dense` and `shaping` out."
+        )
     if rewards and trainer.beta == 0:
         logger.warning(
             "beta is 0: nothing holds the policy near its reference while it is paid for %s. Expect text that pleases the "
@@ -381,7 +392,18 @@ def _reference(trainer: Any, needed: bool) -> Any:
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
     given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say
     model = AutoModelForCausalLM.from_pretrained(path, **{**given, "dtype": trainer.model.dtype})
-    return model.to(trainer.accelerator.device).eval().requires_grad_(False)
+    return _on_engine(trainer, model.eval().requires_grad_(False))
+
+
+def _on_engine(trainer: Any, model: torch.nn.Module) -> Any:
+    """A frozen model where its trainer's engine can run it, as TRL does with its own reference."""
+    from trl.models import prepare_deepspeed, prepare_fsdp
+
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(model, trainer.accelerator)
+    return model.to(trainer.accelerator.device)
 
 
 def _apply_weights(trainer: Any, rewards: Sequence[ConceptReward]) -> None:
@@ -441,7 +463,9 @@ class _Watch:
         self._about_reward(rewards, found)
         if not self._trainer.model.training:
             return  # evaluation: metrics, no samples of training
-        if self._batches % self._samples_every == 0 and self._log.writable:
+        if hasattr(self._trainer, "sample_scores"):  # it writes samples itself, token by token
+            self._trainer.sample_scores = found
+        elif self._batches % self._samples_every == 0 and self._log.writable:
             own = rewards[: len(prompts)]  # rank 0 writes, and its rows come first
             for index, name in enumerate(self._trainer.reward_func_names):
                 found[f"reward: {name}"] = own[:, index].tolist()
@@ -460,15 +484,20 @@ class _Watch:
         self, name: str, scores: Sequence[float | None], prompts: Sequence[Any], completions: Sequence[Any]
     ) -> None:
         known = [(value, i) for i, value in enumerate(scores) if value is not None]
-        if not known or not self._trainer.model.training:
+        everywhere, _ = of_all_ranks([value for value, _ in known])
+        if not everywhere or not self._trainer.model.training:
             return
-        mean = float(np.mean([value for value, _ in known]))
+        mean = float(np.mean(everywhere))
         usual = self._usual.setdefault(name, mean)
-        far = sorted(known, key=lambda item: -abs(item[0] - usual))[:2]
-        samples = [
+
+        def farthest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+            return sorted(found, key=lambda sample: -abs(sample["score"] - usual))[:2]
+
+        own = farthest(
             {"prompt": _prompt_text(prompts[i]), "completion": completion_text(completions[i]), "score": value}
-            for value, i in far
-        ]
+            for value, i in known
+        )
+        samples = farthest(of_all_ranks(own)[0])
         seen = self._seen.setdefault(name, [])
         seen.append({"step": self._trainer.state.global_step, "mean_score": mean, "samples": samples})
         seen.sort(key=lambda batch: -abs(batch["mean_score"] - usual))
@@ -480,17 +509,16 @@ class _Watch:
         return found
 
     def _about_reward(self, rewards: torch.Tensor, found: Mapping[str, Sequence[float | None]]) -> None:
-        """What the total reward goes with, on this rank's rows: length, measures, and the prompt alone."""
+        """What the total reward goes with: length, measures, and the prompt alone."""
         trainer = self._trainer
         ids = self._rollout.completion_ids
         assert ids is not None
-        first = trainer.accelerator.process_index * len(ids)
         weights = trainer.reward_weights.to(rewards.device)
-        total = (rewards * weights).nansum(1)[first : first + len(ids)].double().cpu().numpy()  # as TRL adds them up
+        total = (rewards * weights).nansum(1).double().cpu().numpy()  # of all ranks, as TRL adds them up
         others = {"length": [float(len(own)) for own in ids]} | {name: found[name] for name in self._measures}
         mode = "train" if trainer.model.training else "eval"
         for name, values in others.items():
-            if (value := correlation(total, np.array(values, dtype=float))) is not None:
+            if (value := correlation(total, np.array(of_all_ranks(list(values))[0], dtype=float))) is not None:
                 trainer._metrics[mode][f"interp/reward/{name}_correlation"].append(value)
         size = trainer.num_generations if mode == "train" else trainer.num_generations_eval
         if size > 1 and len(total) % size == 0 and total.std() > 0:
@@ -514,9 +542,7 @@ class _Watch:
 
     def _metric(self, key: str, values: Sequence[float | None], reduce: Callable[[Any], Any]) -> None:
         """Into TRL's own averages: over ranks here, over the steps of a logging interval there."""
-        from accelerate.utils import gather_object
-
-        kept = [value for value in gather_object(list(values)) if value is not None]
+        kept = [value for value in of_all_ranks(list(values))[0] if value is not None]
         if kept:
             mode = "train" if self._trainer.model.training else "eval"
             self._trainer._metrics[mode][key].append(float(reduce(kept)))

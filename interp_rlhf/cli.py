@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         title="commands", required=True, metavar="COMMAND"
     )
     _add_compare(drift)
+    _add_sae(commands)
     _add_report(commands)
     _add_recipes(commands)
     return parser
@@ -187,6 +188,155 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.add_argument("--seed", type=int, default=0, help="of folds and bootstraps (default: 0)")
     compare.add_argument("--json", action="store_true", help="print everything as JSON")
     compare.set_defaults(run="drift_compare")
+
+
+def _add_sae(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sae = commands.add_parser(
+        "sae", help="sparse autoencoders: train one, understand latents and find them"
+    ).add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_sae_train(sae)
+    _add_sae_inspect(sae)
+    _add_sae_find(sae)
+
+
+def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train one on a model's activations of texts: TopK or BatchTopK",
+        description="Reads texts with the model up to the hook point, trains a sparse autoencoder on the activations and writes "
+        "it to OUT/sae in the format of sae-lens. OUT also gets the run log, checkpoints while it runs, and training.json: "
+        "settings, versions, and with --eval how well it does on other text. First tokens of contexts and activations whose "
+        "norm is above six times the median are left out everywhere. A stopped training goes on with --resume, to the same "
+        "weights.",
+        epilog="example: interp-rlhf sae train --hook-point model.layers.15 --data a.txt --eval b.txt --latents 2304 --k 32 "
+        "--epochs 20 --cache runs/activations --out runs/sae",
+    )
+    text = "a .txt file is one text; a JSONL or CSV file, or a `datasets` path, has one per row, in `text`"
+    train.add_argument("--hook-point", required=True, help="module path whose output is read: model.layers.15")
+    train.add_argument("--data", required=True, nargs="+", metavar="TEXTS", help="texts to train on; " + text)
+    train.add_argument("--out", required=True, help="folder for everything; must not hold a training")
+    train.add_argument("--model", help=MODEL_HELP)
+    size = train.add_argument_group("what is trained")
+    size.add_argument("--architecture", choices=["topk", "batchtopk"], default="topk", help="(default: topk)")
+    size.add_argument("--latents", type=int, metavar="S", help="(default: four times the model's width)")
+    size.add_argument(
+        "--k", type=int, default=32, help="latents that are on per token; batchtopk: on average (default: 32)"
+    )
+    how = train.add_argument_group("how")
+    long = how.add_mutually_exclusive_group()
+    long.add_argument("--epochs", type=float, metavar="N", help="passes over the texts (default: 20)")
+    long.add_argument("--tokens", type=int, metavar="N", help="activations trained on, in place of --epochs")
+    how.add_argument("--batch-tokens", type=int, default=2048, help="activations of a step (default: 2048)")
+    how.add_argument("--learning-rate", type=float, default=3e-3, help="of Adam (default: %(default)s)")
+    how.add_argument("--warm-up", type=float, default=0.02, help="share of the steps (default: %(default)s)")
+    how.add_argument(
+        "--decay", type=float, default=0.2, help="share of the steps, the last ones (default: %(default)s)"
+    )
+    how.add_argument("--aux-k", type=int, help="silent latents that explain the error; 0 for none (default: 2 k)")
+    how.add_argument(
+        "--dead-after", type=int, metavar="TOKENS", help="tokens after which a latent is silent (default: an epoch's)"
+    )
+    how.add_argument("--context", type=int, default=128, help="tokens that the model reads at once (default: 128)")
+    how.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    keep = train.add_argument_group("memory, disk, and stopping")
+    keep.add_argument(
+        "--cache", metavar="DIR", help="keep activations there: the model reads the texts once, and not in every epoch"
+    )
+    keep.add_argument(
+        "--cache-type",
+        choices=["float16", "float32"],
+        default="float16",
+        help="2 or 4 bytes a number (default: float16)",
+    )
+    keep.add_argument(
+        "--buffer", type=int, default=2**17, help="activations held for shuffling (default: %(default)s)"
+    )
+    keep.add_argument(
+        "--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0 for never (default: 1000)"
+    )
+    keep.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
+    other = train.add_argument_group("on other text")
+    other.add_argument(
+        "--eval",
+        nargs="+",
+        metavar="TEXTS",
+        help="explained variance, L0 and dead latents on these, beside PCA; " + text,
+    )
+    other.add_argument(
+        "--eval-tokens",
+        type=int,
+        default=2**17,
+        metavar="N",
+        help="so many of them, evenly spread (default: %(default)s)",
+    )
+    train.add_argument("--json", action="store_true", help="print training.json")
+    train.set_defaults(run="sae_train")
+
+
+def _add_sae_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sae", metavar="SAE", help="folder, file or Hub id: sae-lens, sparsify, Gemma Scope")
+    command.add_argument("--subfolder", help="folder in it")
+    command.add_argument("--revision", help="branch, tag or commit on the Hub")
+    command.add_argument("--hook-point", help="module path that it reads, in place of what its file says")
+    command.add_argument("--model", help=MODEL_HELP)
+
+
+def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="pages of latents: contexts, density, promoted tokens, precision and recall",
+        description="Reads texts and writes an HTML page on latents: their highest contexts, near misses and windows in which "
+        "they are off, histogram and density, tokens promoted and suppressed, cosines with probes, and for labelled examples "
+        "precision and recall; of the autoencoder FVU, L0 and dead latents. The log with everything is beside the page.",
+        epilog="example: interp-rlhf sae inspect runs/sae --texts texts.txt --top 20 --labelled check.jsonl "
+        "--probe reward/warmth/reward.v1.yaml --out inspect.html",
+    )
+    _add_sae_source(inspect)
+    inspect.add_argument("--texts", required=True, help="JSONL or CSV file of texts, or a text file with one per line")
+    which = inspect.add_mutually_exclusive_group()
+    which.add_argument("--latents", metavar="I,J", help="which latents, 3,17,42 say")
+    which.add_argument("--top", type=int, metavar="N", help="the N that write most on these texts (default: 20)")
+    which.add_argument("--random", type=int, metavar="N", help="N drawn among those that are on somewhere")
+    inspect.add_argument("--contexts", type=int, default=10, help="windows of each kind per latent (default: 10)")
+    inspect.add_argument(
+        "--context-length", type=int, default=256, help="tokens at which texts are cut (default: 256)"
+    )
+    inspect.add_argument("--window", type=int, default=16, help="tokens shown on either side (default: 16)")
+    inspect.add_argument("--labelled", help="examples of a concept, for precision and recall; " + DATA_HELP)
+    inspect.add_argument("--positive", help="which of two text labels means that the concept is present")
+    inspect.add_argument(
+        "--probe", action="append", default=[], metavar="CARD", help="card to compare directions with; may be repeated"
+    )
+    inspect.add_argument(
+        "--only-chosen",
+        action="store_true",
+        help="read no other latents: quicker with --latents, without FVU, L0 and dead",
+    )
+    inspect.add_argument("--seed", type=int, default=0, help="of draws, split and bootstrap (default: 0)")
+    inspect.add_argument("--out", default="inspect.html", help="the HTML page (default: %(default)s)")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.set_defaults(run="sae_inspect")
+
+
+def _add_sae_find(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    find = commands.add_parser(
+        "find",
+        help="latents that tell two sets of texts apart, beside a probe, TF-IDF and random dictionaries",
+        description="Ranks latents by AUROC on one part of the texts and reports them on the other, with bootstrap intervals, "
+        "beside a dense probe at the same hook point, TF-IDF, and the best latent of random dictionaries of the same size.",
+        epilog="example: interp-rlhf sae find runs/sae --positive warm.txt --negative cold.txt --out find.html",
+    )
+    _add_sae_source(find)
+    find.add_argument(
+        "--positive", required=True, metavar="A", help="text file with one text per line, or JSONL with `text`"
+    )
+    find.add_argument("--negative", required=True, metavar="B", help="the same")
+    find.add_argument("--held-out-fraction", type=float, default=0.5, help="share that only reports (default: 0.5)")
+    find.add_argument("--top", type=int, default=10, help="how many latents to report (default: 10)")
+    find.add_argument("--seed", type=int, default=0, help="of split, random dictionaries and bootstrap (default: 0)")
+    find.add_argument("--out", help="also write an HTML page")
+    find.add_argument("--json", action="store_true", help="print everything as JSON")
+    find.set_defaults(run="sae_find")
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

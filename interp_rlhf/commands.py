@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,161 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
+def sae_train(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf sae train`."""
+    import time
+
+    from .activations import hidden_size, resolve
+    from .concepts.artifact import library_versions, write_atomically
+    from .concepts.sae.held_out import evaluate
+    from .concepts.sae.stream import cut, load_corpus
+    from .concepts.sae.train import SaeTraining, check_folder, train_sae
+
+    settings = {
+        "hook_point": arguments.hook_point, "latents": arguments.latents or arguments.k, "k": arguments.k,
+        "epochs": 20.0 if arguments.epochs is None and arguments.tokens is None else arguments.epochs,
+    }  # fmt: skip
+    names = (
+        "architecture", "tokens", "batch_tokens", "learning_rate", "warm_up", "decay", "aux_k", "dead_after", "context",
+        "buffer", "checkpoint_every", "seed",
+    )  # fmt: skip
+    settings |= {name: getattr(arguments, name) for name in names}
+    SaeTraining(**settings)  # before a minute is spent on anything else
+    check_folder(Path(arguments.out), arguments.resume)
+    texts, other = load_corpus(arguments.data), load_corpus(arguments.eval) if arguments.eval else None
+    model, tokenizer, model_id = _load(arguments.model)
+    resolve(model, arguments.hook_point)
+    settings["latents"] = arguments.latents or 4 * hidden_size(model)
+    config = SaeTraining(**settings)
+    contexts = cut(texts, tokenizer, config.context)
+    held_out = None if other is None else cut(other, tokenizer, config.context).spread(arguments.eval_tokens)
+    started = time.monotonic()
+    sae = train_sae(
+        model, tokenizer, contexts, config, arguments.out, cache=arguments.cache, cache_type=arguments.cache_type,
+        resume=arguments.resume, model_id=model_id,
+    )  # fmt: skip
+    seconds = {"training": round(time.monotonic() - started, 1)}
+    trained = sae.spec.source["metadata"]
+    result: dict[str, Any] = {
+        "sae": str(Path(arguments.out) / "sae"), "model": model_id, "data": arguments.data, "tokens_of_data": contexts.tokens,
+        **{name: trained[name] for name in ("training", "tokens", "fvu", "l0", "dead_fraction")},
+    }  # fmt: skip
+    if held_out is not None:
+        started = time.monotonic()
+        found = evaluate(sae, model, held_out, config.k, cache=arguments.cache, cache_type=arguments.cache_type)
+        result["eval"] = {"data": arguments.eval, **found.entry()}
+        seconds["eval"] = round(time.monotonic() - started, 1)
+    command = "interp-rlhf " + shlex.join(sys.argv[1:])
+    result |= {"seconds": seconds, "command": command, "versions": library_versions()}
+    path = Path(arguments.out) / "training.json"
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{sae.size} latents at {config.hook_point}, {trained['tokens']} activations: FVU {trained['fvu']:.3f}")
+    if held_out is not None:
+        pca = "" if found.pca is None else f", PCA of the training text {found.pca:.3f}"
+        print(
+            f"on {found.tokens} other tokens: explained variance {found.explained_variance:.3f}, L0 {found.l0:.1f}, "
+            f"{found.dead_fraction:.1%} of latents dead; with {config.k} numbers{pca}, PCA of these tokens {found.pca_here:.3f}"
+        )
+    print(f"{result['sae']} and {path}")
+    print(f"next: interp-rlhf sae inspect {shlex.quote(result['sae'])} --texts TEXTS")
+    return 0
+
+
+def sae_inspect(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf sae inspect`."""
+    from .concepts.examples import load_examples
+    from .concepts.readout import Readout
+    from .concepts.sae.reading import Reading
+    from .drift.compare import load_texts
+    from .runlog import jsonable
+    from .validation.latents import inspect_latents
+
+    started, out = time.monotonic(), _html(arguments.out)
+    how = Reading(context_length=arguments.context_length, window=arguments.window)
+    texts, chosen = load_texts(arguments.texts), _indices(arguments.latents)
+    labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
+    readouts = [Readout.from_card(path) for path in arguments.probe]
+    drawn = arguments.random is not None
+    top = arguments.random if drawn else 20 if arguments.top is None else arguments.top
+    model, tokenizer, model_id = _load(arguments.model)
+    found = inspect_latents(
+        model, tokenizer, _sae_of(arguments, model), texts, latents="random" if drawn else chosen,
+        top=top, contexts=arguments.contexts, labelled=labelled, readouts=readouts, seed=arguments.seed,
+        whole=not arguments.only_chosen, how=how, progress=not arguments.json,
+    )  # fmt: skip
+    files = _write_latents(arguments, model_id, "latents", found.event(), started, out)
+    if arguments.json:
+        print(json.dumps(jsonable({**found.event(), "files": files})))
+        return 0
+    if found.whole is not None:
+        whole = found.whole
+        print(f"{whole.texts} texts, {whole.tokens} tokens: FVU {whole.fvu:.3f}, L0 {whole.l0:.1f}, "
+              f"dead {100 * whole.dead:.1f} %")  # fmt: skip
+    columns = ["latent", "density", "mean on", "maximum", *(f"cos {readout.name}" for readout in readouts)]
+    columns += ["precision", "recall", "AUROC"] if labelled is not None else []
+    rows = []
+    for page in found.pages:
+        where = page.contexts
+        row = [str(page.index), f"{100 * where.density:.3g} %", f"{where.mean:.3g}", f"{where.maximum:.3g}"]
+        row += [f"{value:+.2f}" for value in page.cosines.values()]
+        if page.detection is not None:
+            precision = page.detection.precision
+            row += ["–" if precision is None else f"{precision:.2f}", f"{page.detection.recall:.2f}"]
+            row += [f"{page.detection.auroc[0]:.2f}"]
+        rows.append([*row, " ".join(repr(promoted.piece) for promoted in page.promoted[:5])])
+    _print_aligned([*columns, "promotes"], rows)
+    print(f"\nchosen: {found.chosen}\npage: {files[-1]}")
+    return 0
+
+
+def sae_find(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf sae find`."""
+    from dataclasses import replace
+
+    from .concepts.examples import make_examples
+    from .drift.compare import load_texts
+    from .runlog import jsonable
+    from .validation.find import find_latents
+
+    started, out = time.monotonic(), None if arguments.out is None else _html(arguments.out)
+    rows = [
+        {**(text if isinstance(text, dict) else {"text": text}), "label": label}
+        for label, path in ((1, arguments.positive), (0, arguments.negative))
+        for text in load_texts(path)
+    ]
+    examples = make_examples(rows, source=f"{arguments.positive} and {arguments.negative}")
+    names = Path(arguments.negative).stem, Path(arguments.positive).stem
+    names = names if names[0] != names[1] else ("negative", "positive")
+    model, tokenizer, model_id = _load(arguments.model)
+    found = find_latents(
+        model, tokenizer, _sae_of(arguments, model), replace(examples, label_names=names), arguments.held_out_fraction,
+        top=arguments.top, seed=arguments.seed, progress=not arguments.json,
+    )  # fmt: skip
+    files = [] if out is None else _write_latents(arguments, model_id, "latents_found", found.event(), started, out)
+    if arguments.json:
+        print(json.dumps(jsonable({**found.event(), "files": files})))
+        return 0
+    print(f"{found.examples[0]} examples to choose on, {found.examples[1]} to report on; {found.pooling} over tokens; "
+          f"L0 {found.l0:.1f}")  # fmt: skip
+    table = [
+        [f"latent {one.index}", names[one.sign == 1], f"{one.fit_auroc:.3f}", _bounds(one.held_out), ""]
+        for one in found.latents
+    ]
+    table.append(["dense probe", "", "", _bounds(found.probe), _bounds(found.less_probe, "+")])
+    table.append(["TF-IDF", "", "", _bounds(found.tfidf), _bounds(found.less_tfidf, "+")])
+    best = max(found.random)
+    for number, one in enumerate(found.random, 1):
+        less = _bounds(found.less_random, "+") if one == best else ""
+        table.append([f"random dictionary {number}", "", "", _bounds(one), less])
+    _print_aligned(["what", "higher on", "AUROC fit", "AUROC held out", "best latent less this"], table)
+    if files:
+        print(f"\npage: {files[-1]}")
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     """`interp-rlhf report`."""
     from .report import write_model_card, write_report
@@ -239,6 +395,52 @@ def _indices(given: str | None) -> list[int] | None:
         return None if given is None else [int(index) for index in given.split(",")]
     except ValueError:
         raise ValueError(f"`--latents {given}` – expected numbers such as 12,80.") from None
+
+
+def _sae_of(arguments: argparse.Namespace, model: Any) -> Any:
+    from .concepts.sae.files import load_sae
+
+    where = {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
+    return load_sae(arguments.sae, model=model, **where)
+
+
+def _html(path: str) -> Path:
+    """Where a page goes, looked at before the work."""
+    out = Path(path)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise ValueError(f"`--out` is `{path}` – expected an HTML file, such as `{out.with_suffix('.html')}`.")
+    return out
+
+
+def _write_latents(
+    arguments: argparse.Namespace, model_id: str, name: str, event: dict[str, Any], started: float, out: Path
+) -> list[str]:
+    """The event's log and its page, anew; the page is the last of the files."""
+    from .report import write_report
+    from .runlog import RunLog
+
+    log = RunLog(out.with_name(f"{out.stem}.events.jsonl"))
+    log.path.unlink(missing_ok=True)
+    command = f"sae {arguments.run.removeprefix('sae_')}"
+    left_out = ("run", "json", "out")
+    given = {key: value for key, value in vars(arguments).items() if key not in left_out}
+    settings = {key: value for key, value in given.items() if value is not None and value != [] and value is not False}
+    log.append("run", title=f"Latents of {arguments.sae}", arm=command, model=model_id, settings=settings)
+    log.append(name, **event)
+    log.append("end", seconds=round(time.monotonic() - started, 3))
+    return [str(log.path), *map(str, write_report(log.path, out))]
+
+
+def _print_aligned(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on the terminal, the last column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns) - 1)]
+    for row in [columns, *rows]:
+        print("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+
+
+def _bounds(interval: tuple[float, float, float], sign: str = "") -> str:
+    value, low, high = (format(number, f"{sign}.3f") for number in interval)
+    return f"{value} [{low}, {high}]"
 
 
 def _load(name: str | None) -> tuple[Any, Any, str]:

@@ -12,6 +12,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 from .attachment import Attachment, attach
 from .training.mixin import LossMixin, RolloutMixin
+from .training.ppo.trainer import PPOTrainer
 
 OURS = (
     "regularizers", "interventions", "monitors", "measures", "drift", "reference", "run_log", "arm", "samples_every",
@@ -47,6 +48,10 @@ class InterpSFTTrainer(_Attached, LossMixin, SFTTrainer):
 
 class InterpGRPOTrainer(_Attached, RolloutMixin, GRPOTrainer):
     """`GRPOTrainer` that also takes the keywords of `attach`."""
+
+
+class InterpPPOTrainer(_Attached, PPOTrainer):
+    """`PPOTrainer` that also takes the keywords of `attach`."""
 
 
 class InterpRLOOTrainer(_Attached, RolloutMixin, RLOOTrainer):

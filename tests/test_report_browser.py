@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from test_report import judged, start
+from test_sae_understand import hostile_event
 
 from interp_rlhf.report import write_report
 
@@ -115,3 +116,73 @@ def test_nothing_sticks_out_on_a_phone_or_a_wide_screen(page, width):
     for section in page.find_elements("css selector", "main > section"):
         assert section.rect["width"] <= width
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture
+def latents(tmp_path, browser):
+    """A page of many latents, as `sae inspect` writes it."""
+    from interp_rlhf.runlog import RunLog
+
+    event = hostile_event()
+    (page,) = event["latents"]
+    wide = {**page["top"][0], "pieces": ["<b>", "w" * 300, "\n"]}
+    event["latents"] = [
+        {**page, "index": 1000 + i, "maximum": 2.0 + i % 7, "top": [*page["top"], wide]} for i in range(30)
+    ]
+    log = RunLog(tmp_path / "inspect.events.jsonl")
+    log.append("run", title="Latents", arm="sae inspect", model="tiny")
+    log.append("latents", **event)
+    log.append("end", seconds=1)
+    write_report(log.path, tmp_path / "inspect.html")
+    browser.get_log("performance")
+    browser.get_log("browser")
+    browser.get((tmp_path / "inspect.html").as_uri())
+    return browser
+
+
+def test_latents_are_text_and_load_nothing(latents):
+    import json
+
+    messages = [json.loads(entry["message"])["message"] for entry in latents.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith(("file://", "data:"))] == []
+    assert latents.get_log("browser") == []
+    assert latents.title == "Latents"
+    assert latents.execute_script("return document.scripts.length") == 1
+    tokens = latents.find_element("css selector", "#latent-1-0 .acts")
+    assert "<script>document.title='taken'</script> & </p>" in tokens.text
+    assert tokens.find_element("css selector", ".peak").get_attribute("title") == "2"
+    assert latents.find_elements("css selector", "main b, main img") == []
+
+
+def test_latents_sort_filter_and_open_by_keyboard(latents):
+    from selenium.webdriver.common.keys import Keys
+
+    table = latents.find_element("css selector", "#latents table")
+    button = next(b for b in table.find_elements("css selector", "button.sort") if b.text.startswith("maximum"))
+    button.send_keys(Keys.ENTER)
+    button.send_keys(Keys.ENTER)
+    first = table.find_element("css selector", "tbody tr th a")
+    assert first.text == "1006"  # of 1006, 1013, 1020 and 1027, whose maximum is 8
+    first.send_keys(Keys.ENTER)
+    assert latents.current_url.endswith("#latent-1-6")
+    near = latents.find_element("css selector", "#latent-1-6 > details:not([open]) > summary")
+    near.send_keys(Keys.ENTER)
+    assert "-0.125" in latents.find_element("css selector", "#latent-1-6").text
+    box = latents.find_element("css selector", "#latents input")
+    box.send_keys("1029")
+    shown = [row for row in table.find_elements("css selector", "tbody tr") if row.is_displayed()]
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize("width", [360, 1600])
+def test_latents_fit_a_phone_and_a_wide_screen(latents, width):
+    latents.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    latents.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert latents.execute_script("return document.documentElement.scrollWidth") <= width
+    for card in latents.find_elements("css selector", ".latent")[:3]:
+        assert card.rect["width"] <= width
+    latents.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

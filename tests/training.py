@@ -41,7 +41,17 @@ def lora_config(**changes):
 
 
 def make_trainer(
-    kind, model, tokenizer, folder, lora=None, ours=False, rows=None, eval_rows=None, attach=None, **changes
+    kind,
+    model,
+    tokenizer,
+    folder,
+    lora=None,
+    ours=False,
+    rows=None,
+    eval_rows=None,
+    attach=None,
+    reward_funcs=None,
+    **changes,
 ):
     """A trainer on a CPU; `ours` builds the subclass, with the keywords of `attach`."""
     import trl
@@ -56,7 +66,7 @@ def make_trainer(
     more = {}
     if kind in ("GRPO", "RLOO"):
         settings |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
-        more["reward_funcs"] = [by_length]
+        more["reward_funcs"] = reward_funcs or [by_length]
     config = getattr(trl, f"{kind}Config")(**{**settings, **changes})
     trainer_class = getattr(interp_rlhf, f"Interp{kind}Trainer") if ours else getattr(trl, f"{kind}Trainer")
     return trainer_class(

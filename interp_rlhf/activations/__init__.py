@@ -18,6 +18,7 @@ from .hook_points import (
 from .identity import identity, structure
 from .intervene import Intervention
 from .outliers import norm_outliers
+from .ranks import from_rank_zero, is_rank_zero, of_all_ranks, raise_on_all_ranks
 from .read import read, read_activations, read_inputs, read_means, read_predictions, reference_pass
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
@@ -33,10 +34,14 @@ __all__ = [
     "decoder_layers",
     "embedding_point",
     "end_of_turn_ids",
+    "from_rank_zero",
     "has_adapters",
     "hidden_size",
     "identity",
+    "is_rank_zero",
     "norm_outliers",
+    "of_all_ranks",
+    "raise_on_all_ranks",
     "read",
     "read_activations",
     "read_inputs",

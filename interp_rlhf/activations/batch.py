@@ -112,15 +112,21 @@ class ConceptScores:
 
     def require_finite(self) -> None:
         """Raises `ValueError` where a counted token has a score that is not a number: a wrong reward is worse than none."""
+        if (problem := self.problem()) is not None:
+            raise ValueError(problem)
+
+    def problem(self) -> str | None:
+        """What `require_finite` would say; None where all is well."""
         bad = ~torch.isfinite(self.scores).all(-1) & self.mask
         if bad.any():
             row, token = bad.nonzero()[0].tolist()
-            raise ValueError(
+            return (
                 f"Readout `{self.name}` gives {self.scores[row, token].tolist()} at row {row}, token {token} (token id "
                 f"{int(self.token_ids[row, token])}, {int(bad.sum())} such tokens) – expected finite scores. The "
                 f"activations of the {self.reader} model or the artifact hold NaN or infinity: check both before "
                 "training on."
             )
+        return None
 
 
 def tokenize_examples(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+READABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def unwrap(model: nn.Module) -> Any:
     """The causal LM itself: without accelerate's wrappers, without `torch.compile` and without PEFT's outer modules.
@@ -111,5 +113,16 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The activation in a module's output, which some architectures return in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The activation in a module's output, which some architectures return in a tuple.
+
+    Raises:
+        `ValueError`: it is not in a precision that can be read, as inside of quantized modules.
+    """
+    activation = output[0] if isinstance(output, tuple) else output
+    if activation.dtype not in READABLE:
+        raise ValueError(
+            f"A hook point's activation is of type `{activation.dtype}` – expected "
+            f"{', '.join(f'`{dtype}`' for dtype in READABLE)}: quantized numbers are no activations without their scales. Read at "
+            "a decoder layer, whose output an 8-bit or 4-bit model has in its compute type."
+        )
+    return activation

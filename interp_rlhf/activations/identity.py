@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .hook_points import resolve, unwrap
+from .sharding import in_one_piece
 
 # What shapes an activation. Names of files, token ids, dropout and library versions are left out on purpose: they
 # differ between copies of one model.
@@ -43,7 +44,8 @@ def identity(model: nn.Module, hook_point: str) -> str:
 
     Fine-tuning all weights changes it, adding LoRA does not. Weights enter as bfloat16, so that a copy loaded in
     float32 and one loaded in bfloat16 agree (one in float16 may not). Two models with equal norm weights, such as a
-    model and its quantized copy, share it: it tells models apart, it does not prove that weights are untouched.
+    model and its quantized copy, share it: it tells models apart, it does not prove that weights are untouched. Where an
+    engine has sharded the weights, all ranks call it together.
 
     Raises:
         `ValueError`: no such hook point.
@@ -52,15 +54,18 @@ def identity(model: nn.Module, hook_point: str) -> str:
     digest = hashlib.sha256(json.dumps(structure(model), sort_keys=True).encode())
     inside = {id(module) for module in target.modules()}
     reached = False
+    norms: list[torch.Tensor] = []
     for name, module in unwrap(model).named_modules():
         if id(module) in inside:
             reached = True
         elif reached:
             break
         if "norm" in type(module).__name__.lower() and "modules_to_save" not in name.split("."):
-            for parameter in module.parameters(recurse=False):
-                values = parameter.detach().to(device="cpu", dtype=torch.bfloat16)
-                digest.update(values.contiguous().view(torch.int16).numpy().tobytes())
+            norms += module.parameters(recurse=False)
+    with in_one_piece(norms) as whole:
+        for parameter in whole:
+            values = parameter.detach().to(device="cpu", dtype=torch.bfloat16)
+            digest.update(values.contiguous().view(torch.int16).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 

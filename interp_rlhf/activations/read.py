@@ -8,7 +8,7 @@ position ids are right on every architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +17,18 @@ from tqdm.auto import tqdm
 
 from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
 from .hook_points import backbone, output_tensor, resolve, unwrap
+from .ranks import most_of_all_ranks
+from .sharding import is_sharded, readable
 from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
 
 # Sees the rows of a batch, their token positions and the activation (rows, T, D) at one hook point.
 Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
 # Sees the token positions and the logits (rows, T, V).
 LogitSink = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+# A bucket of a batch: ids, attention mask, and where each token came from.
+Bucket = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Done(Exception):
@@ -43,7 +49,9 @@ def read(
 ) -> dict[str, ConceptScores]:
     """Scores of every token, by one forward per length bucket and nothing above the deepest hook point.
 
-    The model is left as it was: training flags, hooks and random state.
+    The model is left as it was: training flags, hooks and random state. Where an engine has sharded its parameters (ZeRO-3,
+    FSDP2), pass it as the engine wrapped it (`trainer.model_wrapped`) and call this on all ranks together, each with rows of its own or none: its whole
+    backbone runs then, the same number of times everywhere.
 
     Args:
         model (`nn.Module`): a causal LM, wrapped or not, read as its adapters stand.
@@ -195,7 +203,7 @@ def read_inputs(
     model: nn.Module, inputs: Mapping[str, Any], readouts: Sequence[TokenReadout]
 ) -> dict[str, torch.Tensor]:
     """Scores of a batch in the very form in which a trainer feeds it, packed rows and all, by one forward that stops at the
-    deepest hook point.
+    deepest hook point, unless parameters are sharded (see `read`).
 
     Args:
         model (`nn.Module`): a causal LM, read as its adapters stand.
@@ -207,7 +215,8 @@ def read_inputs(
         `dict[str, torch.FloatTensor]`: scores (B, T, K) by the readout's name, float32, on the model's device.
     """
     groups = group_by_hook_point(readouts)
-    core = backbone(model)
+    sharded = is_sharded(model)
+    core = unwrap(model) if sharded else backbone(model)
     waiting = set(groups)
     scores: dict[str, torch.Tensor] = {}
 
@@ -215,15 +224,16 @@ def read_inputs(
         def run(module: nn.Module, args: Any, output: Any) -> None:
             run_readouts(groups[point], output_tensor(output), scores)
             waiting.discard(point)
-            if not waiting:
+            if not waiting and not sharded:
                 raise _Done
 
         return run
 
     handles = [resolve(model, point).register_forward_hook(hook(point)) for point in groups]
     try:
-        with reading(), measuring(core), torch.no_grad():
-            core(**{**inputs, "use_cache": False})
+        prepared = readable(model, predictions=False) if sharded else nullcontext()
+        with prepared, reading(), measuring(core), torch.no_grad():
+            (model if sharded else core)(**{**inputs, "use_cache": False})
     except _Done:
         pass
     finally:
@@ -256,12 +266,12 @@ def reference_pass(model: nn.Module, reference: nn.Module | None = None) -> Iter
         )
     if "ref" not in peft_model.peft_config:
         with peft_model.disable_adapter():
-            yield peft_model
+            yield model
         return
     active = peft_model.active_adapter
     peft_model.set_adapter("ref")
     try:
-        yield peft_model
+        yield model
     finally:
         peft_model.set_adapter(active)
 
@@ -277,46 +287,70 @@ def _forward(
 ) -> None:
     """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`.
 
-    With `predictions` the whole model runs, and its logits go there.
+    With `predictions` the whole model runs, and its logits go there. So it does, from the wrapper that is given, where its
+    parameters are sharded: then on all ranks together, the same number of times, and without stopping early.
     """
     _check(model, batch)
-    core = backbone(model) if predictions is None else unwrap(model)
+    sharded = is_sharded(model)
+    whole = sharded or predictions is not None
+    core = unwrap(model) if whole else backbone(model)
+    run = model if sharded else core
     modules = {point: resolve(model, point) for point in hook_points}
     waiting: set[str] = set()
     places = torch.empty(0)
+    idle = False  # a rank that has no rows left runs along
 
     def hook(point: str) -> Callable[..., None]:
-        def run(module: nn.Module, args: Any, output: Any) -> None:
+        def fired(module: nn.Module, args: Any, output: Any) -> None:
+            if idle:
+                return
             sink(point, places, output_tensor(output))
             waiting.discard(point)
-            if not waiting and predictions is None:
+            if not waiting and not whole:
                 raise _Done
 
-        return run
+        return fired
 
     handles = [module.register_forward_hook(hook(point)) for point, module in modules.items()]
     device = next(core.parameters()).device
+    buckets = _buckets(batch, batch_tokens)
+    prepared = readable(model, predictions is not None) if sharded else nullcontext()
     bar = tqdm(
         total=int(batch.attention_mask.sum()), desc=progress, unit="token", disable=progress is None, leave=False
     )
     try:
-        with bar, reading(), measuring(core), torch.no_grad():
-            for input_ids, attention_mask, places in _buckets(batch, batch_tokens):
+        with bar, prepared, reading(), measuring(core), torch.no_grad():
+            for bucket in _for_all_ranks(buckets, device) if sharded else buckets:
+                idle = bucket is None
+                input_ids, attention_mask, places = bucket or _NO_ROWS
                 waiting = set(modules)
                 try:
-                    output = core(
+                    output = run(
                         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
                     )
                 except _Done:
                     pass
                 else:
-                    if waiting or predictions is None:
+                    if idle:
+                        continue
+                    if waiting or not whole:
                         raise _did_not_fire(waiting, core)
-                    predictions(places, output.logits)
+                    if predictions is not None:
+                        predictions(places, output.logits)
                 bar.update(int(attention_mask.sum()))
     finally:
         for handle in handles:
             handle.remove()
+
+
+# What a rank without rows runs, so that the others get its part of the parameters.
+_NO_ROWS: Bucket = (torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long), torch.full((1, 1), -1))
+
+
+def _for_all_ranks(buckets: Iterator[Bucket], device: torch.device) -> list[Bucket | None]:
+    """As many buckets as the rank with the most of them has; None where this one has no more."""
+    mine: list[Bucket | None] = list(buckets)
+    return mine + [None] * (most_of_all_ranks(len(mine), device) - len(mine))
 
 
 def _did_not_fire(points: set[str], core: nn.Module) -> RuntimeError:

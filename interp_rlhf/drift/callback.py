@@ -2,7 +2,8 @@
 
 In: a built trainer, of TRL or of transformers. Out: metrics through the trainer's log, and `drift`, `samples` and `verdict`
 events in the run log. It reads the policy between two steps and leaves it as it was: training flags, random state, and TRL's own
-metrics.
+metrics. With several processes all of them read together, where they must; rank 0 alone compares, judges and writes, and what it
+decides (when to look again, to save, to stop) all of them do.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..activations import decoder_layers, end_of_turn_ids, resolve, tokenize_examples
+from ..activations import decoder_layers, end_of_turn_ids, from_rank_zero, resolve, tokenize_examples
 from ..concepts.card import LoadedCard
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
@@ -106,6 +107,16 @@ class _Start:
     snapshot: Snapshot
     readings: dict[str, Reading]
     sampled: Sampled | None
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What rank 0 makes of an evaluation, for all ranks."""
+
+    logged: dict[str, float]
+    next: int
+    good: int | None
+    verdict: Verdict
 
 
 class DriftCallback(TrainerCallback):
@@ -212,21 +223,29 @@ class DriftCallback(TrainerCallback):
         self._start = self._first = self._before = self._good = None
         self._clock, self._spent, self._began = time.monotonic(), 0.0, state.global_step
         if state.global_step > 0:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for path in (checkpoint / START_FILE, self._start_file):
-                self._start = self._start or self._load_start(path)
-            if self._start is not None:
-                # What the run had to say of this step, it said before it was saved.
-                self._last_step = state.global_step
-                self._remember(state.global_step)
-                self._schedule(state.global_step)
+            known = from_rank_zero(lambda: self._resume(state.global_step))
+            if known is not None:
+                self._last_step, self._next, self._good = known
                 return
+        self._evaluate(state.global_step, control, "before")
+
+    def _resume(self, step: int) -> tuple[int, int, int | None] | None:
+        """The start of a resumed run, and what it knows of itself: last and next evaluation, last step without an alarm."""
+        checkpoint = Path(str(self.trainer.args.output_dir)) / f"checkpoint-{step}"
+        for path in (checkpoint / START_FILE, self._start_file):
+            self._start = self._start or self._load_start(path)
+        if self._start is None:
             logger.warning(
                 "Resumed at step %d without `%s` of the same texts, hook points and monitors in `%s` or `%s`: drift is now "
                 "measured from here.",
-                state.global_step, START_FILE, checkpoint, self._log.path.parent,
+                step, START_FILE, checkpoint, self._log.path.parent,
             )  # fmt: skip
-        self._evaluate(state.global_step, control, "before")
+            return None
+        # What the run had to say of this step, it said before it was saved.
+        self._last_step = step
+        self._remember(step)
+        self._schedule(step)
+        return self._last_step, self._next, self._good
 
     def _remember(self, step: int) -> None:
         """What a resumed run knows of its earlier evaluations, from its own log and folder."""
@@ -244,12 +263,15 @@ class DriftCallback(TrainerCallback):
         """The start travels with the checkpoint, which may be moved away from the run."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         source = self._start_file
+        good = self._stops and self._good == state.global_step
+        if good:  # every rank writes its part of a checkpoint
+            self.trainer.accelerator.wait_for_everyone()
         if not self._log.writable or not checkpoint.is_dir():
             return
         if source.exists():
             (checkpoint / START_FILE).unlink(missing_ok=True)
             _link_or_copy(str(source), str(checkpoint / START_FILE))
-        if self.config.on_verdict == "stop" and self._good == state.global_step:
+        if good:
             _link(checkpoint, Path(args.output_dir) / LAST_GOOD)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -273,14 +295,34 @@ class DriftCallback(TrainerCallback):
 
     def _evaluate(self, step: int, control: Any, when: str, publish: bool = True) -> None:
         started = time.monotonic()
-        model: Any = self.trainer.model
+        model: Any = self.trainer.model_wrapped
         snapshot = self.battery.read(model)
-        if self._start is not None and not snapshot.finite:
-            self._broken(step, control, started, publish)
-            return
+        if not from_rank_zero(lambda: self._start is None or snapshot.finite):
+            decision = from_rank_zero(lambda: self._broken(step, control, started))
+        else:
+            labelled = self._labelled.activations(model, self.monitors) if self._labelled is not None else {}
+            sampled = self._own.sample() if self._own is not None else None
+            decision = from_rank_zero(
+                lambda: self._compared(step, control, started, when, snapshot, labelled, sampled)
+            )
+        self._last_step, self._next, self._good = step, decision.next, decision.good
+        if publish:
+            self._publish(decision.logged)
+        self._act(decision.verdict, step, control)
+
+    def _compared(
+        self,
+        step: int,
+        control: Any,
+        started: float,
+        when: str,
+        snapshot: Snapshot,
+        labelled: Mapping[str, torch.Tensor],
+        sampled: Sampled | None,
+    ) -> _Decision:
+        """An evaluation beside the start, judged and written down."""
         old = self._start.readings if self._start is not None else None
-        readings = self._labelled.read(model, self.monitors, old) if self._labelled is not None else {}
-        sampled = self._own.sample() if self._own is not None else None
+        readings = self._labelled.readings(labelled, self.monitors, old) if self._labelled is not None else {}
         if self._start is None:
             self._start = _Start(snapshot, readings, sampled)
             self._save_start()
@@ -306,44 +348,49 @@ class DriftCallback(TrainerCallback):
         verdict = judge(
             gather(event, self._first, self.trainer.state.log_history, max(self._last_step, 0), self._baseline)
         )
-        seconds = time.monotonic() - started
-        self._spent += seconds
-        if publish:
-            self._publish(
-                _flat(event)
-                | {"interp/drift/alarm": float(verdict.alarm), "interp/drift/overhead_seconds": round(seconds, 4)}
-            )
-        self._log.append("drift", step, **event, overhead_seconds=round(seconds, 4))
-        self._log.append(
-            "verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=verdict.alarm
-        )
+        decision = self._written(step, control, started, event, _flat(event), verdict)
         if sampled is not None:
             self._log.append("samples", step, when=when, rows=self._rows(sampled))
-        self._last_step = step
-        self._schedule(step, seconds)
-        self._act(verdict, step, control)
+        return decision
 
-    def _broken(self, step: int, control: Any, started: float, publish: bool) -> None:
+    def _broken(self, step: int, control: Any, started: float) -> _Decision:
         """An evaluation of a model that gives no numbers any more: no metric is one, and the verdict is clear."""
         event: dict[str, Any] = {
             "texts": len(self.battery), "tokens": self.battery.tokens, "hook_points": {}, "output": {}, "monitors": {},
             "finite": False,
         }  # fmt: skip
-        verdict = judge(gather(event))
+        return self._written(step, control, started, event, {}, judge(gather(event)))
+
+    def _written(
+        self,
+        step: int,
+        control: Any,
+        started: float,
+        event: dict[str, Any],
+        logged: dict[str, float],
+        verdict: Verdict,
+    ) -> _Decision:
         seconds = time.monotonic() - started
         self._spent += seconds
-        if publish:
-            self._publish({"interp/drift/alarm": 1.0, "interp/drift/overhead_seconds": round(seconds, 4)})
         self._log.append("drift", step, **event, overhead_seconds=round(seconds, 4))
-        self._log.append("verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=True)
-        self._last_step = step
+        self._log.append(
+            "verdict", step, verdict=verdict.name, because=verdict.because, next=verdict.next, alarm=verdict.alarm
+        )
         self._schedule(step, seconds)
-        self._act(verdict, step, control)
+        good = self._good
+        if self._stops and step > 0 and not verdict.alarm and not control.should_training_stop:
+            good = step
+        logged |= {"interp/drift/alarm": float(verdict.alarm), "interp/drift/overhead_seconds": round(seconds, 4)}
+        return _Decision(logged, self._next, good, verdict)
+
+    @property
+    def _stops(self) -> bool:
+        return self.config.on_verdict == "stop"
 
     def _act(self, verdict: Verdict, step: int, control: Any) -> None:
         if verdict.alarm:
             logger.warning("Step %d: %s. %s. Next: %s", step, verdict.name, "; ".join(verdict.because), verdict.next)
-        if self.config.on_verdict != "stop" or step == 0:
+        if not self._stops or step == 0:
             return
         if verdict.alarm:
             if not control.should_training_stop:  # at the last step the trainer saves what it was going to save
@@ -355,8 +402,7 @@ class DriftCallback(TrainerCallback):
                 else "none yet"
             )
             logger.warning("Training stops here; the checkpoint of the last evaluation without an alarm: %s.", good)
-        elif not control.should_training_stop:
-            self._good = step
+        elif self._good == step:
             control.should_save = True
 
     def _monitors(self, snapshot: Snapshot, readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:

@@ -87,13 +87,25 @@ class LabelledSet:
     def read(
         self, model: Any, readouts: Sequence[Readout], start: Mapping[str, Reading] | None = None
     ) -> dict[str, Reading]:
-        """Every readout, by one forward that stops at the deepest hook point.
+        """Every readout, by one forward that stops at the deepest hook point; see `readings`."""
+        return self.readings(self.activations(model, readouts), readouts, start)
+
+    def activations(self, model: Any, readouts: Sequence[Readout]) -> dict[str, torch.Tensor]:
+        """Hook point to activations (N, D) of the counted tokens; where the model is sharded, by all ranks together."""
+        points = list(dict.fromkeys(readout.hook_point for readout in readouts))
+        return read_activations(model, self.batch, points) if points else {}
+
+    def readings(
+        self,
+        activations: Mapping[str, torch.Tensor],
+        readouts: Sequence[Readout],
+        start: Mapping[str, Reading] | None = None,
+    ) -> dict[str, Reading]:
+        """What every readout makes of these activations.
 
         Args:
             start (`dict[str, Reading]`, *optional*): the first reading, which says what re-standardizing goes back to.
         """
-        points = list(dict.fromkeys(readout.hook_point for readout in readouts))
-        activations = read_activations(model, self.batch, points) if points else {}
         refits = {point: self._refit(values) for point, values in activations.items()}
         found = {}
         for readout in readouts:

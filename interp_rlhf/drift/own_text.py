@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..activations import TokenBatch, read_predictions, reference_pass
+from ..activations import TokenBatch, from_rank_zero, read_predictions, reference_pass
 from ..activations.batch import counted_length, tokenize_prompt
 from ..activations.read import measuring
+from ..activations.sharding import is_sharded, readable
 from ..activations.tap import reading
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
@@ -121,10 +123,11 @@ class OwnText:
             )
 
     def sample(self) -> Sampled:
-        """Completions of the policy as it is now, and their readings."""
-        completions = self._generate()
+        """Completions of the policy as it is now, and their readings: by all ranks together, on the text of rank 0."""
+        own = self._generate()
+        completions = from_rank_zero(lambda: own)
         batch = TokenBatch.from_ids(self._prompt_ids, completions, self._ends)
-        model = self.trainer.model
+        model = self.trainer.model_wrapped
         policy, token_scores, _, fvu = self._read(model, batch, self.sae)
         text: dict[str, np.ndarray] = {}
         surprise = math.nan
@@ -134,13 +137,16 @@ class OwnText:
             surprise = perplexity(log_probs) if len(log_probs) else math.nan
         counted = [ids[: counted_length(ids, self._ends)] for ids in completions]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        measured = from_rank_zero(
+            lambda: {name: np.array([float(measure(t)) for t in texts]) for name, measure in self.measures.items()}
+        )
         return Sampled(
             texts,
             [[self.tokenizer.decode([token]) for token in ids] for ids in counted],
             policy,
             text,
             token_scores,
-            {name: np.array([float(measure(t)) for t in texts]) for name, measure in self.measures.items()},
+            measured,
             clipped=float(np.mean([len(own) == self.max_new_tokens for own in counted])),
             empty=float(np.mean([not t.strip() for t in texts])),
             repetition=float(np.mean([repetition(ids) for ids in counted])),
@@ -191,7 +197,9 @@ class OwnText:
         device = trainer.accelerator.device
         devices = [device] if device.type == "cuda" else []
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with reading(), measuring(model), torch.random.fork_rng(devices):
+        # Where weights are in pieces, ranks write in step, each token by a pass of all of them.
+        prepared = readable(trainer.model_wrapped) if is_sharded(model) else nullcontext()
+        with prepared, reading(), measuring(model), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=self.temperature, top_k=0,

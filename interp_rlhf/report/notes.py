@@ -50,8 +50,8 @@ LATENT_NOTES: tuple[tuple[str, str], ...] = (
     (
         "The highest activations are the exception",
         "They are the clearest texts and the rarest. Most of the tokens on which a latent is on lie lower, as its histogram "
-        "says, and may be about something else. Precision and recall on labelled text count them all; near misses show what the latent "
-        "does not mean.",
+        "says, and may be about something else. Precision and recall on labelled text count them all; near misses show what "
+        "the latent does not mean.",
     ),
     (
         "A label is a guess",
@@ -71,6 +71,7 @@ LATENT_NOTES: tuple[tuple[str, str], ...] = (
     (
         "FVU, L0 and dead latents are of these texts",
         "FVU is the share of the activation's variance that the autoencoder misses: 0 is perfect, 1 is no better than the mean. "
-        "A latent that is dead here may be on elsewhere. The first token of each context is left out of every number.",
+        "A latent that is dead here may be on elsewhere. The first token of each context and tokens of "
+        "outstanding norm are left out of every number: they are attention sinks.",
     ),
 )

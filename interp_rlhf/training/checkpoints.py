@@ -54,9 +54,9 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
         return "no whole `trainer_state.json`"
     if state.get("global_step") != step:
         return f"its `trainer_state.json` is of step {state.get('global_step')}"
-    for needed in () if weights_only else ("scheduler.pt", "rng_state*.pth"):
-        if not list(folder.glob(needed)):
-            return f"no `{needed}`"
+    engine = [*folder.glob("global_step*"), *folder.glob("pytorch_model*")]
+    if not weights_only and (absent := _absent_state(folder, state, bool(list(folder.glob("global_step*"))))):
+        return f"no `{absent}`"
     weights = list(folder.glob("*.safetensors"))
     for file in weights:
         try:
@@ -69,8 +69,18 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
         shards = set(json.loads(index.read_text())["weight_map"].values())
         if absent := sorted(shards - {file.name for file in weights}):
             return f"no `{absent[0]}`"
-    engine = [*folder.glob("global_step*"), *folder.glob("pytorch_model*")]
     return None if weights or engine else "no weights"
+
+
+def _absent_state(folder: Path, state: Mapping[str, Any], deepspeed: bool) -> str | None:
+    """A file of optimizer, schedule or random state that is not there; every rank writes its own, rank 0 perhaps first."""
+    ranks = int(state.get("stateful_callbacks", {}).get(STATE_KEY, {}).get("processes", 1))
+    needed = ["rng_state*.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    if deepspeed:  # it keeps the schedule itself where its configuration has one, and says last that all is written
+        needed += ["latest"] + [f"global_step*/*_rank_{rank}_mp_rank_*_optim_states.pt" for rank in range(ranks)]
+    else:
+        needed.append("scheduler.pt")
+    return next((pattern for pattern in needed if not list(folder.glob(pattern))), None)
 
 
 def save_multiple(args: Any) -> int:
@@ -143,4 +153,7 @@ class ResumeCallback(TrainerCallback):
             )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.stateful_callbacks[STATE_KEY] = {name: part.state() for name, part in self._parts.items()}
+        known = state.stateful_callbacks.get(STATE_KEY, {})  # of another such callback: PPO has one of its own
+        state.stateful_callbacks[STATE_KEY] = {
+            **known, "processes": args.world_size, **{name: part.state() for name, part in self._parts.items()}
+        }  # fmt: skip

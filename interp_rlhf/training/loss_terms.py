@@ -6,6 +6,7 @@ sequences and the division by their number comes last, so that accumulation, ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -293,14 +294,14 @@ class LossTerms:
             return None
         batch = self._batch(inputs, trainer_inputs, passes, active)
         metrics: dict[str, torch.Tensor] = {}
+        terms: dict[Regularizer, Term] = {}
         total: torch.Tensor | None = None
         with torch.autocast(batch.tokens(True).mask.device.type, enabled=False):
             for regularizer in active:
                 if isinstance(regularizer, ExplainAway):
                     metrics |= self._unshifted(regularizer, batch)
                     continue
-                term = regularizer.compute(batch, weights[regularizer])
-                self._require_finite(regularizer, term)
+                term = terms[regularizer] = regularizer.compute(batch, weights[regularizer])
                 metrics |= {f"interp/{regularizer.name}/{key}": values for key, values in term.metrics.items()}
                 metrics[f"interp/{regularizer.name}/loss"] = term.values
                 share = term.values.sum() * self._scale(regularizer, inputs, num_items, len(term.values))
@@ -308,7 +309,9 @@ class LossTerms:
             with torch.no_grad():
                 for monitor in self.monitors:
                     metrics |= self._monitored(monitor, batch)
-        self._log(metrics, {regularizer.name: weights[regularizer] for regularizer in active})
+        means = self._log(metrics, {regularizer.name: weights[regularizer] for regularizer in active})
+        for regularizer, term in terms.items():
+            self._require_finite(regularizer, term, means.get(f"interp/{regularizer.name}/loss", 0.0))
         self._early, self._plain = {}, None
         return total
 
@@ -454,11 +457,23 @@ class LossTerms:
 
     @contextmanager
     def _reference_model(self) -> Iterator[nn.Module]:
+        wrapped = self._policy()
         if self._reference is None and not has_adapters(self.trainer.model):
-            yield self.trainer.model  # before training, in `precompute` alone: the policy is its own reference
+            yield wrapped  # before training, in `precompute` alone: the policy is its own reference
             return
-        with reference_pass(self.trainer.model, self._reference) as model:
+        with reference_pass(wrapped, self._reference) as model:
             yield model
+
+    def _policy(self) -> nn.Module:
+        """The policy as something that can be run: before training DeepSpeed has no engine, but for TRL's precomputation."""
+        trainer = self.trainer
+        if self.source != "cache" or self._reference is not None or not trainer.is_deepspeed_enabled:
+            return trainer.model_wrapped  # type: ignore[no-any-return]
+        if trainer._precompute_engine is None:  # TRL found its log-probs in a file
+            from trl.models import prepare_deepspeed
+
+            trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+        return trainer._precompute_engine  # type: ignore[no-any-return]
 
     def _cached(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         assert self._cache is not None, "`precompute` comes at `attach`"
@@ -477,15 +492,19 @@ class LossTerms:
                 found[name][row][mask[row]] = values.to(ids.device)
         return found
 
-    def _require_finite(self, regularizer: Regularizer, term: Term) -> None:
-        if not torch.isfinite(term.values).all():
+    def _require_finite(self, regularizer: Regularizer, term: Term, mean: float) -> None:
+        """Judged by the mean over all ranks, so that all of them raise where one has to."""
+        if not math.isfinite(mean):
+            here = bool(torch.isfinite(term.values).all())
+            what = "not a number on another rank" if here else f"{term.values.detach().tolist()} on this batch"
             raise ValueError(
-                f"Regularizer `{regularizer.name}` is {term.values.detach().tolist()} on this batch – expected finite "
-                "numbers. The activations or the weight are too large; a run with such a loss is lost."
+                f"Regularizer `{regularizer.name}` is {what} – expected finite numbers. The activations or the weight are too "
+                "large; a run with such a loss is lost."
             )
 
-    def _log(self, metrics: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> None:
-        """Means over the sequences of all ranks into TRL's own averages: one collective."""
+    def _log(self, metrics: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+        """Means over the sequences of all ranks, into TRL's own averages too: one collective."""
+        means: dict[str, float] = {}
         mode = "train" if self.trainer.model.training else "eval"
         if metrics:
             sums = torch.stack([values.detach().float().sum() for values in metrics.values()])
@@ -496,9 +515,11 @@ class LossTerms:
                 both = accelerator.reduce(both, "sum")
             for name, (total, count) in zip(metrics, both.T.tolist(), strict=True):
                 if count:
-                    self.trainer._metrics[mode][name].append(total / count)
+                    means[name] = total / count
+                    self.trainer._metrics[mode][name].append(means[name])
         for name, weight in weights.items():
             self.trainer._metrics[mode][f"interp/{name}/weight"].append(weight)
+        return means
 
 
 def has_its_own_passes(source: Source) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..activations import from_rank_zero
 from .checkpoints import last_complete_checkpoint
 from .loss_terms import LossTerms
 from .rollout import Rollout
@@ -29,7 +30,9 @@ class LossMixin:
         """
         if resume_from_checkpoint is True:
             args: Any = self.args  # type: ignore[attr-defined]
-            resume_from_checkpoint = last_complete_checkpoint(args.output_dir, args.save_only_model)
+            resume_from_checkpoint = from_rank_zero(
+                lambda: last_complete_checkpoint(args.output_dir, args.save_only_model)
+            )
         return super().train(resume_from_checkpoint, *more, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -116,6 +116,17 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
             f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
             "computed once and kept, whole activations would not fit."
         )
+    if (
+        kind in ("DPO", "KTO")
+        and trainer.precompute_ref_logps
+        and regularizer.references
+        and trainer.is_fsdp_enabled
+        and trainer.ref_model is None
+    ):
+        raise ValueError(
+            f"`precompute_ref_log_probs` is True under FSDP with {name} – expected False, or a `ref_model` given to the trainer: "
+            "FSDP puts the policy together when training begins, and the reference's scores are needed before."
+        )
     if isinstance(regularizer, ConceptPenalty) and all(
         same_artifact(monitor, regularizer.readout) for monitor in monitors
     ):

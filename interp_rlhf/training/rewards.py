@@ -10,9 +10,11 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
+from ..activations import of_all_ranks
 from ..concepts.card import LoadedCard, load_card
 from ..concepts.readout import Readout
 from ..validation.gate import require_passed
+from .dense import dealt, kind_of, negated, per_token
 from .rollout import Reader, Rollout
 
 SHAMS = ("shuffle",)
@@ -35,6 +37,11 @@ class ConceptReward:
             arm, whose reward has the same distribution and no meaning.
         seed (`int`, defaults to 0): of the sham.
         card (`LoadedCard`, *optional*): where it comes from.
+        dense (`bool` or `str`, defaults to `False`): for `PPOTrainer`: a reward at each completion token, at that token's own
+            position. `True` or `score`: the token's score, by the readout's calibration and transform. `share`: that over the
+            number of tokens that count, so that a completion's total is the mean. `ema`: the difference of a moving average.
+        shaping (`bool`, defaults to `False`): for `PPOTrainer`: the score is a potential Φ, and γ Φ(s') − Φ(s) is paid, with
+            Φ = 0 where the completion ends: no optimal policy changes by it.
     """
 
     def __init__(
@@ -47,23 +54,34 @@ class ConceptReward:
         sham: str | None = None,
         seed: int = 0,
         card: LoadedCard | None = None,
+        dense: bool | str = False,
+        shaping: bool = False,
     ):
         if sham is not None and sham not in SHAMS:
             raise ValueError(f"`sham` is {sham!r} – expected one of {', '.join(SHAMS)}, or None.")
         self.readout = readout
         self.role, self.reader, self.weight = role, reader, weight
         self.sham, self.seed = sham, seed
+        self.per_token, self.shaping = kind_of(dense, shaping), shaping
         self.card = card
         self.__name__ = readout.name
         self._rollout: Rollout | None = None
 
     @classmethod
-    def from_card(cls, path: str | Path, *, sham: str | None = None, seed: int = 0) -> ConceptReward:
+    def from_card(
+        cls,
+        path: str | Path,
+        *,
+        sham: str | None = None,
+        seed: int = 0,
+        dense: bool | str = False,
+        shaping: bool = False,
+    ) -> ConceptReward:
         """Reward of a card.
 
         Args:
             path (`str` or `Path`): a card with the role `reward` or `penalty` and evidence that passes the gate.
-            sham (`str`, *optional*), seed (`int`): see the class.
+            sham (`str`, *optional*), seed (`int`), dense (`bool` or `str`), shaping (`bool`): see the class.
 
         Raises:
             `ValueError`: a monitor, a card without sufficient evidence, or an artifact that is not the card's.
@@ -78,7 +96,8 @@ class ConceptReward:
         require_passed(card, path)
         readout = Readout.from_card(loaded)
         return cls(
-            readout, role=card.role, reader=card.reader, weight=card.weight, sham=sham, seed=seed, card=loaded
+            readout, role=card.role, reader=card.reader, weight=card.weight, sham=sham, seed=seed, card=loaded, dense=dense,
+            shaping=shaping,
         )  # fmt: skip
 
     @property
@@ -90,8 +109,8 @@ class ConceptReward:
         """Called by `attach`."""
         self._rollout = rollout
 
-    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        """One score per completion; `None` for a completion without a token that counts.
+    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
+        """One score per completion; `None` for a completion without a token that counts. Per token, a list of them.
 
         Raises:
             `RuntimeError`: not attached, or asked about other completions than those that were generated.
@@ -112,24 +131,37 @@ class ConceptReward:
         values = rollout.values(self.readout, self.readers[0])
         if self.reader == "both":
             self._log_drift(rollout, values, kwargs["log_metric"])
+        if self.per_token is not None:
+            return self._per_token(rollout, kwargs["trainer_state"].global_step)
         if self.role == "penalty":
             values = [None if value is None else -value for value in values]
         return self._shuffled(values, kwargs["trainer_state"].global_step) if self.sham else values
 
+    def _per_token(self, rollout: Rollout, step: int) -> list[list[float] | None]:
+        assert self.per_token is not None
+        assert rollout.completion_ids is not None
+        scores = rollout.scores(self.readout, self.readers[0])
+        lengths = [len(ids) for ids in rollout.completion_ids]
+        values = per_token(self.readout, scores, rollout.attention_mask, lengths, self.per_token)
+        if self.role == "penalty":
+            values = negated(values)
+        return dealt(values, f"{self.seed}-{step}") if self.sham else values
+
     def _log_drift(self, rollout: Rollout, reference: list[float | None], log_metric: Any) -> None:
         policy = rollout.values(self.readout, "policy")
         pairs = [(p, r) for p, r in zip(policy, reference, strict=True) if p is not None and r is not None]
-        if pairs:
-            log_metric(f"interp/{self.__name__}/drift", sum(p - r for p, r in pairs) / len(pairs))
+        for p, r in pairs:  # one by one: TRL averages over what all ranks have logged
+            log_metric(f"interp/{self.__name__}/drift", p - r)
 
     def _shuffled(self, values: list[float | None], step: int) -> list[float | None]:
-        """Drawn from the seed and the step, so that a resumed run repeats it."""
-        rows = [i for i, value in enumerate(values) if value is not None]
+        """Drawn from the seed and the step, so that a resumed run repeats it; among the completions of all ranks."""
+        everywhere, first = of_all_ranks(values)
+        rows = [i for i, value in enumerate(everywhere) if value is not None]
         dealt = random.Random(f"{self.seed}-{step}").sample(rows, len(rows))
-        shuffled = list(values)
+        shuffled = list(everywhere)
         for row, source in zip(rows, dealt, strict=True):
-            shuffled[row] = values[source]
-        return shuffled
+            shuffled[row] = everywhere[source]
+        return shuffled[first : first + len(values)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rollout": None}  # a trainer does not pickle

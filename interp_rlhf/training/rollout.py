@@ -15,7 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..activations import ConceptScores, Pass, Tap, TokenBatch, end_of_turn_ids, read, reference_pass, unwrap
+from ..activations import (
+    ConceptScores,
+    Pass,
+    Tap,
+    TokenBatch,
+    end_of_turn_ids,
+    raise_on_all_ranks,
+    read,
+    reference_pass,
+    unwrap,
+)
 from ..concepts.readout import Readout
 
 Reader = Literal["reference", "policy"]
@@ -86,6 +96,12 @@ class Rollout:
         self._scores = {}
         self._passes = {"policy": [], "reference": []}
 
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """Of the open batch, (B, T): prompts and completions, right-padded."""
+        assert self._batch is not None, "no batch is open"
+        return self._batch.attention_mask
+
     def values(self, readout: Readout, reader: Reader) -> list[float | None]:
         """One score per completion of the open batch; `None` where no token counts."""
         return readout.score(self.scores(readout, reader))
@@ -106,6 +122,12 @@ class Rollout:
         return scores
 
     def _read(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores]:
+        """By all ranks together, and a score that is no number on one of them ends all."""
+        found = self._taken_or_read(batch, reader)
+        raise_on_all_ranks(next((p for scores in found.values() if (p := scores.problem()) is not None), None))
+        return found
+
+    def _taken_or_read(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores]:
         readouts = self.readouts[reader]
         found = self._take(batch, reader)
         if self._all_ranks(found is not None):
@@ -114,9 +136,9 @@ class Rollout:
             return found
         self.own_forwards += 1
         context: AbstractContextManager[Any] = (
-            reference_pass(self.trainer.model, self.reference)
+            reference_pass(self.trainer.model_wrapped, self.reference)
             if reader == "reference"
-            else nullcontext(self.trainer.model)
+            else nullcontext(self.trainer.model_wrapped)
         )
         with context as model, self.trainer.accelerator.autocast():
             return read(model, batch, readouts, reader=reader)

@@ -6,18 +6,18 @@ alone and reported on the held-out part. It must not know what a latent is used 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..activations import TokenBatch, read_means
+from ..activations import TokenBatch
 from ..concepts.examples import Examples
-from ..concepts.latents import Latents
 from ..concepts.probe import LinearProbe
 from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
-from ..concepts.sae.contexts import counted_batch, pooled
+from ..concepts.sae.reading import Pooled, counted_batch, pooled
 from . import baselines
 from .dictionaries import aurocs
 from .latents import describe
@@ -57,7 +57,7 @@ class Found:
             better, the mean where they tie.
         latents (`list[FoundLatent]`): the best by fit AUROC, best first.
         probe, tfidf (`tuple[float, float, float]`): held-out AUROC of a dense probe on the mean activation at the same hook
-            point, and of a text classifier that sees words only.
+            point (of the same tokens), and of a text classifier that sees words only.
         random (`list[tuple[float, float, float]]`): held-out AUROC of the best latent of random dictionaries, chosen the same
             way, one per seed.
         less_probe, less_tfidf, less_random (`tuple[float, float, float]`): held-out AUROC of the best latent less theirs, on the
@@ -109,7 +109,8 @@ def find_latents(
 ) -> Found:
     """Latents whose pooled activation separates the labels.
 
-    Held in memory are pooled latents (examples, S) of the fit part; never (tokens, S).
+    Two passes over the fit part, one over the other. Held in memory are means and maxima (examples, S) of the fit part, of all
+    random dictionaries at a time; never (tokens, S).
 
     Args:
         model (`nn.Module`), tokenizer: what the autoencoder reads, as its adapters stand.
@@ -138,18 +139,18 @@ def find_latents(
     def less(scores: np.ndarray, others: np.ndarray) -> Interval:
         return auroc_difference(labels, scores, others, groups, seed)
 
-    ranking = _rank(model, fit, sae.latents(), top, "fit part" if progress else None)
-    scores = _score(model, rest, sae, ranking, "held-out part" if progress else None)
-    drawn = []
-    for number in range(dictionaries):
-        other = random_dictionary(sae, seed + number, k=max(1, round(ranking.l0)))
-        label = f"random dictionary {number + 1} of {dictionaries}" if progress else None
-        drawn.append(_score(model, rest, other, _rank(model, fit, other.latents(), 1, label), label)[:, 0])
+    (ranking,), means = _rank(model, fit, [sae], top, "fit part" if progress else None)
+    weight, _ = LinearProbe(seed=seed).fit(means.double().numpy(), fit.labels)
+    others = [random_dictionary(sae, seed + i, k=max(1, round(ranking.l0))) for i in range(dictionaries)]
+    rankings, _ = _rank(model, fit, others, 1, "random dictionaries on the fit part" if progress else None)
+    label = "held-out part" if progress else None
+    (scores, *columns), means = _score(model, rest, [sae, *others], [ranking, *rankings], label)
+    drawn = [column[:, 0] for column in columns]
     random = [interval(column) for column in drawn]
-    point = sae.spec.hook_point
-    means = [read_means(model, part.batch, [point])[point].double().numpy() for part in (fit, rest)]
-    weight, _ = LinearProbe(seed=seed).fit(means[0], fit.labels)
-    probe, tfidf = means[1] @ weight, baselines.tfidf(fit.examples.texts, fit.labels, rest.examples.texts)
+    probe, tfidf = (
+        means.double().numpy() @ weight,
+        baselines.tfidf(fit.examples.texts, fit.labels, rest.examples.texts),
+    )
     best = scores[:, 0]
     return Found(
         sae=describe(sae), concept=examples.label_names, pooling=ranking.pooling,
@@ -173,22 +174,35 @@ class _Ranking:
     l0: float
 
 
-def _rank(model: Any, fit: _Part, latents: Latents, top: int, progress: str | None) -> _Ranking:
-    means, maxima, l0 = pooled(model, fit.batch, latents, progress=progress)
-    found = {"mean": _aurocs(means, fit.labels), "max": _aurocs(maxima, fit.labels)}
+def _rank(
+    model: Any, fit: _Part, saes: Sequence[SparseAutoencoder], top: int, progress: str | None
+) -> tuple[list[_Ranking], torch.Tensor]:
+    """The best latents of each dictionary, and the mean activations (N, D)."""
+    found, means = pooled(model, fit.batch, [sae.latents() for sae in saes], progress=progress)
+    return [_ranking(one, fit.labels, top) for one in found], means
+
+
+def _ranking(read: Pooled, labels: np.ndarray, top: int) -> _Ranking:
+    found = {"mean": _aurocs(read.means, labels), "max": _aurocs(read.maxima, labels)}
     apart = {pooling: np.abs(values - 0.5) for pooling, values in found.items()}
     pooling = max(apart, key=lambda name: apart[name].max())  # the first of equal ones
     order = np.argsort(-apart[pooling], kind="stable")[:top]
     chosen = found[pooling][order]
     signs = np.where(chosen >= 0.5, 1, -1)
-    return _Ranking(pooling, order.tolist(), signs.tolist(), (0.5 + apart[pooling][order]).tolist(), l0)
+    return _Ranking(pooling, order.tolist(), signs.tolist(), (0.5 + apart[pooling][order]).tolist(), read.l0)
 
 
-def _score(model: Any, part: _Part, sae: SparseAutoencoder, ranking: _Ranking, progress: str | None) -> np.ndarray:
-    """Pooled and signed values (N, top) of the ranked latents."""
-    means, maxima, _ = pooled(model, part.batch, sae.latents(ranking.indices), progress=progress)
-    values = means if ranking.pooling == "mean" else maxima
-    return np.asarray(values.double().numpy() * np.array(ranking.signs))
+def _score(
+    model: Any, part: _Part, saes: Sequence[SparseAutoencoder], rankings: Sequence[_Ranking], progress: str | None
+) -> tuple[list[np.ndarray], torch.Tensor]:
+    """Pooled and signed values (N, top) of each dictionary's ranked latents, and the mean activations (N, D)."""
+    chosen = [sae.latents(ranking.indices) for sae, ranking in zip(saes, rankings, strict=True)]
+    found, means = pooled(model, part.batch, chosen, progress=progress)
+    values = [
+        (read.means if ranking.pooling == "mean" else read.maxima).double().numpy() * np.array(ranking.signs)
+        for read, ranking in zip(found, rankings, strict=True)
+    ]
+    return values, means
 
 
 def _aurocs(values: torch.Tensor, labels: np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ import torch
 from ..concepts.examples import Examples
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
-from ..concepts.sae.contexts import LatentContexts, Reading, Survey, counted_batch, gather, pooled, survey
+from ..concepts.sae.contexts import LatentContexts, Survey, gather, survey
 from ..concepts.sae.effects import Promotion, cosines, promotions
+from ..concepts.sae.reading import Reading, counted_batch, pooled
 from .split import split_examples
 from .statistics import auroc_interval
 
@@ -98,7 +99,7 @@ class Inspection:
 
     def event(self) -> dict[str, Any]:
         """Fields of the run log's event `latents`."""
-        numbers = ("texts", "contexts", "tokens", "fvu", "l0", "dead")
+        numbers = ("texts", "contexts", "tokens", "outliers", "fvu", "l0", "dead")
         whole = {} if self.whole is None else {name: getattr(self.whole, name) for name in numbers}
         return {
             "sae": self.sae, "chosen": self.chosen, "concept": self.concept, **whole,
@@ -240,7 +241,8 @@ def _detect(
     for half in halves:
         batch = counted_batch(model, tokenizer, half.rows)
         label = "labelled examples" if progress else None
-        maxima.append(pooled(model, batch, sae.latents(chosen), progress=label)[1].double().numpy())
+        (found,), _ = pooled(model, batch, [sae.latents(chosen)], progress=label)
+        maxima.append(found.maxima.double().numpy())
     fit, rest = halves
     return [_detection(a, fit.labels, b, rest, seed) for a, b in zip(maxima[0].T, maxima[1].T, strict=True)]
 

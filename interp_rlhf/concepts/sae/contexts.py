@@ -75,6 +75,7 @@ class Survey:
 
     Attributes:
         texts, contexts, tokens (`int`): how many were read; tokens: those that count.
+        outliers (`int`): tokens that do not count since their norm stands out.
         fvu (`float`): fraction of variance unexplained, lower = better; see `SparseAutoencoder.fvu`.
         l0 (`float`): mean number of latents that are on.
         dead (`float`): share of latents that were never on.
@@ -84,6 +85,7 @@ class Survey:
     texts: int
     contexts: int
     tokens: int
+    outliers: int
     fvu: float
     l0: float
     dead: float
@@ -102,7 +104,7 @@ def survey(
     totals = _Totals(sae)
     for block in read_blocks(model, tokenizer, sae, texts, how, "all latents"):
         totals.add(block)
-    return totals.survey()
+    return totals.survey(len(texts))
 
 
 def gather(
@@ -119,8 +121,8 @@ def gather(
 ) -> tuple[list[LatentContexts], Survey | None]:
     """Contexts of chosen latents, in one pass over texts.
 
-    The first token of a context is not counted: it is an attention sink, with activations like no other token's. Activations
-    are compared rounded to twelve bits, so that the last ones, which depend on how tokens were batched, do not decide; equal
+    The first token of a context is not counted, nor one whose norm stands out in its context (`norm_outliers`). Activations are
+    compared rounded to twelve bits, so that the last ones, which depend on how tokens were batched, do not decide; equal
     ones stand in the order of the texts. Equal windows are shown once.
 
     Args:
@@ -139,7 +141,7 @@ def gather(
         if totals is not None:
             totals.add(block)
         kept.add(block)
-    return kept.finish(tokenizer), None if totals is None else totals.survey()
+    return kept.finish(tokenizer), None if totals is None else totals.survey(len(texts))
 
 
 class _Totals:
@@ -152,8 +154,7 @@ class _Totals:
         self.missed = 0.0
         width = sae.decoder.shape[1]
         self.target, self.squares = torch.zeros(width, dtype=torch.float64), 0.0
-        self.tokens = self.contexts = 0
-        self.last_text = -1
+        self.tokens = self.contexts = self.outliers = 0
 
     @torch.no_grad()
     def add(self, block: Block) -> None:
@@ -172,16 +173,16 @@ class _Totals:
             self.squares += float(wanted.double().pow(2).sum())
         self.tokens += len(activations)
         self.contexts += len(block.texts)
-        self.last_text = block.texts[-1]
+        self.outliers += block.outliers
 
-    def survey(self) -> Survey:
+    def survey(self, texts: int) -> Survey:
         if self.tokens < 2:
             raise ValueError(
                 f"{self.tokens} tokens count in these texts – expected at least two. The first of each context does not count."
             )
         variance = self.squares - float(self.target.pow(2).sum()) / self.tokens
         return Survey(
-            self.last_text + 1, self.contexts, self.tokens, self.missed / variance if variance > 0 else float("nan"),
+            texts, self.contexts, self.tokens, self.outliers, self.missed / variance if variance > 0 else float("nan"),
             float(self.on.sum()) / self.tokens, float((self.on == 0).double().mean()),
             self.on.double() / self.tokens, self.sum / self.tokens,
         )  # fmt: skip

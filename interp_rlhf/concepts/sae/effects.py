@@ -73,7 +73,7 @@ def final_gain(model: Any) -> tuple[torch.Tensor, bool]:
     The gain is measured, not read: some keep it less 1 in their weight. For an x of mean 0 and mean square 1, a norm gives
     gain ⊙ x + bias.
     """
-    core = backbone(model)
+    core: Any = backbone(model)
     names = {module: name for name, module in unwrap(model).named_modules()}
     inside = tuple(f"{layer}." for layer in decoder_layers(model))
     norms: list[Any] = [
@@ -83,7 +83,7 @@ def final_gain(model: Any) -> tuple[torch.Tensor, bool]:
     ]  # fmt: skip
     if not norms:
         return torch.ones(unwrap(model).config.get_text_config().hidden_size), False
-    norm = norms[-1]
+    norm: Any = norms[-1]
     weight = norm.weight
     x = torch.ones(len(weight), device=weight.device, dtype=weight.dtype)
     x[1::2] = -1

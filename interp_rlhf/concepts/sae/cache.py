@@ -1,0 +1,166 @@
+"""Activations on disk: the model reads a corpus once, later epochs and later trainings read files.
+
+In: a model, contexts, a hook point. Out: a folder of safetensors files, and a `Source` that reads it. It must not know what the
+activations are for.
+
+`cache.json` says what is in the folder; `activations-00000.safetensors` and so on hold the activations of 256 contexts each, in
+the order of the texts. Each file is written whole or not at all, and the reading goes on where it was stopped. float16 by
+default: half the disk of float32 (1.15 kB a token at D = 576), a rounding error of about 1e-7 of the variance, and as quick to
+read. Activations beyond its range are refused; float32 takes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...activations import identity
+from ..artifact import write_atomically
+from .stream import FORWARD_TOKENS, Contexts, activations_of, order
+
+CacheType = Literal["float16", "float32"]
+SHARD_CONTEXTS = 256
+HEAD = "cache.json"
+# How far the activations of the first context may be from the cached model's: another CPU or library, not other weights.
+TOLERANCE = 0.01
+
+
+class CachedActivations:
+    """Activations of a folder, in another order of blocks in each epoch.
+
+    Args:
+        folder (`str` or `Path`): what `fill_cache` wrote, whole.
+        block (`int`): activations read at a time.
+        seed (`int`): of the order.
+    """
+
+    def __init__(self, folder: str | Path, block: int, seed: int):
+        from safetensors import safe_open
+
+        self.seed = seed
+        self._pieces: list[tuple[Path, int, int]] = []
+        for path in _files(Path(folder)):
+            with safe_open(path, "pt") as file:
+                rows = file.get_slice("activations").get_shape()[0]
+            self._pieces += [(path, start, min(start + block, rows)) for start in range(0, rows, block)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(stop - start for _, start, stop in self._pieces)
+
+    @property
+    def block(self) -> int:
+        return max(stop - start for _, start, stop in self._pieces)
+
+    def blocks(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        for index in order(len(self._pieces), self.seed, epoch)[start:].tolist():
+            yield self._read(index)
+
+    def in_order(self) -> Iterator[torch.Tensor]:
+        """All activations in the order of the texts."""
+        return map(self._read, range(len(self._pieces)))
+
+    def _read(self, index: int) -> torch.Tensor:
+        from safetensors import safe_open
+
+        path, start, stop = self._pieces[index]
+        with safe_open(path, "pt") as file:
+            rows: torch.Tensor = file.get_slice("activations")[start:stop]
+        return rows.float()
+
+
+def fill_cache(
+    folder: str | Path,
+    model: nn.Module,
+    contexts: Contexts,
+    hook_point: str,
+    *,
+    dtype: CacheType = "float16",
+    progress: bool = False,
+) -> None:
+    """Write the activations of contexts into a folder, or what is missing of them.
+
+    Raises:
+        `ValueError`: a folder with other activations than those of this model, hook point and texts; the message names what
+            differs. Activations that float16 does not hold.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    first = _first(model, contexts, hook_point)
+    _open(folder, _head(model, contexts, hook_point, dtype), first)
+    rows = range(len(contexts))
+    bar = tqdm(total=contexts.tokens, desc="reading activations", unit="token", disable=not progress, leave=False)
+    with bar:
+        for number, start in enumerate(range(0, len(contexts), SHARD_CONTEXTS)):
+            part = rows[start : start + SHARD_CONTEXTS]
+            path = folder / f"activations-{number:05}.safetensors"
+            if path.exists():
+                bar.update(sum(int(contexts.starts[row + 1] - contexts.starts[row]) for row in part))
+                continue
+            found = []
+            count = max(1, FORWARD_TOKENS // contexts.length)
+            for group in (part[i : i + count] for i in range(0, len(part), count)):
+                found.append(activations_of(model, contexts, group, hook_point).to(getattr(torch, dtype)))
+                bar.update(len(found[-1]))
+            activations = torch.cat(found)
+            if not torch.isfinite(activations).all():
+                raise ValueError(
+                    f"Activations at `{hook_point}` do not fit into {dtype} – expected finite numbers. "
+                    "Keep them as float32, in another folder; where that does not help, the model gives numbers that are none."
+                )
+            write_atomically(path, save({"activations": activations}))
+
+
+def _open(folder: Path, head: dict[str, Any], first: list[float]) -> None:
+    path = folder / HEAD
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"`{folder}` holds files and no `{HEAD}` – expected a cache of activations or an empty folder."
+            )
+        write_atomically(path, json.dumps({**head, "first": first}, indent=1).encode())
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    differing = [
+        f"  - `{key}` is {there.get(key)!r} in the cache – here {value!r}"
+        for key, value in head.items()
+        if there.get(key) != value
+    ]
+    if not differing:
+        old, new = torch.tensor(there["first"]), torch.tensor(first)
+        if old.shape != new.shape or (moved := float((old - new).norm() / old.norm())) > TOLERANCE:
+            by = "" if old.shape != new.shape else f" by {moved:.1%}"
+            differing = [f"  - the activations of the first context differ{by}: other weights, adapters or precision"]
+    if differing:
+        listed = "\n".join(differing)
+        raise ValueError(
+            f"`{folder}` holds other activations than those asked for:\n{listed}\nName another folder, or delete this one."
+        )
+
+
+def _head(model: nn.Module, contexts: Contexts, hook_point: str, dtype: str) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "model": identity(model, hook_point),
+        "hook_point": hook_point,
+        "context": contexts.length,
+        "contexts": len(contexts),
+        "texts": contexts.fingerprint,
+        "dtype": dtype,
+    }
+
+
+def _first(model: nn.Module, contexts: Contexts, hook_point: str) -> list[float]:
+    """Mean activation of the first context: what tells weights and adapters apart that share a digest."""
+    return [float(f"{value:.5g}") for value in activations_of(model, contexts, [0], hook_point).mean(0).tolist()]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("activations-*.safetensors"))

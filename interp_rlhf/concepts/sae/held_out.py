@@ -1,0 +1,166 @@
+"""How well a sparse autoencoder does on text that it was not trained on, beside PCA of as many numbers per token.
+
+In: an autoencoder and activations, block by block. Out: `HeldOut`. It must not know where activations come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .autoencoder import SparseAutoencoder
+from .cache import CachedActivations, CacheType, fill_cache
+from .stream import FORWARD_TOKENS, Contexts, activations_of
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an autoencoder makes of held-out activations.
+
+    Attributes:
+        tokens (`int`): N.
+        explained_variance (`float`): 1 − Σ ‖h − ĥ‖² / Σ ‖h − h̄‖² over tokens, h̄ their mean; 1 = perfect, 0 = no better than the
+            mean.
+        explained_variance_per_token (`float`): mean over tokens of 1 − ‖h − ĥ‖² / ‖h − h̄‖²: no token counts for more.
+        l0 (`float`): mean number of latents that are on.
+        dead_fraction (`float`): share of latents that are on for none of the tokens.
+        pca (`float`, *optional*): explained variance of the k principal components of the training activations about their mean.
+        pca_here (`float`): the same of the components of these very tokens: the most that any k directions explain.
+    """
+
+    tokens: int
+    explained_variance: float
+    explained_variance_per_token: float
+    l0: float
+    dead_fraction: float
+    pca: float | None
+    pca_here: float
+
+    def entry(self) -> dict[str, float | int | None]:
+        """As JSON, rounded to four places."""
+        return {name: round(value, 4) if value is not None else None for name, value in asdict(self).items()}
+
+
+class Moments:
+    """Mean and covariance of activations (N, D), block by block, in double precision."""
+
+    def __init__(self, activations: Iterable[torch.Tensor] = ()):
+        self.count = 0
+        self.total: torch.Tensor = torch.zeros(())
+        self.products: torch.Tensor = torch.zeros(())
+        for rows in activations:
+            self.add(rows)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Count some more tokens."""
+        values = rows.double()
+        self.count += len(values)
+        self.total = self.total + values.sum(0)
+        self.products = self.products + values.T @ values
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(D,)."""
+        return self.total / self.count
+
+    def about(self, center: torch.Tensor) -> torch.Tensor:
+        """Σ (h − center)(h − center)ᵀ, (D, D)."""
+        off = self.mean - center
+        centred = self.products - self.count * torch.outer(self.mean, self.mean)
+        return centred + self.count * torch.outer(off, off)
+
+    def components(self, k: int) -> torch.Tensor:
+        """Principal components (k, D), orthonormal."""
+        return torch.linalg.eigh(self.about(self.mean)).eigenvectors[:, -k:].T
+
+
+def explained_by(components: torch.Tensor, center: torch.Tensor, moments: Moments) -> float:
+    """Explained variance of orthonormal components (k, D) about a centre (D,)."""
+    scatter = moments.about(center)
+    missed = scatter.trace() - (components @ scatter @ components.T).trace()
+    return float(1 - missed / moments.about(moments.mean).trace())
+
+
+def read_blocks(
+    model: nn.Module, contexts: Contexts, hook_point: str, progress: str | None = None
+) -> list[torch.Tensor]:
+    """Activations of all contexts in blocks; float32, 4 D bytes a token."""
+    count = max(1, FORWARD_TOKENS // contexts.length)
+    rows = range(len(contexts))
+    found = []
+    with tqdm(total=contexts.tokens, desc=progress, unit="token", disable=progress is None, leave=False) as bar:
+        for group in (rows[i : i + count] for i in range(0, len(rows), count)):
+            found.append(activations_of(model, contexts, group, hook_point))
+            bar.update(len(found[-1]))
+    return found
+
+
+@torch.no_grad()
+def held_out(
+    sae: SparseAutoencoder, blocks: Callable[[], Iterable[torch.Tensor]], k: int, trained_on: Moments | None = None
+) -> HeldOut:
+    """Evaluate an autoencoder.
+
+    Args:
+        blocks (`Callable`): gives the activations in blocks (n, D), each time it is called.
+        k (`int`): principal components to compare with.
+        trained_on (`Moments`, *optional*): of the training activations.
+    """
+    moments = Moments(blocks())
+    mean = moments.mean.float()
+    missed = per_token = on = 0.0
+    ever = torch.zeros(sae.size, dtype=torch.bool)
+    for rows in blocks():
+        error = (rows - sae(rows)).double().pow(2).sum(1)
+        missed += float(error.sum())
+        per_token += float((error / (rows - mean).double().pow(2).sum(1)).sum())
+        latents = sae.encode(rows) > 0
+        on += int(latents.sum())
+        ever |= latents.any(0)
+    k = min(k, sae.width)
+    pca = None if trained_on is None else explained_by(trained_on.components(k), trained_on.mean, moments)
+    return HeldOut(
+        tokens=moments.count,
+        explained_variance=1 - missed / float(moments.about(moments.mean).trace()),
+        explained_variance_per_token=1 - per_token / moments.count,
+        l0=on / moments.count,
+        dead_fraction=1 - float(ever.double().mean()),
+        pca=pca,
+        pca_here=explained_by(moments.components(k), moments.mean, moments),
+    )
+
+
+def evaluate(
+    sae: SparseAutoencoder,
+    model: nn.Module,
+    contexts: Contexts,
+    k: int,
+    *,
+    cache: str | Path | None = None,
+    cache_type: CacheType = "float16",
+    progress: bool = True,
+) -> HeldOut:
+    """Evaluate an autoencoder on contexts that it was not trained on.
+
+    Args:
+        k (`int`): principal components to compare with.
+        cache (`str` or `Path`, *optional*): folder with the activations that it was trained on; these ones go into a folder in
+            it. Without it they are held in memory, 4 D bytes a token, and PCA of the training text is not told.
+    """
+    point = sae.spec.hook_point
+    if cache is None:
+        found = read_blocks(model, contexts, point, "reading held-out activations" if progress else None)
+        return held_out(sae, lambda: found, k)
+    folder = Path(cache) / f"held-out-{contexts.fingerprint.removeprefix('sha256:')[:12]}"
+    fill_cache(folder, model, contexts, point, dtype=cache_type, progress=progress)
+    return held_out(
+        sae,
+        CachedActivations(folder, FORWARD_TOKENS, 0).in_order,
+        k,
+        Moments(CachedActivations(cache, FORWARD_TOKENS, 0).in_order()),
+    )

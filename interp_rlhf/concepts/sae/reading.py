@@ -1,0 +1,191 @@
+"""Texts → contexts → activations, a block of tokens at a time.
+
+In: a model, texts or labelled examples. Out: blocks of contexts with their activations, and latents pooled over examples. The
+first token of a context does not count, nor does one whose norm stands out among the context's: attention sinks have activations
+like no other token's, and would decide every number. (tokens, S) is never held. It must not know what is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ...activations import TokenBatch, end_of_turn_ids, norm_outliers, read_activations, tokenize_examples
+from ..latents import Latents, blocks
+from .autoencoder import SparseAutoencoder
+
+_TEXTS = 64  # tokenized at a time
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are cut and read.
+
+    Attributes:
+        context_length (`int`, defaults to 256): tokens of a context. A longer text is cut; each part begins with the text's
+            beginning-of-sequence token, where it has one.
+        window (`int`, defaults to 16): tokens shown on either side of a token.
+        batch_tokens (`int`, defaults to 4096): tokens per forward.
+        progress (`bool`): show progress bars.
+    """
+
+    context_length: int = 256
+    window: int = 16
+    batch_tokens: int = 4096
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.context_length < 3 or self.window < 1 or self.batch_tokens < 1:
+            raise ValueError(f"{self} – expected contexts of at least 3 tokens, and the others at least 1.")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Contexts that are read together, with their activations (N, D) of all real tokens, row by row."""
+
+    batch: TokenBatch
+    counted: torch.Tensor  # (B, T)
+    texts: list[int]
+    starts: list[int]  # where in its text a context begins
+    activations: torch.Tensor
+    targets: torch.Tensor
+    outliers: int  # tokens that do not count since their norm stands out in their context
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Which of the N tokens count."""
+        return self.counted[self.batch.attention_mask]
+
+
+def counted_batch(model: Any, tokenizer: Any, rows: Sequence[str | Mapping[str, Any]]) -> TokenBatch:
+    """Token batch of whole examples whose first token does not count.
+
+    Raises:
+        `ValueError`: an example without a token that counts.
+    """
+    batch = tokenize_examples(rows, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
+    counted = batch.completion_mask.clone()
+    counted[:, :1] = False
+    if not counted.any(1).all():
+        row = int((~counted.any(1)).nonzero()[0])
+        raise ValueError(f"Example {row} has no token that counts after its first – expected two. Remove it.")
+    return TokenBatch(batch.input_ids, batch.attention_mask, counted)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Latents over the counted tokens of each of N examples.
+
+    Attributes:
+        means, maxima (`torch.FloatTensor` of shape (N, K)).
+        l0 (`float`): how many of the K are on, mean over tokens.
+    """
+
+    means: torch.Tensor
+    maxima: torch.Tensor
+    l0: float
+
+
+@torch.no_grad()
+def pooled(
+    model: Any, batch: TokenBatch, readouts: Sequence[Latents], *, rows: int = 64, progress: str | None = None
+) -> tuple[list[Pooled], torch.Tensor]:
+    """Latents of several dictionaries at one hook point, and the mean activation (N, D), by one forward.
+
+    A token whose norm stands out among its example's counts in none of it.
+
+    Args:
+        rows (`int`, defaults to 64): rows whose activations (tokens, D) are held at a time.
+    """
+    (point,) = {latents.hook_point for latents in readouts}
+    sums = [torch.zeros(len(batch), latents.size) for latents in readouts]
+    maxima = [torch.zeros(len(batch), latents.size) for latents in readouts]
+    activations = torch.zeros(len(batch), readouts[0].width)
+    on, tokens = [0] * len(readouts), torch.zeros(len(batch), 1)
+    starts = range(0, len(batch), rows)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, leave=False):
+        part = _rows(batch, slice(start, start + rows))
+        found = read_activations(model, part, [point])[point]
+        for row, every in enumerate(found.split(part.completion_mask.sum(1).tolist()), start):
+            own = every[~norm_outliers(every)]
+            activations[row], tokens[row] = own.mean(0), len(own)
+            for i, latents in enumerate(readouts):
+                for few in blocks(own.to(latents.encoder.device), len(latents.encoder)):
+                    values = latents(few)
+                    sums[i][row] += values.sum(0).cpu()
+                    maxima[i][row] = torch.maximum(maxima[i][row], values.amax(0).cpu())
+                    on[i] += int((values > 0).sum())
+    count = max(float(tokens.sum()), 1.0)
+    every_one = zip(sums, maxima, on, strict=True)
+    return [Pooled(total / tokens, highest, times / count) for total, highest, times in every_one], activations
+
+
+def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
+    return TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.completion_mask[rows])
+
+
+def read_blocks(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    texts: Sequence[str | Mapping[str, Any]],
+    how: Reading,
+    label: str,
+) -> Iterator[Block]:
+    """Blocks of contexts, in the order of the texts, each about as large as a forward; `label` is the progress bar's."""
+    point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
+    with tqdm(total=len(texts), desc=label, unit="text", disable=not how.progress, leave=False) as bar:
+        for pending in _contexts(texts, tokenizer, how, end_of_turn_ids(model, tokenizer)):
+            lengths = [len(ids) for _, _, ids, _ in pending]
+            batch = TokenBatch.from_ids([[] for _ in pending], [ids for _, _, ids, _ in pending])
+            counted = torch.zeros_like(batch.attention_mask)
+            for row, (length, (*_, counts)) in enumerate(zip(lengths, pending, strict=True)):
+                counted[row, :length] = torch.tensor(counts)
+            found = read_activations(model, batch, [point, target], batch_tokens=how.batch_tokens)
+            apart = torch.cat([norm_outliers(own) for own in found[point].split(lengths)])
+            outliers = int((counted[batch.attention_mask] & apart).sum())
+            counted[batch.attention_mask] &= ~apart
+            numbers, starts = [number for number, *_ in pending], [start for _, start, *_ in pending]
+            yield Block(batch, counted, numbers, starts, found[point], found[target], outliers)
+            bar.update(numbers[-1] + 1 - bar.n)
+
+
+_Context = tuple[int, int, list[int], list[bool]]
+
+
+def _contexts(
+    texts: Sequence[str | Mapping[str, Any]], tokenizer: Any, how: Reading, ends: set[int]
+) -> Iterator[list[_Context]]:
+    """Contexts, each as (text, start, ids, which count), together about as many tokens as a forward takes."""
+    pending: list[_Context] = []
+    tokens = 0
+    for first in range(0, len(texts), _TEXTS):
+        batch = tokenize_examples(texts[first : first + _TEXTS], tokenizer, end_of_turn_ids=ends)
+        for row in range(len(batch)):
+            real = batch.attention_mask[row]
+            ids, counts = batch.input_ids[row][real].tolist(), batch.completion_mask[row][real].tolist()
+            for start, part, which in _cut(ids, counts, tokenizer.bos_token_id, how.context_length):
+                pending.append((first + row, start, part, which))
+                tokens += len(part)
+                if tokens >= how.batch_tokens:
+                    yield pending
+                    pending, tokens = [], 0
+    if pending:
+        yield pending
+
+
+def _cut(
+    ids: list[int], counts: list[bool], bos: int | None, length: int
+) -> Iterator[tuple[int, list[int], list[bool]]]:
+    head = 1 if ids and bos is not None and ids[0] == bos and not counts[0] else 0
+    step = length - head
+    for start in range(0, len(ids) - head, step):
+        own = slice(start + head, start + head + step)
+        which = [False] * head + counts[own]
+        which[0] = False
+        if any(which):
+            yield start, ids[:head] + ids[own], which

@@ -1,0 +1,282 @@
+"""Activations of texts as an endless shuffled stream of bounded memory: what a sparse autoencoder is trained on.
+
+In: texts, a tokenizer, a model and a hook point, or activations on disk. Out: batches (N, D) in random order. It must not know
+what they are for. The stream can be stopped anywhere and taken up again at the same activation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...activations import TokenBatch, norm_outliers, read_activations
+from ..examples import read_rows
+
+# Tokens per forward. More of them are not faster on a CPU; outliers are told from the median norm of these.
+FORWARD_TOKENS = 4096
+
+
+def load_corpus(paths: Sequence[str | Path]) -> list[str]:
+    """Texts of files: a `.txt` file is one text; a JSONL or CSV file, or a `datasets` path, has one per row, in `text`.
+
+    Raises:
+        `FileNotFoundError`: no such file.
+        `ValueError`: a row without `text`, or nothing but white space.
+    """
+    texts: list[str] = []
+    for path in map(str, paths):
+        if Path(path).suffix == ".txt":
+            if not Path(path).exists():
+                raise FileNotFoundError(f"`{path}` does not exist – expected a text file.")
+            texts.append(Path(path).read_text(encoding="utf-8"))
+            continue
+        for index, row in enumerate(read_rows(path)):
+            if not isinstance(row.get("text"), str):
+                raise ValueError(f"Row {index} of `{path}` has the keys {sorted(row)} – expected `text`, a string.")
+            texts.append(row["text"])
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{', '.join(f'`{path}`' for path in paths)} – expected text, and there is none.")
+    return texts
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Token ids of texts, cut into contexts that a model reads one by one.
+
+    No context holds two texts: the model sees what it would see of one text alone. What is left of a text is a shorter context.
+
+    Attributes:
+        ids (`torch.IntTensor` of shape (T,)): of all texts, without what the tokenizer puts around a text.
+        starts (`torch.LongTensor` of shape (C + 1,)): where each context begins; the last one ends at the last entry.
+        prefix (`tuple[int, ...]`): ids that every context begins with: what the tokenizer puts before a text.
+        special (`torch.LongTensor`): ids that do not count.
+        length (`int`): most tokens of a context, prefix included.
+    """
+
+    ids: torch.Tensor
+    starts: torch.Tensor
+    prefix: tuple[int, ...]
+    special: torch.Tensor
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def left_out(self) -> int:
+        """First tokens of each context that do not count: the first one draws attention whatever it is."""
+        return max(1, len(self.prefix))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count, norm outliers among them."""
+        counted = ~torch.isin(self.ids.long(), self.special)
+        if not self.prefix:
+            counted[self.starts[:-1]] = False
+        return int(counted.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids and cuts."""
+        digest = hashlib.sha256(repr((self.prefix, self.length, self.special.tolist())).encode())
+        digest.update(self.ids.numpy().tobytes())
+        digest.update(self.starts.numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def batch(self, rows: Sequence[int]) -> TokenBatch:
+        """Some contexts, right-padded."""
+        prefix = list(self.prefix)
+        special = set(self.special.tolist())
+        ids = [self.ids[self.starts[row] : self.starts[row + 1]].tolist() for row in rows]
+        first = self.left_out - len(prefix)
+        counts = [[i >= first and token not in special for i, token in enumerate(line)] for line in ids]
+        return TokenBatch.from_ids([prefix] * len(ids), ids, counts=counts)
+
+    def spread(self, tokens: int | None) -> Contexts:
+        """As many contexts as have about so many tokens, evenly spread over the texts; all of them where `tokens` is None."""
+        if tokens is None or tokens >= self.tokens:
+            return self
+        count = max(1, round(len(self) * tokens / self.tokens))
+        rows = [i * len(self) // count for i in range(count)]
+        parts = [self.ids[self.starts[row] : self.starts[row + 1]] for row in rows]
+        starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+        return Contexts(torch.cat(parts), starts, self.prefix, self.special, self.length)
+
+
+def cut(texts: Iterable[str], tokenizer: Any, length: int) -> Contexts:
+    """Contexts of `length` tokens of texts, one text after the other. Ids take 4 bytes a token; texts are not kept.
+
+    Raises:
+        `ValueError`: texts without a token that counts.
+    """
+    prefix = _prefix(tokenizer)
+    step = length - len(prefix)
+    if step < 2:
+        raise ValueError(f"`context` is {length} – expected at least {len(prefix) + 2} tokens.")
+    parts, sizes = [], [0]
+    for text in texts:
+        ids = tokenizer(text=text, add_special_tokens=False, verbose=False)["input_ids"]
+        if prefix == () and len(ids) % step == 1:  # a context of one token, its first
+            ids = ids[:-1]
+        parts.append(torch.tensor(ids, dtype=torch.int32))
+        sizes += [min(step, len(ids) - start) for start in range(0, len(ids), step)]
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
+    ids = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)
+    found = Contexts(ids, torch.tensor(sizes).cumsum(0), prefix, special, length)
+    if found.tokens < 1:
+        raise ValueError(f"{len(parts)} texts without a token that counts – expected some text.")
+    return found
+
+
+class Source(Protocol):
+    """Activations of a corpus, in another order in each epoch."""
+
+    @property
+    def tokens(self) -> int:
+        """About how many there are: not fewer than an epoch gives."""
+
+    @property
+    def block(self) -> int:
+        """Most activations of one block."""
+
+    def blocks(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Blocks (n, D), float32, of an epoch from the `start`-th on; the same ones every time."""
+
+
+class ModelActivations:
+    """Activations read by the model, once per epoch.
+
+    Args:
+        model (`nn.Module`): read up to the hook point, as its adapters stand.
+        contexts (`Contexts`): what it reads.
+        hook_point (`str`): where.
+        block (`int`): about how many activations come at a time.
+        seed (`int`): of the order.
+    """
+
+    def __init__(self, model: nn.Module, contexts: Contexts, hook_point: str, block: int, seed: int):
+        self.model = model
+        self.contexts = contexts
+        self.hook_point = hook_point
+        self.rows = max(1, min(block, FORWARD_TOKENS) // contexts.length)
+        self.seed = seed
+
+    @property
+    def tokens(self) -> int:
+        return self.contexts.tokens
+
+    @property
+    def block(self) -> int:
+        return self.rows * self.contexts.length
+
+    def blocks(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        groups = order(len(self.contexts), self.seed, epoch).split(self.rows)
+        for group in groups[start:]:
+            yield activations_of(self.model, self.contexts, group.tolist(), self.hook_point)
+
+
+def activations_of(model: nn.Module, contexts: Contexts, rows: Sequence[int], hook_point: str) -> torch.Tensor:
+    """Activations (N, D), float32, of some contexts: of tokens that count and are no norm outliers."""
+    found = read_activations(model, contexts.batch(rows), [hook_point], batch_tokens=FORWARD_TOKENS)[hook_point]
+    return found[~norm_outliers(found)]
+
+
+def order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """A permutation that depends on seed and epoch only."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+class ShuffleBuffer:
+    """Batches in random order out of at most `size` activations, refilled when half of them are gone.
+
+    Args:
+        source (`Source`): where activations come from, epoch after epoch, in blocks of at most a quarter of the buffer.
+        size (`int`): most activations that are held.
+        batch (`int`): activations of a batch, at most half of the buffer.
+        seed (`int`): of the order.
+    """
+
+    def __init__(self, source: Source, size: int, batch: int, seed: int):
+        assert source.block <= size // 4
+        assert batch <= size // 2
+        self.source = source
+        self.size = size
+        self.batch = batch
+        self._random = torch.Generator().manual_seed(seed)
+        self._data: torch.Tensor | None = None  # (size, D)
+        self._filled = torch.zeros(0, dtype=torch.long)  # slots in the order in which they are given, from the end
+        self._free = torch.arange(size)
+        self._epoch = self._block = 0
+        self._stream: Iterator[torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._filled)
+
+    def next(self) -> torch.Tensor:
+        """A batch (N, D), float32."""
+        data = self.fill()
+        taken, self._filled = self._filled[-self.batch :], self._filled[: -self.batch]
+        self._free = torch.cat([self._free, taken])
+        return data[taken]
+
+    def fill(self) -> torch.Tensor:
+        """Refill it where half of it is gone."""
+        if len(self) >= max(self.size // 2, self.batch):
+            assert self._data is not None
+            return self._data
+        while len(self._free) >= self.source.block:
+            self._put(self._read())
+        self._filled = self._filled[torch.randperm(len(self), generator=self._random)]
+        assert self._data is not None
+        return self._data
+
+    def held(self) -> torch.Tensor:
+        """What it holds (N, D), a copy."""
+        return self.fill()[self._filled]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Tensors and numbers from which `restore` takes it up again."""
+        assert self._data is not None
+        tensors = {"held": self._data[self._filled], "random": self._random.get_state()}
+        return tensors, {"epoch": self._epoch, "block": self._block}
+
+    def restore(self, tensors: dict[str, torch.Tensor], position: dict[str, int]) -> None:
+        """As it was when `state` was called, whatever it held since."""
+        held = tensors["held"]
+        self._free, self._filled = torch.arange(self.size), torch.zeros(0, dtype=torch.long)
+        self._put(held)
+        self._random.set_state(tensors["random"])
+        self._epoch, self._block = position["epoch"], position["block"]
+        self._stream = None
+
+    def _put(self, rows: torch.Tensor) -> None:
+        if self._data is None:
+            self._data = torch.empty(self.size, rows.shape[1])
+        slots, self._free = self._free[: len(rows)], self._free[len(rows) :]
+        self._data[slots] = rows
+        self._filled = torch.cat([self._filled, slots])
+
+    def _read(self) -> torch.Tensor:
+        if self._stream is None:
+            self._stream = self.source.blocks(self._epoch, self._block)
+        for rows in self._stream:
+            self._block += 1
+            return rows
+        self._epoch, self._block = self._epoch + 1, 0
+        self._stream = self.source.blocks(self._epoch)
+        self._block = 1
+        return next(self._stream)
+
+
+def _prefix(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the tokenizer puts before a text."""
+    bare = tokenizer(text="a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text="a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return tuple(whole[:start])

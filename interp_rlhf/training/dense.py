@@ -1,0 +1,92 @@
+"""A readout's score at every completion token: what a dense concept reward pays, and where.
+
+In: scores per token of a rollout batch. Out: one list per completion, aligned with its ids. It knows neither trainers nor
+weights. The score at y_t is read at y_t's own position: it is of the text up to and including y_t.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from ..activations import ConceptScores
+from ..concepts.pooling import ema
+from ..concepts.readout import Readout
+
+KINDS = ("score", "share", "ema")
+
+
+def kind_of(dense: bool | str, shaping: bool) -> str | None:
+    """What is paid per token: one of `KINDS`, `potential`, or None: the completion as a whole.
+
+    Raises:
+        `ValueError`: another kind, or both at once.
+    """
+    if not isinstance(dense, bool) and dense not in KINDS:
+        raise ValueError(
+            f"`dense` is {dense!r} – expected True, False or one of {', '.join(f'`{k}`' for k in KINDS)}."
+        )
+    if shaping:
+        if dense not in (True, False):
+            raise ValueError(
+                f"`dense` is `{dense}` and `shaping` True – expected one: shaping pays differences of the score itself."
+            )
+        return "potential"
+    return "score" if dense is True else (dense or None)
+
+
+def per_token(
+    readout: Readout, scores: ConceptScores, attention_mask: torch.Tensor, lengths: Sequence[int], kind: str
+) -> list[list[float] | None]:
+    """Lists of what each completion's tokens are paid.
+
+    Args:
+        readout (`Readout`): its calibration and transform are applied to each token's score.
+        scores (`ConceptScores`): of a right-padded batch of prompts and completions, (B, T, 1).
+        attention_mask (`torch.BoolTensor` of shape (B, T)): of that batch.
+        lengths (`list[int]`): tokens of each completion, L.
+        kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean.
+            `ema`: e_t − e_{t−1} of the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
+            L + 1 scores, the first at the prompt's last token.
+
+    Returns:
+        `list[list[float] | None]`: 0 at tokens that do not count; None where none does, but for potentials.
+
+    Raises:
+        `ValueError`: a score of a token that counts is not finite.
+    """
+    scores.require_finite()
+    values = readout.scale * scores.scores[..., 0] + readout.offset  # (B, T)
+    if readout.transform is not None:
+        values = readout.transform(values)
+    mask = scores.mask
+    if kind == "ema":
+        levels = ema(values[..., None], mask)[..., 0]
+        before = torch.cat([torch.zeros_like(levels[:, :1]), levels[:, :-1]], dim=1)
+        values = levels - before
+    elif kind == "share":
+        values = values / mask.sum(1, keepdim=True).clamp(min=1)
+    ends = attention_mask.sum(1).tolist()
+    counted = values.masked_fill(~mask, 0)
+    found: list[list[float] | None] = []
+    for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+        own = counted[row, end - length : end].tolist()
+        if kind == "potential":
+            found.append([float(values[row, end - length - 1]) if end > length else 0.0, *own])
+        else:
+            found.append(own if bool(mask[row].any()) else None)
+    return found
+
+
+def negated(values: Sequence[list[float] | None]) -> list[list[float] | None]:
+    """A penalty's."""
+    return [None if own is None else [-value for value in own] for own in values]
+
+
+def dealt(values: Sequence[list[float] | None], seed: str) -> list[list[float] | None]:
+    """The same numbers, each at a token drawn at random among all of the batch's: the control arm."""
+    pool = [value for own in values if own is not None for value in own]
+    drawn = iter(random.Random(seed).sample(pool, len(pool)))
+    return [None if own is None else [next(drawn) for _ in own] for own in values]

@@ -1,0 +1,199 @@
+"""Configuration of PPO: the names of TRL 1.12's `PPOConfig` and of the literature, on top of `GRPOConfig`.
+
+In: what a user says. Out: the same, and `GRPOConfig`'s own fields set to what they mean for PPO. This is the one place where
+GRPO's rules that do not hold here are lifted, and where its options that would do something twice, or nothing, are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+CRITICS = ("head", "model", "none")
+# Two names of one thing: ours, and the field of `GRPOConfig` that follows it.
+ALIASES = {"num_ppo_epochs": "num_iterations", "cliprange": "epsilon", "kl_coef": "beta"}
+# Options of GRPO that make its advantages, or change its loss per sequence: here the advantages are made otherwise.
+WITHOUT_MEANING = {
+    "scale_rewards": (("group", "none", True, False), "there are no groups. Use `normalize_rewards` or `whiten_rewards`"),
+    "multi_objective_aggregation": (("sum_then_normalize",), "rewards are added up where they fall. Use `reward_weights`"),
+    "importance_sampling_level": (("token",), "advantages are per token"),
+    "off_policy_mask_threshold": ((None,), "it masks by a sequence's one advantage"),
+    "loss_type": (("dapo", "bnpo", "grpo", "dr_grpo"), "PPO's clipped ratio is what these have"),
+}  # fmt: skip
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    r"""Configuration of `PPOTrainer`: everything of `GRPOConfig`, and the fields below.
+
+    One rollout is `per_device_train_batch_size` × `gradient_accumulation_steps` × `num_mini_batches` × processes completions. It
+    is gone through `num_ppo_epochs` times, in `num_mini_batches` optimizer steps each.
+
+    Args:
+        num_ppo_epochs (`int`, defaults to 4): passes over each rollout; sets `num_iterations`.
+        num_mini_batches (`int`, *optional*, defaults to 1): optimizer steps per pass; sets `steps_per_generation`, or follows
+            from it or from `generation_batch_size` where one of these is given.
+        gamma (`float`, defaults to 1.0): discount per token, in [0, 1].
+        lam (`float`, defaults to 0.95): λ of generalized advantage estimation, in [0, 1].
+        cliprange (`float`, defaults to 0.2): of the policy's ratio; sets `epsilon`. `epsilon_high` and `delta` stay available.
+        cliprange_value (`float`, *optional*, defaults to 0.2): how far a value may move from the rollout's before its loss is
+            clipped, in units of reward; None does not clip.
+        vf_coef (`float`, defaults to 0.1): weight of the value loss.
+        kl_coef (`float`, defaults to 0.05): price of a nat of KL to the reference, k1 per token, in the reward; sets `beta`,
+            which is what makes TRL keep a reference. 0 keeps none.
+        missing_eos_penalty (`float`, *optional*): taken off the reward of a completion that was cut off; positive.
+        whiten_rewards (`bool`, defaults to `False`): divide rewards by their standard deviation over the rollout's tokens.
+        whiten_advantages (`bool`, defaults to `True`): mean 0 and standard deviation 1 over the rollout's tokens, on all ranks.
+        normalize_rewards (`bool`, defaults to `False`): divide rewards by the running standard deviation of a completion's total.
+        reward_clip (`float`, *optional*): each reward of each token, after normalization and before the KL, is cut to ± this.
+        bootstrap_truncated (`bool`, defaults to `True`): a completion that was cut off at `max_completion_length` and is paid per
+            token only goes on in expectation: V(s_T) stands for what would have followed. One that a sequence-level reward
+            function, or `missing_eos_penalty`, has judged ends there. With `False` every completion ends where it was cut off,
+            as in TRL 1.12. At `gamma` 1 nothing bounds V where completions never end: set `gamma` below 1, or this to `False`.
+        critic (`str`, defaults to `"head"`): `head`: a linear value head on the policy's last block. `model`: a second copy of
+            the policy's backbone with a head of its own, which costs a model in memory and its passes. `none`: no value
+            function; with `gamma` = `lam` = 1 and `group_baseline` that is GRPO's advantage without its scaling.
+        detach_trunk (`bool`, defaults to `False`): the value loss does not reach the policy's own weights.
+        value_learning_rate (`float`, *optional*): of the value function's own parameters; `learning_rate` without it.
+        group_baseline (`bool`, defaults to `False`): subtract the mean return of a prompt's completions. Only without a critic.
+        sample_rows (`int`, defaults to 4): completions of a rollout that leave their tokens' rewards, values and advantages in
+            the run log.
+        samples_every (`int`, defaults to 10): rollouts between two that do; that of `attach` is not used.
+
+    Raises:
+        `ValueError`: a value out of range, an option of GRPO that contradicts PPO's or does nothing in it.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate for AdamW."})
+    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether to disable dropout: with it, the first ratio is not 1."}
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    num_mini_batches: int | None = field(default=None, metadata={"help": "Optimizer steps per pass. 1 by default."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy's ratio."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip range of the value function."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    kl_coef: float = field(default=0.05, metadata={"help": "Price of the KL to the reference, in the reward."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the reward of a completion that was cut off; positive."}
+    )
+    whiten_rewards: bool = field(default=False, metadata={"help": "Whether to whiten the rewards."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Whether to whiten the advantages."})
+    normalize_rewards: bool = field(
+        default=False, metadata={"help": "Divide rewards by the running deviation of a completion's total."}
+    )
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Cut each token's reward to plus or minus this."}
+    )
+    bootstrap_truncated: bool = field(
+        default=True, metadata={"help": "V stands for what would have followed a cut-off completion paid per token."}
+    )
+    critic: str = field(default="head", metadata={"help": "`head`, `model` or `none`."})
+    detach_trunk: bool = field(default=False, metadata={"help": "Keep the value loss off the policy's own weights."})
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value function's own parameters."}
+    )
+    group_baseline: bool = field(
+        default=False, metadata={"help": "Subtract the mean return of a prompt's completions."}
+    )
+    sample_rows: int = field(default=4, metadata={"help": "Completions whose tokens are written into the run log."})
+    samples_every: int = field(default=10, metadata={"help": "Rollouts between two that are written."})
+
+    def __post_init__(self) -> None:
+        self._refuse_out_of_range()
+        self._refuse_what_has_no_meaning()
+        for ours, theirs in ALIASES.items():
+            setattr(self, theirs, getattr(self, ours))
+        self._set_mini_batches()
+        generations = self.num_generations or 1
+        if self.num_generations_eval is None:
+            self.num_generations_eval = generations
+        # `GRPOConfig` refuses one completion per prompt, for want of a group. It is shown one group, and told the truth after.
+        self.num_generations = self._local_rollout() if generations == 1 else generations
+        super().__post_init__()
+        self.num_generations = generations
+        self._check_mini_batches()
+
+    def _refuse_out_of_range(self) -> None:
+        wrong = []
+
+        def expect(name: str, holds: Any, what: str) -> None:
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if value is not None and not (number and holds(value)):
+                wrong.append(f"`{name}` is {value!r} – expected {what}")
+
+        for name in ("gamma", "lam"):
+            expect(name, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+        for name in ("cliprange", "cliprange_value", "missing_eos_penalty", "reward_clip", "value_learning_rate"):
+            expect(name, lambda v: v > 0, "a number above 0, or none")
+        for name in ("vf_coef", "kl_coef"):
+            expect(name, lambda v: v >= 0, "a number of at least 0")
+        for name in ("num_ppo_epochs", "num_mini_batches", "num_generations", "samples_every"):
+            expect(name, lambda v: v >= 1 and int(v) == v, "a whole number of at least 1")
+        if self.critic not in CRITICS:
+            wrong.append(f"`critic` is {self.critic!r} – expected one of {', '.join(f'`{c}`' for c in CRITICS)}")
+        if self.group_baseline and (self.critic != "none" or (self.num_generations or 1) < 2):
+            wrong.append(
+                f"`group_baseline` is True with `critic` `{self.critic}` and `num_generations` {self.num_generations} – expected "
+                "`critic: none` and at least 2: a value function is the baseline where there is one"
+            )
+        if wrong:
+            raise ValueError("; ".join(wrong) + ".")
+
+    def _refuse_what_has_no_meaning(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+        for ours, theirs in ALIASES.items():
+            value = getattr(self, theirs)
+            if value not in (defaults[theirs], getattr(self, ours)):
+                why = ": the KL is in the reward" if ours == "kl_coef" else ""
+                raise ValueError(
+                    f"`{theirs}` is {value} and `{ours}` {getattr(self, ours)} – expected `{ours}` alone{why}. Set `{ours}`."
+                )
+        for name, (allowed, why) in WITHOUT_MEANING.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r} – expected {', '.join(f'`{a}`' for a in allowed)} in PPO: {why}."
+                )
+        self.scale_rewards = "none"
+
+    def _set_mini_batches(self) -> None:
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            self.steps_per_generation = (self.num_mini_batches or 1) * self.gradient_accumulation_steps
+
+    def _local_rollout(self) -> int:
+        """Completions per process and rollout; all of them where that is given."""
+        if self.generation_batch_size is not None:
+            count = self.generation_batch_size
+        else:
+            assert self.steps_per_generation is not None
+            count = self.per_device_train_batch_size * self.steps_per_generation
+        if count < 2:
+            raise ValueError(
+                "`per_device_train_batch_size` × `gradient_accumulation_steps` × `num_mini_batches` is 1 – expected a rollout of "
+                "at least 2 completions per process: one alone has no spread to compare with. Raise one of them."
+            )
+        return count
+
+    def _check_mini_batches(self) -> None:
+        assert self.steps_per_generation is not None
+        found, rest = divmod(self.steps_per_generation, self.gradient_accumulation_steps)
+        if rest or not found:
+            raise ValueError(
+                f"`steps_per_generation` is {self.steps_per_generation} and `gradient_accumulation_steps` "
+                f"{self.gradient_accumulation_steps} – expected a multiple of it, so that every optimizer step sees one "
+                "mini-batch of one rollout. Leave `steps_per_generation` out and set `num_mini_batches`."
+            )
+        if self.num_mini_batches not in (None, found):
+            raise ValueError(
+                f"`num_mini_batches` is {self.num_mini_batches} and the rollout is {found} times what an optimizer step takes – "
+                "expected the same number. Leave `steps_per_generation` and `generation_batch_size` out."
+            )
+        self.num_mini_batches = found

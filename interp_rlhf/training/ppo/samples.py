@@ -1,0 +1,65 @@
+"""Token by token: what a few completions of a rollout were paid, valued and pushed by, in the run log.
+
+In: a rollout as the trainer has worked it out. Out: a `samples` event, whose tokens the report colours, and a `table` of one
+completion. It computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...activations.batch import completion_text
+from ...runlog import RunLog
+
+TITLE = "Tokens of one completion"
+NOTE = (
+    "The first sampled completion of the latest rollout that was written. Reward: all components and the KL, at the token for "
+    "which it was given. Value: what the critic expected before the token was written. Advantage: as it enters the loss."
+)
+
+
+@dataclass
+class Rollout:
+    """Rows of this rank: prompts, completions, ids, and tensors (B, T) over the completion's tokens."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[Sequence[int]]
+    scores: Mapping[str, Sequence[float | None]]
+    rewards: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+
+
+def write(log: RunLog, step: int, rollout: Rollout, rows: int, tokenizer: Any) -> None:
+    """Append the first `rows` completions to the run log, and one of them as a table."""
+    found = [_row(rollout, i, tokenizer) for i in range(min(rows, len(rollout.prompts)))]
+    if not found:
+        return
+    log.append("samples", step, when="train", rows=found)
+    first = found[0]["tokens"]
+    columns = ["token", *first["scores"]]
+    cells = [list(row) for row in zip(first["pieces"], *first["scores"].values(), strict=True)]
+    log.append("table", step, title=TITLE, columns=columns, rows=cells, note=NOTE)
+
+
+def _row(rollout: Rollout, i: int, tokenizer: Any) -> dict[str, Any]:
+    ids = rollout.completion_ids[i]
+    tensors = {"reward": rollout.rewards, "value": rollout.values, "advantage": rollout.advantages}
+    return {
+        "prompt": _text(rollout.prompts[i]),
+        "completion": completion_text(rollout.completions[i]),
+        "scores": {name: values[i] for name, values in rollout.scores.items()},
+        "tokens": {
+            "pieces": [tokenizer.decode([token]) for token in ids],
+            "scores": {name: tensor[i, : len(ids)].tolist() for name, tensor in tensors.items()},
+        },
+    }
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -1,0 +1,485 @@
+"""Training of sparse autoencoders: what is learned, what is repeated to the bit, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer, sentences
+
+from interp_rlhf.activations import read_activations
+from interp_rlhf.cli import main
+from interp_rlhf.concepts.sae import cache as cache_module
+from interp_rlhf.concepts.sae.cache import CachedActivations, fill_cache
+from interp_rlhf.concepts.sae.files import load_sae
+from interp_rlhf.concepts.sae.held_out import held_out
+from interp_rlhf.concepts.sae.sparse import Entries, keep_largest, keep_rows
+from interp_rlhf.concepts.sae.stream import ModelActivations, ShuffleBuffer, cut, load_corpus
+from interp_rlhf.concepts.sae.train import SaeTraining, Training, train_sae
+from interp_rlhf.runlog import read_run_log
+
+POINT = "model.layers.1"
+# 60 steps of 64 activations; the texts have about 1,900 tokens that count.
+SMALL = {
+    "hook_point": POINT,
+    "latents": 48,
+    "k": 4,
+    "tokens": 60 * 64,
+    "batch_tokens": 64,
+    "context": 16,
+    "buffer": 512,
+}
+TEXTS = [" ".join(sentences(60, seed=seed)) for seed in range(4)]
+
+
+class Rows:
+    """Activations in memory as a source."""
+
+    def __init__(self, rows, block=128):
+        self.rows, self.block, self.tokens = rows, block, len(rows)
+
+    def blocks(self, epoch, start=0):
+        yield from self.rows.split(self.block)[start:]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model("llama", tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sparse_data(count, width=32, size=48, on=3, seed=0):
+    """Sums of `on` random unit directions with weights between 1 and 2, and the directions."""
+    random = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(size, width, generator=torch.Generator().manual_seed(99)))
+    chosen = torch.rand(count, size, generator=random).topk(on).indices
+    weights = torch.zeros(count, size).scatter_(1, chosen, 1 + torch.rand(count, on, generator=random))
+    return weights @ directions, directions
+
+
+def synthetic(rows, **changes):
+    settings = {"latents": 96, "k": 3, "batch_tokens": 256, "context": 16, "buffer": 4096, "epochs": 30}
+    return Training(Rows(rows), SaeTraining(**{"hook_point": "here", **settings, **changes}))
+
+
+def run(training, steps=None):
+    measured = [training.take_step() for _ in range(training.steps if steps is None else steps)]
+    return {name: [float(step[name]) for step in measured] for name in measured[0]}
+
+
+def weights_of(folder):
+    return (folder / "sae" / "sae_weights.safetensors").read_bytes()
+
+
+# --- what is learned ---
+
+
+def test_sparse_gradients_are_those_of_the_dense_computation():
+    random = torch.Generator().manual_seed(0)
+    shape = {"encoder": (7, 5), "bias": (7,), "decoder": (7, 5), "center": (5,)}
+    dense = {name: torch.randn(size, generator=random, dtype=torch.double) for name, size in shape.items()}
+    activation = torch.randn(6, 5, generator=random, dtype=torch.double)
+    for tensor in dense.values():
+        tensor.requires_grad_()
+    before = (activation - dense["center"]) @ dense["encoder"].T + dense["bias"]
+    kept = before.topk(3).indices
+    codes = torch.zeros(6, 7, dtype=torch.double).scatter(1, kept, before.gather(1, kept).relu())
+    loss = (codes @ dense["decoder"] + dense["center"] - activation).pow(3).sum()
+    wanted = torch.autograd.grad(loss, list(dense.values()))
+
+    entries = keep_rows(kept, 7)
+    centred = (activation - dense["center"]).detach()
+    picked = entries.pick(before.detach(), dense["encoder"], dense["bias"], dense["center"], centred)
+    found = entries.decode(picked.relu(), dense["decoder"]) + dense["center"]
+    torch.testing.assert_close(found, (codes @ dense["decoder"] + dense["center"]))
+    gradients = torch.autograd.grad((found - activation).pow(3).sum(), list(dense.values()))
+    for name, gradient, expected in zip(shape, gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, msg=name)
+
+
+def test_the_largest_of_a_batch_are_the_same_whatever_is_hinted():
+    before = torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
+    smallest = before.flatten().sort(descending=True).values[39]
+    for hint in (-9.0, float(smallest) - 0.01, float(smallest) + 0.5, 9.0):
+        found = keep_largest(before, 40, hint)
+        assert isinstance(found, Entries)
+        assert set(zip(found.rows.tolist(), found.columns.tolist(), strict=True)) == {
+            tuple(place) for place in (before >= smallest).nonzero().tolist()
+        }
+        assert found.rows.diff().min() >= 0  # token by token
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_a_known_dictionary_is_found_again(architecture):
+    rows, directions = sparse_data(20_000)
+    training = synthetic(rows, architecture=architecture, learning_rate=5e-3, epochs=10)
+    fvu = run(training)["fvu"]
+    assert fvu[0] > 0.3
+    assert sum(fvu[-20:]) / 20 < 0.08
+    learned = training.finished().decoder
+    assert (directions @ learned.T).max(dim=1).values.mean() > 0.9
+    torch.testing.assert_close(learned.norm(dim=1), torch.ones(96))
+
+
+def test_the_exported_autoencoder_does_what_the_trained_one_did():
+    """The scale is folded in: activations of norm near 1,000 with a far mean are reconstructed as they are."""
+    rows = sparse_data(20_000)[0] * 300 + 500
+    training = synthetic(rows, learning_rate=5e-3, epochs=5)
+    measured = run(training)["fvu"]
+    sae = training.finished()
+    assert sae.fvu(rows) == pytest.approx(measured[-1], abs=0.02)
+    assert sae.l0(rows) == pytest.approx(3, abs=0.1)
+    assert sae.center is not None
+    assert torch.equal(sae.center, sae.decoder_bias)
+
+
+def test_the_threshold_of_batchtopk_leaves_about_k_on():
+    rows, _ = sparse_data(20_000)
+    training = synthetic(rows, architecture="batchtopk", learning_rate=5e-3, epochs=10)
+    run(training)
+    sae = training.finished()
+    assert sae.spec.architecture == "jumprelu"
+    assert sae.l0(sparse_data(4000, seed=5)[0]) == pytest.approx(3, rel=0.15)
+
+
+def test_the_auxiliary_loss_revives_what_is_silent():
+    """48 latents for 48 directions, of which 32 begin too small to be among the k largest of any token."""
+    rows, _ = sparse_data(10_000)
+
+    def trained(aux_k):
+        training = synthetic(rows, latents=48, aux_k=aux_k, dead_after=2048, learning_rate=5e-3, epochs=6)
+        with torch.no_grad():
+            training.weights["encoder"][16:] *= 0.02
+        measured = run(training)
+        return measured["dead_fraction"][-1], measured["fvu"][-1]
+
+    (without, poor), (with_it, good) = trained(0), trained(8)
+    assert without > 0.5
+    assert with_it < 0.1
+    assert good < poor / 2
+
+
+# --- the stream ---
+
+
+def test_the_buffer_holds_no_more_than_it_may_and_gives_every_activation_once_per_epoch():
+    source = Rows(torch.arange(1000.0)[:, None], block=60)
+    buffer = ShuffleBuffer(source, size=256, batch=64, seed=0)
+    given = []
+    for _ in range(60):
+        given += buffer.next().flatten().tolist()
+        assert len(buffer) <= 256
+        assert buffer._data.shape == (256, 1)
+    counts = Counter(given) + Counter(buffer.held().flatten().tolist())
+    # 60 · 64 = 3,840 given and what is held: whole epochs, and a part of the next one.
+    assert max(counts.values()) - min(counts.values()) <= 1
+    neighbours = torch.tensor(given).diff().abs()
+    assert neighbours.median() > 20
+
+
+def test_a_stopped_buffer_goes_on_where_it_was():
+    source = Rows(torch.arange(1000.0)[:, None], block=60)
+    buffer = ShuffleBuffer(source, size=256, batch=64, seed=0)
+    for _ in range(7):
+        buffer.next()
+    tensors, position = buffer.state()
+    other = ShuffleBuffer(source, size=256, batch=64, seed=4)
+    other.restore({name: tensor.clone() for name, tensor in tensors.items()}, position)
+    for _ in range(40):
+        assert torch.equal(buffer.next(), other.next())
+
+
+def test_contexts_hold_one_text_each_and_their_first_token_does_not_count(tokenizer, model):
+    contexts = cut(["the warm day rain sun tree walk", "good night"], tokenizer, 5)
+    ids = [tokenizer(text)["input_ids"] for text in ("the warm day rain sun tree walk", "good night")]
+    batch = contexts.batch(range(len(contexts)))
+    rows = [line[mask].tolist() for line, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    assert rows[0] == ids[0][:5]
+    assert [token for row in rows for token in row] == ids[0] + ids[1]
+    assert not batch.completion_mask[:, 0].any()
+    assert contexts.tokens == int(batch.completion_mask.sum()) == len(ids[0]) + len(ids[1]) - len(rows)
+
+
+def test_every_context_begins_as_the_tokenizer_begins_a_text():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))]
+    )
+    contexts = cut([TEXTS[0]], tokenizer, 8)
+    batch = contexts.batch(range(len(contexts)))
+    assert (batch.input_ids[:, 0] == tokenizer.convert_tokens_to_ids("<|system|>")).all()
+    assert batch.completion_mask[0].tolist() == [False] + [True] * 7  # the first token of the text counts
+    assert contexts.tokens == int(batch.completion_mask.sum())
+
+
+def test_a_cache_gives_what_the_model_gives_and_reads_once(tmp_path, model, tokenizer, monkeypatch):
+    contexts = cut(TEXTS, tokenizer, 16)
+    monkeypatch.setattr(cache_module, "SHARD_CONTEXTS", 40)
+    fill_cache(tmp_path, model, contexts, POINT, dtype="float32")
+    read = torch.cat(list(CachedActivations(tmp_path, 100, 0).in_order()))
+    batch = contexts.batch(range(len(contexts)))
+    wanted = read_activations(model, batch, [POINT])[POINT]
+    assert len(read) == len(wanted) == contexts.tokens
+    torch.testing.assert_close(read, wanted, rtol=1e-4, atol=1e-4)
+    shuffled = torch.cat(list(CachedActivations(tmp_path, 100, 0).blocks(1)))
+    assert not torch.equal(shuffled, read)
+    torch.testing.assert_close(shuffled.sum(0), read.sum(0), rtol=1e-4, atol=1e-2)
+
+    # What is there is not read again; what is missing is.
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    files[1].unlink()
+    rows = []
+    monkeypatch.setattr(
+        cache_module,
+        "activations_of",
+        lambda m, c, group, point: rows.extend(group) or activations(m, c, group, point),
+    )
+    fill_cache(tmp_path, model, contexts, POINT, dtype="float32")
+    assert rows == [0, *range(40, 80)]  # the first context only to see that it is the same model
+    assert torch.equal(torch.cat(list(CachedActivations(tmp_path, 100, 0).in_order())), read)
+
+
+activations = cache_module.activations_of
+
+
+@pytest.mark.parametrize("changed", ["texts", "hook_point", "context", "model", "weights", "dtype"])
+def test_a_stale_cache_is_refused(tmp_path, model, tokenizer, changed):
+    contexts = cut(TEXTS, tokenizer, 16)
+    fill_cache(tmp_path, model, contexts, POINT)
+    given = {"model": model, "contexts": contexts, "hook_point": POINT}
+    said = f"`{changed}`"
+    if changed == "texts":
+        given["contexts"] = cut([*TEXTS, "one more"], tokenizer, 16)
+    elif changed == "context":
+        given["contexts"] = cut(TEXTS, tokenizer, 18)
+    elif changed == "hook_point":
+        given["hook_point"] = "model.layers.0"
+    elif changed == "model":
+        given["model"] = make_model("llama", tokenizer, seed=1)
+    elif changed == "weights":  # below the hook point, and not in a norm: the digest is the same
+        given["model"] = make_model("llama", tokenizer)
+        given["model"].model.layers[0].mlp.down_proj.weight.data *= 1.1
+        said = "the activations of the first context differ by"
+    else:
+        given["dtype"] = "float32"
+    with pytest.raises(ValueError, match=f"(?s)holds other activations than those asked for:\n.*{said}"):
+        fill_cache(tmp_path, **given)
+
+
+def test_activations_beyond_float16_are_refused_not_clipped(tmp_path, tokenizer):
+    model = make_model("llama", tokenizer)
+    model.model.embed_tokens.weight.data *= 1e6
+    with pytest.raises(ValueError, match=r"do not fit into float16.*Keep them as float32"):
+        fill_cache(tmp_path, model, cut(TEXTS, tokenizer, 16), POINT)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+# --- to the bit ---
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_a_resumed_training_has_the_weights_of_one_that_was_not_stopped(
+    tmp_path, model, tokenizer, monkeypatch, cached, architecture
+):
+    config = SaeTraining(**SMALL, architecture=architecture, checkpoint_every=7, dead_after=300)
+    cache = {"cache": tmp_path / "cache"} if cached else {}
+
+    def train(name, **changes):
+        train_sae(model, tokenizer, TEXTS, config, tmp_path / name, progress=False, **cache, **changes)
+
+    train("whole")
+    take = Training.take_step
+    for stop in (12, 33, 34):
+
+        def stopping(self, stop=stop):
+            if self.step == stop:
+                raise Stop
+            return take(self)
+
+        monkeypatch.setattr(Training, "take_step", stopping)
+        with pytest.raises(Stop):
+            train("stopped", resume=stop != 12)
+    monkeypatch.setattr(Training, "take_step", take)
+    train("stopped", resume=True)
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
+    assert not list((tmp_path / "stopped").glob("*checkpoint*"))
+    # The log tells of one run, without what was done twice.
+    steps = [
+        event["step"] for event in read_run_log(tmp_path / "stopped" / "interp.jsonl") if event["event"] == "metric"
+    ]
+    assert steps == sorted(set(steps))
+
+
+def test_the_same_seed_repeats_and_leaves_random_state_and_model_alone(tmp_path, model, tokenizer):
+    state, weights = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = SaeTraining(**{**SMALL, "tokens": 640}, seed=seed)
+        train_sae(model, tokenizer, TEXTS, config, tmp_path / name, progress=False)
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_a_kill_between_checkpoints_loses_nothing_before_the_last_one(tmp_path, model_folder):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    command = ["sae", "train", "--model", str(model_folder("llama")), "--hook-point", POINT, "--data", str(tmp_path / "a.txt"),
+               "--latents", "48", "--k", "4", "--batch-tokens", "64", "--context", "16", "--buffer", "512",
+               "--checkpoint-every", "200", "--cache", str(tmp_path / "cache")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    long = [*command, "--tokens", str(64 * 1200), "--out"]
+    process = subprocess.Popen([sys.executable, "-m", "interp_rlhf", *long, str(killed)], env=environment,
+                               stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent)  # fmt: skip
+    until = time.monotonic() + 100
+    while not list(killed.glob("checkpoint-*")):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "sae").exists()
+    assert main([*long, str(killed), "--resume"]) == 0
+    resumed = [event["step"] for event in read_run_log(killed / "interp.jsonl") if event["event"] == "run"]
+    assert resumed[0] == 0
+    assert resumed[1] >= 200
+    assert main([*long, str(whole)]) == 0
+    assert weights_of(killed) == weights_of(whole)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, model, tokenizer, monkeypatch):
+    config = SaeTraining(**SMALL, checkpoint_every=5)
+    take = Training.take_step
+    monkeypatch.setattr(
+        Training, "take_step", lambda self: take(self) if self.step < 8 else (_ for _ in ()).throw(Stop)
+    )
+    with pytest.raises(Stop):
+        train_sae(model, tokenizer, TEXTS, config, tmp_path, progress=False)
+    other = SaeTraining(**{**SMALL, "learning_rate": 1.0}, checkpoint_every=6)
+    with pytest.raises(ValueError, match=r"other settings:\n  - `learning_rate` was 0\.003 – now 1\.0\nGive"):
+        train_sae(model, tokenizer, TEXTS, other, tmp_path, resume=True, progress=False)
+
+
+# --- what is refused ---
+
+
+def test_settings_that_cannot_work_are_named_together():
+    with pytest.raises(ValueError, match="4 problem") as raised:
+        SaeTraining("model.layers.1", latents=8, k=9, epochs=1, tokens=5, buffer=100)
+    for part in ("`k` is 9 – expected 1 to 8", "expected one of them", "expected at least 512", "at least 4096"):
+        assert part in str(raised.value)
+
+
+def test_what_cannot_be_trained_is_refused_before_any_work(tmp_path, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    config = SaeTraining(**SMALL)
+
+    def train(texts=TEXTS, config=config, **changes):
+        train_sae(model, tokenizer, texts, config, tmp_path / "out", progress=False, **changes)
+
+    with pytest.raises(ValueError, match=r"expected a module path.*Nearest: `model.layers.1`"):
+        train(config=SaeTraining(**{**SMALL, "hook_point": "model.layer.1"}))
+    for texts in ([], ["", ""]):
+        with pytest.raises(ValueError, match="without a token that counts"):
+            train(texts)
+    with pytest.raises(ValueError, match="tokens that count – expected at least 128: two batches of 64"):
+        train([sentences(1)[0]])
+    with pytest.raises(ValueError, match="holds no training – expected one to resume"):
+        train(resume=True)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "sae").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a training – expected an empty folder"):
+        train()
+
+
+def test_a_corpus_is_texts_and_nothing_else(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": "four"}\n')
+    assert load_corpus([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one\ntwo\n", "three", "four"]
+    (tmp_path / "c.jsonl").write_text('{"body": "three"}\n')
+    with pytest.raises(ValueError, match=r"Row 0 of .*c.jsonl` has the keys \['body'\] – expected `text`"):
+        load_corpus([tmp_path / "c.jsonl"])
+    (tmp_path / "d.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="expected text, and there is none"):
+        load_corpus([tmp_path / "d.txt"])
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt` does not exist"):
+        load_corpus([tmp_path / "missing.txt"])
+
+
+# --- held out ---
+
+
+def test_held_out_figures_are_those_of_their_definitions():
+    rows, _ = sparse_data(3000, seed=3)
+    rows = rows + torch.linspace(-1, 1, 32)
+    training = synthetic(rows, epochs=3, learning_rate=5e-3)
+    run(training)
+    sae = training.finished()
+    found = held_out(sae, lambda: rows.split(700), 5)
+    assert found.explained_variance == pytest.approx(1 - sae.fvu(rows), abs=1e-6)
+    assert found.l0 == pytest.approx(sae.l0(rows))
+    assert found.dead_fraction == pytest.approx(float((~(sae.encode(rows) > 0).any(0)).double().mean()))
+    centred = (rows - rows.mean(0)).double()
+    values = torch.linalg.svdvals(centred).pow(2)
+    assert found.pca_here == pytest.approx(float(values[:5].sum() / values.sum()), abs=1e-6)
+    missed = (rows - sae(rows)).double().pow(2).sum(1) / centred.pow(2).sum(1)
+    assert found.explained_variance_per_token == pytest.approx(1 - float(missed.mean()), abs=1e-5)
+
+
+def test_the_command_trains_evaluates_and_writes_it_all_down(tmp_path, model_folder, capsys):
+    for name, texts in (("a", TEXTS[:3]), ("b", TEXTS[3:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts))
+    out = tmp_path / "sae"
+    command = ["sae", "train", "--model", str(model_folder("llama")), "--hook-point", POINT, "--data", str(tmp_path / "a.txt"),
+               "--eval", str(tmp_path / "b.txt"), "--k", "4", "--epochs", "30", "--batch-tokens", "64", "--context", "16",
+               "--buffer", "512", "--cache", str(tmp_path / "cache"), "--out", str(out), "--json"]  # fmt: skip
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == json.loads((out / "training.json").read_text())
+    assert found["training"]["latents"] == 128  # four times the width
+    assert found["training"]["epochs"] == 30
+    assert found["eval"]["explained_variance"] > 0.3
+    assert found["eval"]["l0"] == pytest.approx(4, abs=0.05)
+    assert 0 < found["eval"]["pca"] <= found["eval"]["pca_here"] < 1
+    assert found["versions"]["torch"] == torch.__version__
+    sae = load_sae(str(out / "sae"))
+    assert (sae.spec.architecture, sae.spec.k, sae.size, sae.spec.hook_point) == ("topk", 4, 128, POINT)
+    assert sae.spec.source["metadata"]["training"]["seed"] == 0
+    assert main(command) == 2
+    assert "holds a training" in capsys.readouterr().err
+    # Once more on what is done: nothing is trained, the evaluation is there again.
+    assert main([*command, "--resume"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["eval"] == found["eval"]
+
+
+def test_the_model_reads_another_order_in_each_epoch(model, tokenizer):
+    source = ModelActivations(model, cut(TEXTS, tokenizer, 16), POINT, 64, seed=0)
+    first, second = (next(source.blocks(epoch)) for epoch in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(next(source.blocks(0)), first)
+    skipped = next(source.blocks(0, 2))
+    assert torch.equal(list(source.blocks(0))[2], skipped)
