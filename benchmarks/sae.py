@@ -128,7 +128,7 @@ def timed_rows(pairs: int, seed: int) -> list[Row]:
 def memory_row(seed: int) -> Row:
     """Highest resident memory while 8 TopK latents are read, over what it was before, against the (B, T, S) tensor."""
     code = f"import sys; sys.path.insert(0, {str(sys.path[0])!r}); import sae; print(sae.memory({seed}))"
-    # With a fixed threshold glibc gives every tensor back when it is freed, so that the highest resident memory is what is in use.
+    # With a fixed threshold glibc gives every tensor back when it is freed: what is resident is in use.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)

@@ -130,9 +130,9 @@ def attach(
         raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
     kind = trainer_kind(trainer)
     rollouts = kind in ("GRPO", "RLOO")
-    if reference is not None and is_sharded(reference) and not hasattr(reference, "optimizer"):
-        if getattr(trainer, "is_deepspeed_enabled", False):  # ZeRO-3 took its parameters apart when it was loaded
-            reference = _on_engine(trainer, reference)
+    deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
+    if deepspeed and reference is not None and is_sharded(reference) and not hasattr(reference, "optimizer"):
+        reference = _on_engine(trainer, reference)  # ZeRO-3 took its parameters apart when it was loaded
     terms_wanted = [make_regularizer(given) for given in regularizers]
     changes = [make_intervention(given) for given in interventions]
     rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]

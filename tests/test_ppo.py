@@ -5,6 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +26,7 @@ from interp_rlhf.runlog import read_run_log
 from interp_rlhf.training.ppo import advantages as adv
 from interp_rlhf.training.ppo.critic import VALUE_HEAD
 
+ROOT = Path(__file__).resolve().parent.parent
 END = 0  # the tiny tokenizer's end-of-turn token
 
 
@@ -590,7 +596,7 @@ def test_the_mean_pooled_reward_is_the_sum_of_its_shares(load, model_folder, tok
 
 
 def test_shaping_on_the_trainer_pays_differences_and_ends_at_0(load, model_folder, tokenizer, tmp_path):
-    """λ = 0 and V = 0: A_t = F_t = γΦ(s_{t+1}) − Φ(s_t), with Φ(s_L) = 0 where the completion ended, real where it was cut off."""
+    """λ = 0 and V = 0: A_t = F_t = γΦ(s_{t+1}) − Φ(s_t), Φ(s_L) = 0 where the completion ended, real where it was cut off."""
     reward = Noted(make_readout(load()), shaping=True)
     trainer = trainer_of(
         tmp_path, str(model_folder()), tokenizer, [reward], kl_coef=0.0, gamma=0.9, lam=0.0, whiten_advantages=False
@@ -773,6 +779,76 @@ def test_explained_variance_rises_where_the_reward_can_be_foreseen(model_folder,
     assert explained[-1] > 0.7
     after = weights_of(trainer)
     assert all(torch.equal(before[name], after[name]) for name in before if VALUE_HEAD not in name)
+
+
+ENGINES = {
+    "ddp": ("MULTI_CPU", "DistributedDataParallel"),
+    "zero2": ("DEEPSPEED", "DeepSpeedEngine"),
+    "zero3": ("DEEPSPEED", "DeepSpeedEngine"),
+    "fsdp2": ("FSDP", "FSDP"),
+}
+# TRL averages these over processes, each process's mean counting alike: the same only where ranks hold as many tokens.
+OF_RANKS = ("clip_ratio/low_min", "clip_ratio/high_max", "loss", "grad_norm")
+
+
+def launched(engine, kind, model, out):
+    """Result and weights of `engines/ppo.py` on an engine."""
+    config = ROOT / "recipes" / "accelerate_configs" / f"cpu{'_' + engine if engine else ''}.yaml"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(config)]
+    command += ["--main_process_port", str(port)] if engine else []
+    out.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "engines" / "ppo.py"), str(model), str(out), kind], capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "result.json").read_text()), load_file(out / "weights.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_engine_makes_the_step_of_one_process(kind, model_folder, tmp_path):
+    pytest.importorskip("deepspeed")
+    alone, expected = launched("", kind, model_folder(), tmp_path / "one")
+    assert (alone["processes"], alone["model"][-16:]) == (
+        1,
+        "LlamaForCausalLM" if kind == "full" else "ModelForCausalLM",
+    )
+    start = load_file(model_folder() / "model.safetensors")
+    if kind == "full":
+        assert max(float((expected[n] - w).abs().max()) for n, w in start.items() if n in expected) > 1e-3
+    for engine, (kind_of_engine, model_class) in ENGINES.items():
+        found, weights = launched(engine, kind, model_folder(), tmp_path / engine)
+        assert (found["engine"], found["processes"]) == (kind_of_engine, 2)
+        assert found["model"].startswith(model_class)
+        weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
+        trained = [name for name in expected if kind == "full" or "lora_" in name or "modules_to_save" in name]
+        assert any(VALUE_HEAD in name for name in trained)
+        worst = max(float((weights[name] - expected[name]).abs().max()) for name in trained)
+        assert worst < 1e-4, engine
+        assert found["exported"] == alone["exported"]
+        assert not any(VALUE_HEAD in name for name in found["exported"])
+        for one, other in zip(alone["history"], found["history"], strict=True):
+            for key in one:
+                if key.split("/")[0] in (
+                    "returns",
+                    "values",
+                    "advantages",
+                    "val",
+                    "policy",
+                    "objective",
+                    "loss",
+                    "kl",
+                    "rewards",
+                ):
+                    assert other[key] == pytest.approx(one[key], abs=1e-4, nan_ok=True) or key in OF_RANKS, (
+                        engine,
+                        key,
+                    )
 
 
 # What is refused

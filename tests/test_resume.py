@@ -133,7 +133,7 @@ def test_killed_at_random_moments_and_inside_a_save_then_resumed(kind, model_fol
         if last_complete_checkpoint(broken) == str(broken / f"checkpoint-{STEPS}"):
             break
         process = start(script, kind, folder, broken)
-        assert process.stdout.readline() == "ready\n"
+        assert "ready\n" in iter(process.stdout.readline, "")  # after what DeepSpeed says when it is imported
         moment = time.monotonic() + rng.uniform(0.05, 1.0)
         if not kill_when(process, lambda moment=moment: time.monotonic() > moment):
             break

@@ -122,7 +122,7 @@ def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tens
     if activation.dtype not in READABLE:
         raise ValueError(
             f"A hook point's activation is of type `{activation.dtype}` – expected "
-            f"{', '.join(f'`{dtype}`' for dtype in READABLE)}: quantized numbers are no activations without their scales. Read at "
-            "a decoder layer, whose output an 8-bit or 4-bit model has in its compute type."
+            f"{', '.join(f'`{dtype}`' for dtype in READABLE)}: quantized numbers are no activations without their scales. Read "
+            "at a decoder layer, whose output an 8-bit or 4-bit model has in its compute type."
         )
     return activation

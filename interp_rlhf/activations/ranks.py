@@ -1,7 +1,7 @@
 """What several processes decide together.
 
-In: what one process sees. Out: what all of them go by. Every function is called by all ranks, at the same place of their work, and
-costs nothing where there is one process. An error that one rank meets in here ends all of them, with its message.
+In: what one process sees. Out: what all of them go by. Every function is called by all ranks, at the same place of their work,
+and costs nothing where there is one process. An error that one rank meets in here ends all of them, with its message.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def from_rank_zero(work: Callable[[], T]) -> T:
         raise failed
     if message[1] is not None:
         raise RuntimeError(f"Rank 0 ended the run – {message[1]}")
-    return message[0]  # type: ignore[no-any-return]
+    return message[0]
 
 
 def of_all_ranks(mine: list[T]) -> tuple[list[T], int]:

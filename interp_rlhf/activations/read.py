@@ -50,8 +50,8 @@ def read(
     """Scores of every token, by one forward per length bucket and nothing above the deepest hook point.
 
     The model is left as it was: training flags, hooks and random state. Where an engine has sharded its parameters (ZeRO-3,
-    FSDP2), pass it as the engine wrapped it (`trainer.model_wrapped`) and call this on all ranks together, each with rows of its own or none: its whole
-    backbone runs then, the same number of times everywhere.
+    FSDP2), pass it as the engine wrapped it (`trainer.model_wrapped`) and call this on all ranks together, each with rows of its
+    own or none: its whole backbone runs then, the same number of times everywhere.
 
     Args:
         model (`nn.Module`): a causal LM, wrapped or not, read as its adapters stand.

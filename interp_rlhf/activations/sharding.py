@@ -34,8 +34,9 @@ def in_one_piece(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tens
 def readable(model: nn.Module, predictions: bool = True) -> Iterator[None]:
     """While open, a sharded model can be run whole by us, and its trainer notices nothing afterwards.
 
-    DeepSpeed remembers which modules a forward runs and fetches their weights ahead; TRL's fused head (1.16), which takes a weight
-    without running its module, fails where that memory is of forwards of another kind. So it starts anew, before and after.
+    DeepSpeed remembers which modules a forward runs and fetches their weights ahead; TRL's fused head (1.16), which takes a
+    weight without running its module, fails where that memory is of forwards of another kind. So it starts anew, before and
+    after.
 
     Args:
         predictions (`bool`, defaults to `True`): where they are not wanted, the LM head costs nothing.

@@ -135,9 +135,10 @@ class DriftCallback(TrainerCallback):
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
         config (`DriftConfig`, *optional*), **settings: the fields of `DriftConfig`, as one or by name.
 
-    Logged under `interp/drift/<hook point>/` are `cosine`, `relative_norm`, `cka`, `procrustes`, `shift_rank`, `first_tokens` and
-    `norm_outliers` (see `drift.metrics`), under `interp/drift/` `kl`, `perplexity`, `sae/fvu`, `sae/l0`, `alarm` (1 where the verdict is one) and
-    `overhead_seconds`, under `interp/<monitor>/` `drift_…`. The verdict itself is in the run log and the report.
+    Logged under `interp/drift/<hook point>/` are `cosine`, `relative_norm`, `cka`, `procrustes`, `shift_rank`, `first_tokens`
+    and `norm_outliers` (see `drift.metrics`), under `interp/drift/` `kl`, `perplexity`, `sae/fvu`, `sae/l0`, `alarm` (1 where
+    the verdict is one) and `overhead_seconds`, under `interp/<monitor>/` `drift_…`. The verdict itself is in the run log and
+    the report.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ def changed_latents(sae: SparseAutoencoder, before: torch.Tensor, after: torch.T
 
     Returns:
         `dict`: `fvu` and `fvu_before` (fraction of variance unexplained, lower = better), `l0` and `l0_before` (mean number of
-        latents that are on), and `changed`: the latents whose mean over tokens changed most, each with `latent`, `before`, `after`
-        and `on_before`, `on_after`, the shares of tokens on which it is on.
+        latents that are on), and `changed`: the latents whose mean over tokens changed most, each with `latent`, `before`,
+        `after` and `on_before`, `on_after`, the shares of tokens on which it is on.
     """
     outliers = norm_outliers(before, after)
     pair = [values[~outliers] for values in (before, after)]

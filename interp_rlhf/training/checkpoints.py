@@ -67,8 +67,8 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = set(json.loads(index.read_text())["weight_map"].values())
-        if absent := sorted(shards - {file.name for file in weights}):
-            return f"no `{absent[0]}`"
+        if lacking := sorted(shards - {file.name for file in weights}):
+            return f"no `{lacking[0]}`"
     return None if weights or engine else "no weights"
 
 

@@ -468,12 +468,12 @@ class LossTerms:
         """The policy as something that can be run: before training DeepSpeed has no engine, but for TRL's precomputation."""
         trainer = self.trainer
         if self.source != "cache" or self._reference is not None or not trainer.is_deepspeed_enabled:
-            return trainer.model_wrapped  # type: ignore[no-any-return]
+            return trainer.model_wrapped
         if trainer._precompute_engine is None:  # TRL found its log-probs in a file
             from trl.models import prepare_deepspeed
 
             trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
-        return trainer._precompute_engine  # type: ignore[no-any-return]
+        return trainer._precompute_engine
 
     def _cached(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         assert self._cache is not None, "`precompute` comes at `attach`"
