@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from .activations import has_adapters, of_all_ranks, reference_pass, unwrap
-from .activations.batch import completion_text
+from .activations.batch import completion_text, prompt_text
 from .activations.sharding import is_sharded
 from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout, same_artifact
@@ -471,7 +471,7 @@ class _Watch:
                 found[f"reward: {name}"] = own[:, index].tolist()
             rows = [
                 {
-                    "prompt": _prompt_text(prompts[i]),
+                    "prompt": prompt_text(prompts[i]),
                     "completion": texts[i],
                     "scores": {name: values[i] for name, values in found.items()},
                 }
@@ -494,7 +494,7 @@ class _Watch:
             return sorted(found, key=lambda sample: -abs(sample["score"] - usual))[:2]
 
         own = farthest(
-            {"prompt": _prompt_text(prompts[i]), "completion": completion_text(completions[i]), "score": value}
+            {"prompt": prompt_text(prompts[i]), "completion": completion_text(completions[i]), "score": value}
             for value, i in known
         )
         samples = farthest(of_all_ranks(own)[0])
@@ -555,7 +555,3 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     if len(a) < 3 or a.std() < 1e-12 or b.std() < 1e-12:
         return None
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def _prompt_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

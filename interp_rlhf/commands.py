@@ -175,8 +175,6 @@ def drift_compare(arguments: argparse.Namespace) -> int:
 
 def sae_train(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae train`."""
-    import time
-
     from .activations import hidden_size, resolve
     from .concepts.artifact import library_versions, write_atomically
     from .concepts.sae.held_out import evaluate
@@ -382,11 +380,11 @@ def _path(name: str) -> str:
     return str(default_model())
 
 
-def _sae(source: str | None, model: Any) -> Any:
+def _sae(source: str | None, model: Any, **where: Any) -> Any:
     """The autoencoder that an argument names, resolved on the model."""
     from .concepts.sae.files import load_sae
 
-    return None if source is None else load_sae(source, model=model)
+    return None if source is None else load_sae(source, model=model, **where)
 
 
 def _indices(given: str | None) -> list[int] | None:
@@ -398,10 +396,8 @@ def _indices(given: str | None) -> list[int] | None:
 
 
 def _sae_of(arguments: argparse.Namespace, model: Any) -> Any:
-    from .concepts.sae.files import load_sae
-
     where = {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
-    return load_sae(arguments.sae, model=model, **where)
+    return _sae(arguments.sae, model, **where)
 
 
 def _html(path: str) -> Path:

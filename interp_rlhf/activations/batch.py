@@ -42,6 +42,10 @@ class TokenBatch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def part(self, rows: slice) -> TokenBatch:
+        """Some of its rows."""
+        return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.completion_mask[rows])
+
     @classmethod
     def from_ids(
         cls,
@@ -71,6 +75,11 @@ class TokenBatch:
             attention_mask[row, : len(ids)] = True
             completion_mask[row, len(prompt) : len(ids)] = torch.tensor(counts[row], dtype=torch.bool)
         return cls(input_ids, attention_mask, completion_mask)
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as it is shown: text as it is, messages one per line."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def end_of_turn_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,17 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder_aside(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder beside where it is to go, to be filled and moved there; nothing of it stays where that fails."""
+    made = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    try:
+        yield made
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
         raise
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from interp_rlhf.report.text import MISSING, as_number, show, visible
+from interp_rlhf.report.text import MISSING, as_dict, as_list, as_number, show, visible
 
 KINDS = ("top", "near", "off")  # of contexts
 
@@ -59,19 +59,19 @@ def parse_inspection(event: dict[str, Any], step: int) -> Inspection:
     """An event `latents` as records; what has another shape than declared is left out."""
     return Inspection(
         step=step,
-        sae={visible(name): value for name, value in _dict(event.get("sae")).items()},
+        sae={visible(name): value for name, value in as_dict(event.get("sae")).items()},
         chosen=visible(event.get("chosen") or ""),
         concept=visible(event.get("concept") or ""),
         numbers=_numbers(event, ("texts", "contexts", "tokens", "outliers", "fvu", "l0", "dead")),
-        latents=[_latent(page) for page in _list(event.get("latents")) if isinstance(page, dict)],
+        latents=[_latent(page) for page in as_list(event.get("latents")) if isinstance(page, dict)],
     )
 
 
 def found_table(event: dict[str, Any]) -> tuple[str, list[str], list[list[Any]], str]:
     """Title, columns, rows and note of an event `latents_found`."""
-    concept = [visible(name) for name in _list(event.get("concept"))] + ["0", "1"]
+    concept = [visible(name) for name in as_list(event.get("concept"))] + ["0", "1"]
     rows: list[list[Any]] = []
-    for found in map(_dict, _list(event.get("latents"))):
+    for found in map(as_dict, as_list(event.get("latents"))):
         index = as_number(found.get("index"))
         name = f"latent {MISSING if index is None else int(index)}"
         higher = concept[1] if as_number(found.get("sign")) != -1 else concept[0]
@@ -79,14 +79,14 @@ def found_table(event: dict[str, Any]) -> tuple[str, list[str], list[list[Any]],
     for key, name in (("probe", "dense probe, same hook point"), ("tfidf", "TF-IDF of words")):
         if key in event:
             rows.append([name, None, None, *interval(event[key]), interval(event.get(f"less_{key}"))])
-    drawn = [interval(one) for one in _list(event.get("random"))]
+    drawn = [interval(one) for one in as_list(event.get("random"))]
     best = max(range(len(drawn)), key=lambda i: drawn[i][0] or 0.0, default=0)
     for i, one in enumerate(drawn):
         less = interval(event.get("less_random")) if i == best else None
         rows.append([f"best latent of random dictionary {i + 1}", None, None, *one, less])
     columns = ["what", "higher on", "AUROC, fit", "AUROC, held out", "from", "to", "best latent less this, interval"]
-    sizes = [show(size) for size in _list(event.get("examples"))] + [MISSING, MISSING]
-    sae = _dict(event.get("sae"))
+    sizes = [show(size) for size in as_list(event.get("examples"))] + [MISSING, MISSING]
+    sae = as_dict(event.get("sae"))
     note = (
         f"{sae_name(sae)}. Latents are pooled by their {visible(event.get('pooling') or 'value')} over an example's tokens and "
         f"ranked on {sizes[0]} examples; AUROC and its 95 % interval are on {sizes[1]} others."
@@ -102,9 +102,9 @@ def sae_name(sae: dict[str, Any]) -> str:
 
 
 def _latent(page: dict[str, Any]) -> Latent:
-    histogram = _dict(page.get("histogram"))
-    edges = [edge for edge in map(as_number, _list(histogram.get("edges"))) if edge is not None]
-    counts = [int(count) for count in map(as_number, _list(histogram.get("counts"))) if count is not None]
+    histogram = as_dict(page.get("histogram"))
+    edges = [edge for edge in map(as_number, as_list(histogram.get("edges"))) if edge is not None]
+    counts = [int(count) for count in map(as_number, as_list(histogram.get("counts"))) if count is not None]
     whole = len(edges) == len(counts) + 1 and all(a < b for a, b in pairwise(edges))
     index = as_number(page.get("index"))
     detection = page.get("detection")
@@ -113,20 +113,20 @@ def _latent(page: dict[str, Any]) -> Latent:
         label=visible(page.get("label") or ""),
         numbers=_numbers(page, ("density", "mean", "maximum", "written")),
         contexts={
-            kind: [found for one in _list(page.get(kind)) if (found := _window(_dict(one))) is not None]
+            kind: [found for one in as_list(page.get(kind)) if (found := _window(as_dict(one))) is not None]
             for kind in KINDS
         },
         edges=edges if whole else [],
         counts=counts if whole else [],
         promoted=_promotions(page.get("promoted")),
         suppressed=_promotions(page.get("suppressed")),
-        cosines={visible(name): as_number(value) for name, value in _dict(page.get("cosines")).items()},
+        cosines={visible(name): as_number(value) for name, value in as_dict(page.get("cosines")).items()},
         detection=_detection(detection) if isinstance(detection, dict) else None,
     )
 
 
 def _window(one: dict[str, Any]) -> Context | None:
-    pieces, activations = _list(one.get("pieces")), _list(one.get("activations"))
+    pieces, activations = as_list(one.get("pieces")), as_list(one.get("activations"))
     if not pieces or len(pieces) != len(activations):
         return None
     peak, text = as_number(one.get("peak")), as_number(one.get("text"))
@@ -145,7 +145,9 @@ def _detection(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _promotions(value: Any) -> list[tuple[str, float | None]]:
-    return [(visible(_dict(one).get("piece") or ""), as_number(_dict(one).get("effect"))) for one in _list(value)]
+    return [
+        (visible(as_dict(one).get("piece") or ""), as_number(as_dict(one).get("effect"))) for one in as_list(value)
+    ]
 
 
 def _numbers(event: dict[str, Any], names: Sequence[str]) -> dict[str, float | None]:
@@ -154,13 +156,5 @@ def _numbers(event: dict[str, Any], names: Sequence[str]) -> dict[str, float | N
 
 def interval(value: Any) -> list[float | None]:
     """A number and its two bounds; None for what is missing."""
-    numbers = [as_number(number) for number in _list(value)][:3]
+    numbers = [as_number(number) for number in as_list(value)][:3]
     return numbers + [None] * (3 - len(numbers))
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_rlhf.report.latents import Inspection, found_table, parse_inspection
-from interp_rlhf.report.text import as_number, model_text, show, visible
+from interp_rlhf.report.text import as_dict, as_list, as_number, model_text, show, visible
 from interp_rlhf.runlog import read_run_log
 
 logger = logging.getLogger(__name__)
@@ -230,8 +230,8 @@ def _add_run(run: Run, event: dict[str, Any], step: int) -> None:
     for name in ("title", "model", "trainer"):
         if event.get(name):
             setattr(run, name, visible(event[name]))
-    run.cards = [_card(card) for card in _list(event.get("cards"))] or run.cards
-    run.settings |= {visible(name): value for name, value in _dict(event.get("settings")).items()}
+    run.cards = [_card(card) for card in as_list(event.get("cards"))] or run.cards
+    run.settings |= {visible(name): value for name, value in as_dict(event.get("settings")).items()}
 
 
 def _card(card: Any) -> dict[str, str]:
@@ -245,7 +245,7 @@ def _add_metric(run: Run, event: dict[str, Any], step: int) -> None:
 
 def _add_numbers(series: Metrics, metrics: Any, step: int) -> None:
     """Numbers join their series; `None` stays a hole in it; text, lists and booleans are not plotted."""
-    for name, value in _dict(metrics).items():
+    for name, value in as_dict(metrics).items():
         number = as_number(value)
         if number is not None or value is None or isinstance(value, float):
             series.setdefault(visible(name), {})[step] = number
@@ -255,26 +255,26 @@ def _add_drift(run: Run, event: dict[str, Any], step: int) -> None:
     run.evaluations[step] = (_amount(event.get("texts")), _amount(event.get("tokens")))
     run.overhead_seconds += as_number(event.get("overhead_seconds")) or 0.0
     for key, target in (("hook_points", run.hook_points), ("monitors", run.monitors)):
-        for name, metrics in _dict(event.get(key)).items():
+        for name, metrics in as_dict(event.get(key)).items():
             metrics = metrics if isinstance(metrics, dict) else {"value": metrics}
             metrics = {key: value for key, value in metrics.items() if key not in _CONSTANT}
             _add_numbers(target.setdefault(visible(name), {}), metrics, step)
 
     _add_readings(run, event, step)
     for key, number, batch in (("moved", "change", False), ("batches", "score", True)):
-        for monitor, found in _dict(event.get(key)).items():
-            for item in _list(found):
-                for row in _list(_dict(item).get("samples")) if batch else [item]:
+        for monitor, found in as_dict(event.get(key)).items():
+            for item in as_list(found):
+                for row in as_list(as_dict(item).get("samples")) if batch else [item]:
                     run.moved.append(
-                        _moved(monitor, _dict(row), _dict(item).get("step") if batch else step, number, batch)
+                        _moved(monitor, as_dict(row), as_dict(item).get("step") if batch else step, number, batch)
                     )
 
 
 def _add_readings(run: Run, event: dict[str, Any], step: int) -> None:
     """Tables of the latest evaluation: monitors on labelled text, and the policy's own text, with their intervals."""
     rows: list[list[Any]] = []
-    for name, found in _dict(event.get("monitors")).items():
-        found = _dict(found)
+    for name, found in as_dict(event.get("monitors")).items():
+        found = as_dict(found)
         for way in ("frozen", "restandardized", "refitted"):
             if f"{way}_auroc" in found:
                 alarms = found.get("false_alarms") if way == "frozen" else None
@@ -292,19 +292,19 @@ def _add_readings(run: Run, event: dict[str, Any], step: int) -> None:
         ]
         note = f"At step {step}. False alarms are at the threshold that gave 5 % at the start."
         run.tables["Monitors on labelled text"] = Table("Monitors on labelled text", columns, rows, note)
-    own = _dict(event.get("own_text"))
+    own = as_dict(event.get("own_text"))
     lines = [
         [
             name,
-            _dict(found).get("policy"),
-            _dict(found).get("text"),
-            *(_dict(found).get(f"{way}_change") for way in ("policy", "text")),
+            as_dict(found).get("policy"),
+            as_dict(found).get("text"),
+            *(as_dict(found).get(f"{way}_change") for way in ("policy", "text")),
         ]
-        for name, found in _dict(own.get("monitors")).items()
+        for name, found in as_dict(own.get("monitors")).items()
     ]
     lines += [
-        [name, _dict(found).get("mean"), None, _dict(found).get("change"), None]
-        for name, found in _dict(own.get("measures")).items()
+        [name, as_dict(found).get("mean"), None, as_dict(found).get("change"), None]
+        for name, found in as_dict(own.get("measures")).items()
     ]
     if lines:
         shares = ", ".join(
@@ -328,7 +328,7 @@ def _amount(value: Any) -> Any:
 
 
 def _add_samples(run: Run, event: dict[str, Any], step: int) -> None:
-    rows = [_sample(row) for row in _list(event.get("rows")) if isinstance(row, dict)]
+    rows = [_sample(row) for row in as_list(event.get("rows")) if isinstance(row, dict)]
     if rows:
         run.samples.append(Samples(visible(event.get("when") or "train"), step, rows))
 
@@ -346,20 +346,20 @@ def _sample(row: dict[str, Any]) -> Sample:
 
 def _tokens(tokens: Any) -> dict[str, Any]:
     """Pieces and their scores, where there are as many of the one as of the other."""
-    pieces = [visible(piece) for piece in _list(_dict(tokens).get("pieces"))]
+    pieces = [visible(piece) for piece in as_list(as_dict(tokens).get("pieces"))]
     scores = {
         visible(name): [as_number(value) for value in values]
-        for name, values in _dict(_dict(tokens).get("scores")).items()
+        for name, values in as_dict(as_dict(tokens).get("scores")).items()
         if isinstance(values, list) and len(values) == len(pieces)
     }
     return {"pieces": pieces, "token_scores": scores} if pieces and scores else {}
 
 
 def _add_table(run: Run, event: dict[str, Any], step: int) -> None:
-    rows = _list(event.get("rows"))
+    rows = as_list(event.get("rows"))
     named = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
-    columns = [show(name) for name in _list(event.get("columns"))] or list(named)
-    cells = [[row.get(name) for name in columns] if isinstance(row, dict) else _list(row) for row in rows]
+    columns = [show(name) for name in as_list(event.get("columns"))] or list(named)
+    cells = [[row.get(name) for name in columns] if isinstance(row, dict) else as_list(row) for row in rows]
     width = max([len(columns), *map(len, cells)])
     table = Table(
         title=visible(event.get("title") or "Result"),
@@ -373,7 +373,7 @@ def _add_table(run: Run, event: dict[str, Any], step: int) -> None:
 def _add_verdict(run: Run, event: dict[str, Any], step: int) -> None:
     known = ("event", "time", "step", "verdict", "because", "next", "alarm")
     fields = {visible(key): value for key, value in event.items() if key not in known}
-    because = [visible(reason) for reason in _list(event.get("because"))]
+    because = [visible(reason) for reason in as_list(event.get("because"))]
     name = visible(event.get("verdict") or event.get("name") or "no name")
     run.verdicts.append(
         Verdict(step, name, because, visible(event.get("next") or ""), event.get("alarm") is True, fields)
@@ -393,14 +393,6 @@ def _add_found(run: Run, event: dict[str, Any], step: int) -> None:
 def _step(event: dict[str, Any]) -> int | None:
     number = as_number(event.get("step"))
     return None if number is None else int(number)
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _make_labels_unique(runs: list[Run]) -> None:

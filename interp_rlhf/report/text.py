@@ -47,6 +47,16 @@ def model_text(value: Any) -> str:
     return "" if value is None else visible(value)
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """A dictionary; an empty one in the place of everything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list; an empty one in the place of everything else."""
+    return value if isinstance(value, list) else []
+
+
 def as_number(value: Any) -> float | None:
     """A finite float, or `None` for everything that is not one (booleans, text, `None`, NaN, infinity)."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -157,9 +157,9 @@ class ConceptReward:
         """Drawn from the seed and the step, so that a resumed run repeats it; among the completions of all ranks."""
         everywhere, first = of_all_ranks(values)
         rows = [i for i, value in enumerate(everywhere) if value is not None]
-        dealt = random.Random(f"{self.seed}-{step}").sample(rows, len(rows))
+        drawn = random.Random(f"{self.seed}-{step}").sample(rows, len(rows))
         shuffled = list(everywhere)
-        for row, source in zip(rows, dealt, strict=True):
+        for row, source in zip(rows, drawn, strict=True):
             shuffled[row] = everywhere[source]
         return shuffled[first : first + len(values)]
 

@@ -82,23 +82,16 @@ def check_card(
     embedding = embedding_point(model)
     points = [readout.hook_point, embedding]
     label = "reading the fit's examples" if progress else None
-    means = {k: v.double().numpy() for k, v in read_means(model, tokens(fit_examples), points, progress=label).items()}
+    fit_batch = tokens(fit_examples)
+    means = {k: v.double().numpy() for k, v in read_means(model, fit_batch, points, progress=label).items()}
     permuted = None
     dictionaries = None
     if readout.latents is not None and sae is not None:
-        of_all = all_mean_latents(model, tokens(fit_examples), [sae], label)[0]
+        of_all = all_mean_latents(model, fit_batch, [sae], label)[0]
         permuted = permuted_choices(of_all, fit_examples.labels, sae, readout.latents.size, header.method, seed)
-        l0 = sae_findings(model, tokens(fit_examples), sae, progress).l0
+        l0 = sae.spec.k or sae_findings(model, fit_batch, sae, progress).l0
         dictionaries = RandomDictionaries(
-            model,
-            tokens(fit_examples),
-            fit_examples.labels,
-            sae,
-            readout.latents.size,
-            l0,
-            header.method,
-            seed,
-            progress,
+            model, fit_batch, fit_examples.labels, sae, readout.latents.size, l0, header.method, seed, progress
         )
     controls = Controls(readout, means[readout.hook_point], fit_examples.labels, seed, permuted)
     embedding_probe = LinearProbe(header.method).fit(means[embedding], fit_examples.labels)
@@ -115,17 +108,16 @@ def check_card(
                 f"{len(prompts)} prompts of the {what} are prompts of the fit – expected other prompts: answers to one prompt "
                 "are alike, and the probe may know the prompt. Remove them."
             )
+        batch = tokens(rows)
         found = _findings(
-            model, tokens(rows), rows, fit_examples, readout, controls, (embedding, embedding_probe), measures or {}, seed,
+            model, batch, rows, fit_examples, readout, controls, (embedding, embedding_probe), measures or {}, seed,
             f"reading the {what}" if progress else None,
         )  # fmt: skip
         if dictionaries is None or sae is None:
             return found
-        drawn = dictionaries.scores(model, tokens(rows), readout.pooling, progress)
+        drawn = dictionaries.scores(model, batch, readout.pooling, progress)
         random = _control(np.array([weighted_aurocs(rows.labels, c, np.ones((1, len(rows))))[0] for c in drawn.T]))
-        return found.model_copy(
-            update={"random_dictionary": random, "sae": sae_findings(model, tokens(rows), sae, progress)}
-        )
+        return found.model_copy(update={"random_dictionary": random, "sae": sae_findings(model, batch, sae, progress)})
 
     return Evidence(
         readout=card.card.readout_digest,
@@ -253,11 +245,7 @@ def _read_in_chunks(
     own: list[np.ndarray] = []
     drawn: list[np.ndarray] = []
     for start in range(0, len(batch), CHUNK_ROWS):
-        part = type(batch)(
-            batch.input_ids[start : start + CHUNK_ROWS],
-            batch.attention_mask[start : start + CHUNK_ROWS],
-            batch.completion_mask[start : start + CHUNK_ROWS],
-        )
+        part = batch.part(slice(start, start + CHUNK_ROWS))
         scores = read(model, part, [readout, controls], reader="reference", progress=progress)
         own.append(np.array(readout.score(scores[readout.name]), dtype=float))
         drawn.append(pool(scores[controls.name].scores, part.completion_mask, controls.pooling).double().numpy())

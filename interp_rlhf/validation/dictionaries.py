@@ -161,6 +161,5 @@ def _parts(
     """Some rows at a time, with the activations (n, D) of their counted tokens."""
     starts = range(0, len(batch), CHUNK_ROWS)
     for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
-        rows = slice(start, start + CHUNK_ROWS)
-        part = TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.completion_mask[rows])
+        part = batch.part(slice(start, start + CHUNK_ROWS))
         yield part, read_activations(model, part, [hook_point])[hook_point]

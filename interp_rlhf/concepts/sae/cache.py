@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ...activations import identity
 from ..artifact import write_atomically
-from .stream import FORWARD_TOKENS, Contexts, activations_of, order
+from .stream import Contexts, activations_of, in_order, order
 
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256
@@ -95,20 +95,18 @@ def fill_cache(
     folder = Path(folder)
     first = _first(model, contexts, hook_point)
     _open(folder, _head(model, contexts, hook_point, dtype), first)
-    rows = range(len(contexts))
     bar = tqdm(total=contexts.tokens, desc="reading activations", unit="token", disable=not progress, leave=False)
     with bar:
         for number, start in enumerate(range(0, len(contexts), SHARD_CONTEXTS)):
-            part = rows[start : start + SHARD_CONTEXTS]
+            part = range(start, min(start + SHARD_CONTEXTS, len(contexts)))
             path = folder / f"activations-{number:05}.safetensors"
             if path.exists():
                 bar.update(sum(int(contexts.starts[row + 1] - contexts.starts[row]) for row in part))
                 continue
             found = []
-            count = max(1, FORWARD_TOKENS // contexts.length)
-            for group in (part[i : i + count] for i in range(0, len(part), count)):
-                found.append(activations_of(model, contexts, group, hook_point).to(getattr(torch, dtype)))
-                bar.update(len(found[-1]))
+            for rows in in_order(model, contexts, hook_point, part):
+                found.append(rows.to(getattr(torch, dtype)))
+                bar.update(len(rows))
             activations = torch.cat(found)
             if not torch.isfinite(activations).all():
                 raise ValueError(

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..artifact import folder_aside
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -25,15 +26,11 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
 
     folder.mkdir(parents=True, exist_ok=True)
     older = _checkpoints(folder)
-    made = Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
-    try:
+    with folder_aside(folder, ".checkpoint-") as made:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / "tensors.safetensors")
         (made / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         path = folder / f"checkpoint-{step}"
         os.replace(made, path)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     for _, old in older:
         if old != path:
             shutil.rmtree(old)

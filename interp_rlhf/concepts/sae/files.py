@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ...activations import resolve
+from ..artifact import folder_aside
 from .autoencoder import SaeSpec, SparseAutoencoder
 from .format_gemma_scope import read_gemma_scope, read_gemma_scope_2
 from .format_sae_lens import read_sae_lens, write_sae_lens
@@ -116,17 +116,13 @@ def save_sae(
     config, tensors = write_sae_lens(sae, metadata or {})
     _check_free(folder, replace)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with folder_aside(folder.parent, f".{folder.name}-") as new:
         save_file(tensors, new / WEIGHTS)
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         digest = _sha256(new / WEIGHTS)
         for path, mode in ((new / WEIGHTS, 0o644), (new, 0o755)):  # both were made for this user only
             os.chmod(path, mode)
         _swap(new, folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
     return digest
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .autoencoder import SparseAutoencoder
 from .cache import CachedActivations, CacheType, fill_cache
-from .stream import FORWARD_TOKENS, Contexts, activations_of
+from .stream import FORWARD_TOKENS, Contexts, in_order
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,15 @@ def explained_by(components: torch.Tensor, center: torch.Tensor, moments: Moment
     return float(1 - missed / moments.about(moments.mean).trace())
 
 
-def read_blocks(
+def read_held_out(
     model: nn.Module, contexts: Contexts, hook_point: str, progress: str | None = None
 ) -> list[torch.Tensor]:
     """Activations of all contexts in blocks; float32, 4 D bytes a token."""
-    count = max(1, FORWARD_TOKENS // contexts.length)
-    rows = range(len(contexts))
     found = []
     with tqdm(total=contexts.tokens, desc=progress, unit="token", disable=progress is None, leave=False) as bar:
-        for group in (rows[i : i + count] for i in range(0, len(rows), count)):
-            found.append(activations_of(model, contexts, group, hook_point))
-            bar.update(len(found[-1]))
+        for rows in in_order(model, contexts, hook_point):
+            found.append(rows)
+            bar.update(len(rows))
     return found
 
 
@@ -154,7 +152,7 @@ def evaluate(
     """
     point = sae.spec.hook_point
     if cache is None:
-        found = read_blocks(model, contexts, point, "reading held-out activations" if progress else None)
+        found = read_held_out(model, contexts, point, "reading held-out activations" if progress else None)
         return held_out(sae, lambda: found, k)
     folder = Path(cache) / f"held-out-{contexts.fingerprint.removeprefix('sha256:')[:12]}"
     fill_cache(folder, model, contexts, point, dtype=cache_type, progress=progress)

@@ -108,7 +108,7 @@ def pooled(
     on, tokens = [0] * len(readouts), torch.zeros(len(batch), 1)
     starts = range(0, len(batch), rows)
     for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, leave=False):
-        part = _rows(batch, slice(start, start + rows))
+        part = batch.part(slice(start, start + rows))
         found = read_activations(model, part, [point])[point]
         for row, every in enumerate(found.split(part.completion_mask.sum(1).tolist()), start):
             own = every[~norm_outliers(every)]
@@ -122,10 +122,6 @@ def pooled(
     count = max(float(tokens.sum()), 1.0)
     every_one = zip(sums, maxima, on, strict=True)
     return [Pooled(total / tokens, highest, times / count) for total, highest, times in every_one], activations
-
-
-def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
-    return TokenBatch(batch.input_ids[rows], batch.attention_mask[rows], batch.completion_mask[rows])
 
 
 def read_blocks(

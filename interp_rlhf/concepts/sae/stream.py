@@ -187,6 +187,16 @@ def activations_of(model: nn.Module, contexts: Contexts, rows: Sequence[int], ho
     return found[~norm_outliers(found)]
 
 
+def in_order(
+    model: nn.Module, contexts: Contexts, hook_point: str, rows: Sequence[int] | None = None
+) -> Iterator[torch.Tensor]:
+    """Activations (n, D) of contexts, all of them by default, in their order, about a forward's tokens at a time."""
+    rows = range(len(contexts)) if rows is None else rows
+    count = max(1, FORWARD_TOKENS // contexts.length)
+    for start in range(0, len(rows), count):
+        yield activations_of(model, contexts, rows[start : start + count], hook_point)
+
+
 def order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """A permutation that depends on seed and epoch only."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

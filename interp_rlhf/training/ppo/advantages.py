@@ -84,18 +84,13 @@ def gae(
     counted, last = mask.bool(), is_last(mask)
     following = values[:, 1:].masked_fill(last & ended[:, None], 0)
     deltas = (rewards + gamma * following - values[:, :-1]).masked_fill(~counted, 0)
-    found = torch.zeros_like(deltas)
-    running = torch.zeros_like(deltas[:, 0])  # (B,)
-    for t in range(deltas.shape[1] - 1, -1, -1):
-        running = deltas[:, t] + gamma * lam * running  # padding's deltas are 0, so nothing comes from it
-        found[:, t] = running
-    return found
+    return returns_to_go(deltas, gamma * lam)  # padding's deltas are 0, so nothing comes from it
 
 
 def returns_to_go(rewards: torch.Tensor, gamma: float) -> torch.Tensor:
     """Σ_k γ^k r_{t+k}, (B, T), of rewards that are 0 on padding: what was really paid from y_t on."""
     found = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in range(rewards.shape[1] - 1, -1, -1):
         running = rewards[:, t] + gamma * running
         found[:, t] = running

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...activations.batch import completion_text
+from ...activations.batch import completion_text, prompt_text
 from ...runlog import RunLog
 
 TITLE = "Tokens of one completion"
@@ -51,7 +51,7 @@ def _row(rollout: Rollout, i: int, tokenizer: Any) -> dict[str, Any]:
     ids = rollout.completion_ids[i]
     tensors = {"reward": rollout.rewards, "value": rollout.values, "advantage": rollout.advantages}
     return {
-        "prompt": _text(rollout.prompts[i]),
+        "prompt": prompt_text(rollout.prompts[i]),
         "completion": completion_text(rollout.completions[i]),
         "scores": {name: values[i] for name, values in rollout.scores.items()},
         "tokens": {
@@ -59,7 +59,3 @@ def _row(rollout: Rollout, i: int, tokenizer: Any) -> dict[str, Any]:
             "scores": {name: tensor[i, : len(ids)].tolist() for name, tensor in tensors.items()},
         },
     }
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
