@@ -8,8 +8,8 @@ timed. A ratio is the other's time over ours, so 2 means that ours is twice as f
   full_encode_vs_sparsify      all latents of a 576 → 36,864 TopK autoencoder (k = 32), against sparsify's `SparseCoder.encode`
   columns_topk_vs_full_encode  8 of these TopK latents, which need all the others, against our encoding of all
   blocked_topk_memory          peak memory of reading 8 of these TopK latents over that of the (B, T, S) tensor; ≤ 0.15
-  training_vs_sae_lens         with `--train MINUTES`: tokens per second of our trainer over those of sae-lens' own
-  training_fvu_minus_sae_lens  FVU on held-out activations, ours less theirs
+  training_vs_sae_lens         with `--train MINUTES --cache FOLDER`: tokens per second of our trainer over those of sae-lens' own
+  training_fvu_minus_sae_lens  FVU on held-out activations after as many tokens, ours less theirs (`sae_training.py`)
 
 sae-lens and sparsify are comparators only (`pip install 'interp-rlhf[interop]'`); without them their rows say so.
 """
@@ -157,17 +157,23 @@ def _resident(field: str) -> int:
 
 
 def main() -> None:
-    arguments = parser(__doc__, pairs=7)
-    arguments = arguments.parse_args()
+    made = parser(__doc__, pairs=7)
+    made.add_argument("--train", type=float, metavar="MINUTES", help="only train, about so long with each trainer")
+    made.add_argument("--cache", type=Path, help="what `interp-rlhf sae train --eval FILE --cache FOLDER` filled")
+    arguments = made.parse_args()
+    if (arguments.train is None) != (arguments.cache is None):
+        made.error("expected `--train` and `--cache` together")
     prepare(arguments)
-    rows = [*timed_rows(arguments.pairs, arguments.seed), memory_row(arguments.seed)]
-    settings = {
-        "width": WIDTH,
-        "latents": SIZE,
-        "k": K,
-        "tokens": BATCH * TOKENS,
-        "memory_tokens": BATCH * MEMORY_TOKENS,
-    }
+    settings: dict[str, Any]
+    if arguments.train is not None:
+        from sae_training import SETTINGS, training_rows
+
+        rows, settings = training_rows(arguments.cache, arguments.train, arguments.seed), SETTINGS
+    else:
+        rows = [*timed_rows(arguments.pairs, arguments.seed), memory_row(arguments.seed)]
+        settings = {
+            "width": WIDTH, "latents": SIZE, "k": K, "tokens": BATCH * TOKENS, "memory_tokens": BATCH * MEMORY_TOKENS,
+        }  # fmt: skip
     finish("sae", rows, arguments, settings)
 
 
