@@ -1,0 +1,161 @@
+"""Speed and memory of PPO on a real model beside TRL 1.12's own `PPOTrainer`, all weights trained.
+
+Each side runs in a process of its own, in alternation: rollouts of 8 completions of exactly 32 tokens to the same prompts, four
+passes over each, a reference, the same cheap reward. TRL 1.12 has a value model, so that `_model` (`critic="model"`) is the like
+comparison and the other (`critic="head"`) what a user gets by default.
+
+  samples_per_second_vs_trl_1_12[_model]   by CPU time of all rollouts but the first
+  peak_memory_vs_trl_1_12[_model]          highest resident memory of the process
+
+    python benchmarks/ppo_real_model.py --model FOLDER --trl-1-12 trl112/bin/python --json
+
+The environment of the other side is made as `ppo_trl_1_12.py` says; nothing of this package is imported there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+COMPLETIONS, LENGTH, EPOCHS, ROLLOUTS = 8, 32, 4, 4
+OURS = {"head": "", "model": "_model"}
+SHARED = {
+    "per_device_train_batch_size": COMPLETIONS, "gradient_accumulation_steps": 1, "num_ppo_epochs": EPOCHS,
+    "num_mini_batches": 1, "learning_rate": 1e-6, "kl_coef": 0.02, "temperature": 1.0, "use_cpu": True, "bf16": False,
+    "report_to": "none", "seed": 0, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+def texts(model: str) -> list[str]:
+    """Prompts in the model's chat format."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = [f"What do you think of the number {i}?" for i in range(COMPLETIONS * ROLLOUTS)]
+    turns = [[{"role": "user", "content": text}] for text in asked]
+    return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+
+
+def clock(every: int) -> Any:
+    """A callback that notes CPU seconds at the end of every rollout."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % every == 0:
+                self.times.append(time.process_time())
+
+    return Clock()
+
+
+def ours(model: str, critic: str, output: str) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from interp_rlhf import PPOConfig, PPOTrainer
+
+    args = PPOConfig(
+        output, max_completion_length=LENGTH, max_steps=EPOCHS * ROLLOUTS, critic=critic, bootstrap_truncated=False,
+        generation_kwargs={"min_new_tokens": LENGTH}, model_init_kwargs={"dtype": "float32"}, **SHARED,
+    )  # fmt: skip
+
+    def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [sum(token % 16 == 2 for token in ids) / LENGTH for ids in completion_ids]
+
+    trainer = PPOTrainer(
+        model, [reward], args, Dataset.from_list([{"prompt": text} for text in texts(model)]),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+    )  # fmt: skip
+    return trainer, clock(EPOCHS)
+
+
+def theirs(model: str, output: str) -> tuple[Any, Any]:
+    import torch
+    from datasets import Dataset
+    from ppo_trl_1_12 import LexiconReward
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    args = PPOConfig(
+        output_dir=output, total_episodes=COMPLETIONS * ROLLOUTS, response_length=LENGTH, num_sample_generations=0,
+        local_rollout_forward_batch_size=COMPLETIONS, **SHARED,
+    )  # fmt: skip
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    value = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    data = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts(model)]})
+    trainer = PPOTrainer(
+        args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=LexiconReward(),
+        value_model=value, train_dataset=data, eval_dataset=data.select(range(1)),
+    )  # fmt: skip
+    return trainer, clock(1)
+
+
+def run(side: str, model: str) -> None:
+    """One side; prints samples per CPU second and bytes as JSON."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with tempfile.TemporaryDirectory() as output:
+        trainer, times = theirs(model, output) if side == "trl_1_12" else ours(model, side, output)
+        trainer.add_callback(times)
+        trainer.train()
+    assert len(times.times) == ROLLOUTS, times.times
+    speed = COMPLETIONS * (ROLLOUTS - 1) / (times.times[-1] - times.times[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"samples_per_second": speed, "peak": peak}))
+
+
+def of_process(python: str, side: str, model: str) -> dict[str, float]:
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run(
+        [python, __file__, "--side", side, "--model", model], capture_output=True, text=True, env={**os.environ, **quiet}
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"`{side}` failed:\n{done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    from timing import Row, finish, parser, prepare
+    from tqdm.auto import tqdm
+
+    made = parser(__doc__, pairs=3)
+    made.add_argument("--model", required=True, help="folder of a causal LM with a chat template")
+    made.add_argument("--trl-1-12", required=True, type=Path, metavar="PYTHON", help="interpreter with TRL 1.12")
+    arguments = made.parse_args()
+    prepare(arguments)
+    sides = {"trl_1_12": str(arguments.trl_1_12), **dict.fromkeys(OURS, sys.executable)}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for pair in tqdm(range(arguments.pairs), desc="runs of each side", leave=False):
+        for side in sorted(sides, reverse=bool(pair % 2)):
+            found[side].append(of_process(sides[side], side, arguments.model))
+    rows = []
+    for side, suffix in OURS.items():
+        pairs = list(zip(found[side], found["trl_1_12"], strict=True))
+        speed = [a["samples_per_second"] / b["samples_per_second"] for a, b in pairs]
+        rows.append(Row(f"samples_per_second_vs_trl_1_12{suffix}", speed, "≥ 1.2"))
+        memory = [a["peak"] / b["peak"] for a, b in pairs]
+        about = f"{pairs[0][0]['peak'] / 1e9:.1f} against {pairs[0][1]['peak'] / 1e9:.1f} GB"
+        rows.append(Row(f"peak_memory_vs_trl_1_12{suffix}", memory, "≤ 1", about))
+    settings = {"completions": COMPLETIONS, "tokens": LENGTH, "epochs": EPOCHS, "rollouts": ROLLOUTS, "peaks": found}
+    finish("ppo_real_model", rows, arguments, settings)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--side"]:
+        run(sys.argv[2], sys.argv[4])
+    else:
+        main()
