@@ -23,6 +23,7 @@ from interp_rlhf.activations import (
     tokenize_examples,
     unwrap,
 )
+from interp_rlhf.activations.hook_points import output_tensor
 from interp_rlhf.concepts.readout import Readout
 
 
@@ -283,6 +284,29 @@ def test_a_hook_point_that_never_fires_stops_the_run(load, tokenizer):
         compiled(batch.input_ids)
         with pytest.raises(RuntimeError, match=r"`model.layers.1` saw no policy pass.*`torch_compile`"):
             tap.require_fired()
+
+
+def test_a_hook_point_of_quantized_numbers_is_refused(load, tokenizer):
+    model = load("llama")
+    inner = model.model.layers[1].mlp
+    inner.register_forward_hook(lambda module, args, output: (output * 16).to(torch.int8))
+    batch = batch_of(tokenizer)
+    with pytest.raises(ValueError, match=r"activation is of type `torch.int8` – expected .*Read at a decoder layer"):
+        read(model, batch, [Readout("inside", "model.layers.1.mlp", torch.ones(32))])
+    assert read(model, batch, [make_readout(model)])["concept"].problem() is None
+
+
+def test_readouts_are_computed_in_float32_under_autocast(load, tokenizer):
+    model, batch = load("llama"), batch_of(tokenizer)
+    readout, seen = make_readout(model), []
+    model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output_tensor(output)))
+    with Tap(model, [readout], ["policy_no_grad"]) as tap, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        (found,) = tap.take()
+        rough = readout(seen[0].float())
+    exact = readout(seen[0].float())
+    assert float((rough.float() - exact).abs().max()) > 1e-3
+    torch.testing.assert_close(found.scores["concept"], exact, atol=1e-6, rtol=0)
 
 
 def test_bad_input_is_refused_with_what_to_do(load, tokenizer):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -240,6 +242,62 @@ def test_an_adapter_named_ref_is_what_is_read(dropout, tmp_path, load, tokenizer
     assert (attachment.rollout.own_forwards == 0) == (dropout == 0)
     for by_hand, returned in zip(expected, reward.returned, strict=True):
         assert returned == pytest.approx(by_hand, abs=1e-5)
+
+
+class Server:
+    """In the place of TRL's `VLLMGeneration`: weights of its own, other than the trainer's, and passes of the policy on the way.
+
+    The worst that a colocated engine could do to us: it runs the very modules that are tapped, over the very tokens.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.syncs = trainer, 0
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        model, found, log_probs = self.trainer.model, [], []
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+            for ids in prompts:
+                row = torch.tensor([ids])
+                whole = model.generate(input_ids=row, max_new_tokens=6, do_sample=True, use_cache=True)
+                model(input_ids=whole, attention_mask=torch.ones_like(whole))
+                found.append(whole[0, len(ids) :].tolist())
+                log_probs.append([[-1.0]] * len(found[-1]))
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
+        return prompts, found, log_probs, None
+
+
+@pytest.mark.parametrize("reader", ["reference", "policy"])
+@pytest.mark.parametrize("correction", [True, False], ids=["corrected", "uncorrected"])
+def test_passes_of_generation_are_never_read_also_with_vllm(correction, reader, tmp_path, load, tokenizer):
+    model = load("llama")
+    readout = make_readout(model)
+    seen = []
+
+    class Read(Noted):
+        def __call__(self, completion_ids, **kwargs):
+            values = super().__call__(completion_ids, **kwargs)
+            batch, of = self._rollout._batch, trainer.model
+            with reference_pass(of) if reader == "reference" else nullcontext(of) as read_on:
+                seen.append(readout.score(read(read_on, batch, [readout])["concept"]))
+            return values
+
+    recorder, reward = Recorder(), Read(readout, reader=reader)
+    settings = {"lora": True, "vllm_importance_sampling_correction": correction, "steps_per_generation": 2}
+    trainer = trainer_of(tmp_path, model, tokenizer, [recorder, reward], max_steps=4, learning_rate=0.1, **settings)
+    attachment = attach(trainer)
+    trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_generation = True, -1, Server(trainer)
+    trainer.train()
+    assert trainer.vllm_generation.syncs == len(reward.returned) == 2
+    for returned, now in zip(reward.returned, seen, strict=True):
+        assert returned == pytest.approx(now, abs=1e-5)
+    assert attachment.rollout.own_forwards == 0  # taken from TRL's own log-prob passes, which come after generation
 
 
 def test_an_empty_completion_is_not_scored_and_a_penalty_is_negative(tmp_path, load, tokenizer):
@@ -532,3 +590,28 @@ def test_a_model_compiled_before_attach_stops_before_the_first_step(tmp_path, lo
     with pytest.raises(RuntimeError, match=r"`model.layers.1` (did not fire|saw no policy pass)"):
         trainer.train()
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_attached_first_a_compiled_run_is_the_run(backend, tmp_path, load, tokenizer):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles C++ on a CPU, and there is no g++")
+    torch._dynamo.reset()  # what was compiled for other models of this process has none of our hooks
+    found = []
+    for compiled in (False, True):
+        model = load("llama")
+        settings = {"torch_compile": True, "torch_compile_backend": backend} if compiled else {}
+        reward = Noted(make_readout(model), reader="both")
+        trainer = trainer_of(tmp_path, model, tokenizer, [some_none, reward], lora=True, **settings)
+        attachment = attach(trainer, monitors=[make_readout(model, "watched", seed=2)])
+        trainer.train()
+        found.append((reward.returned, weights(trainer), trainer.state.log_history, attachment.rollout.own_forwards))
+    (rewards, trained, history, own), (again, trained_again, history_again, own_again) = found
+    assert own == own_again
+    for one, other in zip(rewards, again, strict=True):
+        assert other == pytest.approx(one, abs=1e-4)
+    assert max(float((trained[name] - trained_again[name]).abs().max()) for name in trained) < 1e-4
+    for key in ("interp/watched/mean_score", "interp/concept/drift"):
+        assert [log[key] for log in history_again if key in log] == pytest.approx(
+            [log[key] for log in history if key in log], abs=1e-4
+        )

@@ -129,7 +129,7 @@ LORA: dict[str, Any] = {"lora": {}}
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dpo": _dpo,
     "dpo_lora": lambda model: _dpo(model, **LORA),
-    "dpo_odd": lambda model: _dpo(model, rows=rows_of("DPO", 11)),
+    "dpo_odd": lambda model: _dpo(model, rows=rows_of("DPO", 11), settings={"train_sampling_strategy": "sequential"}),
     "dpo_precomputed": lambda model: _dpo(model, settings={"precompute_ref_log_probs": True}, **LORA),
     "grpo": lambda model: _grpo(model, 0.1),
     "grpo_beta0": lambda model: _grpo(model, 0.0),
@@ -160,11 +160,11 @@ def build(given: argparse.Namespace, name: str, folder: Path) -> tuple[Any, Any]
         settings["reward_funcs"] = [*settings["reward_funcs"][:-1], _raises]
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
     saves = {"save_strategy": "steps", "save_steps": given.save_every} if given.save_every else {}
-    eval_rows = case.get("eval_rows")
-    if eval_rows and processes == 1:  # as accelerate completes the last batch of two processes
-        eval_rows = [*eval_rows, *eval_rows[: -len(eval_rows) % GLOBAL_BATCH]]
+    rows, eval_rows = case["rows"], case.get("eval_rows", [])
+    if processes == 1:  # as accelerate completes the last batch of two processes: by the first rows, here in order
+        rows, eval_rows = (some + some[: -len(some) % GLOBAL_BATCH] for some in (rows, eval_rows))
     trainer = make_trainer(
-        case["kind"], given.model, tokenizer, folder, lora=case.get("lora"), rows=case["rows"], eval_rows=eval_rows,
+        case["kind"], given.model, tokenizer, folder, lora=case.get("lora"), rows=rows, eval_rows=eval_rows,
         max_steps=given.steps, per_device_train_batch_size=GLOBAL_BATCH // processes, learning_rate=1e-3,
         per_device_eval_batch_size=GLOBAL_BATCH // processes, gradient_accumulation_steps=2,
         model_init_kwargs={"dtype": "float32"}, **saves, **settings,

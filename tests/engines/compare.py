@@ -5,7 +5,7 @@
 
 Each engine is started once, by `accelerate launch` with a file of `recipes/accelerate_configs/`. Exits with 1 where anything
 differs from the single process by more than `TOLERANCE`; the column `others` is not judged: TRL averages some metrics of its own
-over processes without weights (`entropy`, `eval_logits/*`).
+over processes without weights (`entropy`, `eval_entropy`, `eval_logits/*`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TOLERANCE = 1e-4
+LIMIT = 900  # seconds for all cases of an engine
 CONFIGS = {"single": "cpu", "ddp": "cpu_ddp", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "cpu_fsdp2"}
 CASES = ["dpo", "dpo_lora", "grpo", "grpo_beta0", "grpo_lora", "grpo_silent", "sft", "sft_lora"]
 COLUMNS = ("losses", "terms", "rewards", "drift", "others", "weights")
@@ -87,8 +88,14 @@ def run(engine: str, cases: Sequence[str], model: Path, out: Path, *more: str) -
 
     Raises:
         `RuntimeError`: a run failed; the message has the end of what it wrote.
+        `TimeoutExpired`: it hangs.
     """
-    if (ended := launch(engine, cases, model, out, *more).wait()) != 0:
+    process = launch(engine, cases, model, out, *more)
+    try:
+        ended = process.wait(timeout=LIMIT)
+    finally:
+        process.terminate()  # and with it, where it still runs, all ranks
+    if ended != 0:
         raise RuntimeError(f"{cases} on `{engine}` ended with {ended}:\n{(out / f'{engine}.txt').read_text()[-6000:]}")
     return {case: json.loads((out / case / engine / "result.json").read_text()) for case in cases}
 
@@ -104,7 +111,7 @@ def kind_of(key: str) -> str:
         return "drift" if "/drift/" in key or "/drift_" in key or "own_" in key else "terms"
     if "reward" in key:
         return "rewards"
-    return "losses" if key in ("loss", "train_loss", "kl") else "others"
+    return "losses" if key in ("loss", "train_loss", "kl", "grad_norm") else "others"
 
 
 def gap(a: float, b: float) -> float:

@@ -1,8 +1,8 @@
 """Sampled rollouts that are the same on every engine: the noise belongs to a completion, not to a process.
 
 TRL gives every process its own seed, and whoever samples with two processes samples other completions than with one. Here a
-token is the arg max of log-prob plus Gumbel noise that is drawn from (rollout batch, position, row of the global batch): a
-sampler like another, whose completions do not depend on how rows are dealt to processes.
+token is the arg max of log-prob plus Gumbel noise that is drawn from (optimizer step, position, row of the global batch): a
+sampler like another, whose completions do not depend on how rows are dealt to processes, nor on when a run was resumed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def same_rollouts(trainer: Any, silent: bool = False) -> dict[str, list[Any]]:
     def generated(prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         first = trainer.accelerator.process_index * len(prompt_ids)
         half = trainer.accelerator.num_processes * len(prompt_ids) // 2
-        with _sampling(len(seen["rewards"]), first, trainer.processing_class.eos_token_id if silent else None, half):
+        with _sampling(
+            trainer.state.global_step, first, trainer.processing_class.eos_token_id if silent else None, half
+        ):
             return generate(prompt_ids, *args, **kwargs)
 
     def calculated(inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:

@@ -111,6 +111,7 @@ class Killer:
         class Kill(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == step and args.process_index == rank:
+                    print("killed", flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return Kill()
@@ -124,7 +125,7 @@ def train(given: argparse.Namespace, case: str) -> None:
     if given.kill_at:
         rank, step = map(int, given.kill_at.split(":"))
         trainer.add_callback(Killer.of(rank, step))
-    print("ready", flush=True)
+    print("ready", os.getpid(), flush=True)
     trainer.train(resume_from_checkpoint=True if given.resume else None)
     engine = require_engine(given.engine, trainer)
     trainer.save_model(str(folder / "model"))
