@@ -288,7 +288,7 @@ def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParse
         description="Reads texts and writes an HTML page on latents: their highest contexts, near misses and windows in which "
         "they are off, histogram and density, tokens promoted and suppressed, cosines with probes, and for labelled examples "
         "precision and recall; of the autoencoder FVU, L0 and dead latents. The log with everything is beside the page.",
-        epilog="example: interp-rlhf sae inspect runs/sae --texts texts.txt --top 20 --labelled check.jsonl "
+        epilog="example: interp-rlhf sae inspect runs/sae/sae --texts texts.txt --top 20 --labelled check.jsonl "
         "--probe reward/warmth/reward.v1.yaml --out inspect.html",
     )
     _add_sae_source(inspect)
@@ -324,7 +324,7 @@ def _add_sae_find(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="latents that tell two sets of texts apart, beside a probe, TF-IDF and random dictionaries",
         description="Ranks latents by AUROC on one part of the texts and reports them on the other, with bootstrap intervals, "
         "beside a dense probe at the same hook point, TF-IDF, and the best latent of random dictionaries of the same size.",
-        epilog="example: interp-rlhf sae find runs/sae --positive warm.txt --negative cold.txt --out find.html",
+        epilog="example: interp-rlhf sae find runs/sae/sae --positive warm.txt --negative cold.txt --out find.html",
     )
     _add_sae_source(find)
     find.add_argument(
