@@ -15,19 +15,21 @@ import torch
 from interp_rlhf.activations import TokenBatch
 from interp_rlhf.concepts.readout import Readout
 
-BLOCKS, WIDTH, INTERMEDIATE, HEADS = 8, 512, 1376, 8
+BLOCKS, WIDTH, INTERMEDIATE = 8, 512, 1376
 EOS, PAD, FIRST_WORD = 0, 1, 2  # the first ids of the vocabulary; words begin after them
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
-def make_model(vocabulary: int, seed: int) -> Any:
-    """Llama-shaped, float32, random weights, in evaluation mode."""
+def make_model(
+    vocabulary: int, seed: int, blocks: int = BLOCKS, width: int = WIDTH, intermediate: int = INTERMEDIATE
+) -> Any:
+    """Llama-shaped, float32, random weights, in evaluation mode; heads of 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=INTERMEDIATE, num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2048, tie_word_embeddings=False,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=blocks,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=2048, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD, dtype="float32",
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -47,9 +49,9 @@ def make_tokenizer(vocabulary: int) -> Any:
     )
 
 
-def save(folder: Path, vocabulary: int, seed: int) -> Path:
+def save(folder: Path, vocabulary: int, seed: int, **sizes: int) -> Path:
     """Model and tokenizer as a folder that `from_pretrained` reads."""
-    make_model(vocabulary, seed).save_pretrained(folder)
+    make_model(vocabulary, seed, **sizes).save_pretrained(folder)
     make_tokenizer(vocabulary).save_pretrained(folder)
     return folder
 

@@ -147,13 +147,13 @@ def finish(benchmark: str, rows: Sequence[Row], arguments: argparse.Namespace, s
             "intervals": intervals,
             "targets": {row.name: row.target for row in rows if row.target},
             "not_run": {row.name: row.note for row in rows if not row.values},
-            **_machine(),
+            **machine(),
         }
         ratios = {row.name: float(row.median) for row in rows if row.values}
         print(json.dumps({"benchmark": benchmark, "ratios": ratios, "pairs": arguments.pairs, "settings": about}))
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     versions = {}
     for name in VERSIONS:
         try:

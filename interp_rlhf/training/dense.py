@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..activations import ConceptScores
+from ..activations import ConceptScores, of_all_ranks
 from ..concepts.pooling import ema
 from ..concepts.readout import Readout
 
@@ -86,7 +86,9 @@ def negated(values: Sequence[list[float] | None]) -> list[list[float] | None]:
 
 
 def dealt(values: Sequence[list[float] | None], seed: str) -> list[list[float] | None]:
-    """The same numbers, each at a token drawn at random among all of the batch's: the control arm."""
-    pool = [value for own in values if own is not None for value in own]
+    """The same numbers, each at a token drawn at random among those of all ranks' completions: the control arm."""
+    everywhere, first = of_all_ranks(list(values))
+    pool = [value for own in everywhere if own is not None for value in own]
     drawn = iter(random.Random(seed).sample(pool, len(pool)))
-    return [None if own is None else [next(drawn) for _ in own] for own in values]
+    dealt_out = [None if own is None else [next(drawn) for _ in own] for own in everywhere]
+    return dealt_out[first : first + len(values)]
