@@ -397,6 +397,39 @@ def test_what_moved_a_monitor_is_named_the_latest_and_largest_first(tmp_path):
     assert places == sorted(places)
 
 
+def test_latents_that_changed_are_named_and_what_the_autoencoder_leaves(tmp_path):
+    log, path = RunLog(tmp_path / "run" / "interp.jsonl"), tmp_path / "report.html"
+    log.append("run", arm="one", title="t", model="m", trainer="T", cards=[], settings={})
+    row = {"latent": 802, "before": 0.25, "after": 1.5, "on_before": 0.125, "on_after": 0.5}
+    sparse = {
+        "hook_point": "model.layers.15",
+        "tokens": 321,
+        "fvu_before": 0.25,
+        "fvu": 0.375,
+        "l0_before": 32.0,
+        "l0": 31.5,
+    }
+    for step, own in ((1, {}), (2, {"fvu_before": 0.5, "fvu": 0.625})):
+        log.append(
+            "drift",
+            step=step,
+            texts=1,
+            tokens=1,
+            hook_points={},
+            monitors={},
+            sae={**sparse, "changed": [row]},
+            own_text=own,
+        )
+    write_report(tmp_path / "run", path)
+    for page in (path, path.with_suffix(".md")):
+        text = page.read_text()
+        assert "Latents that changed most" in text
+        assert re.search(r"802\D+0\.25\D+1\.5\D+0\.125\D+0\.5", text)
+        assert "step 2" in text
+        for told in ("0.25 → 0.375", "32 → 31.5", "own text 0.5 → 0.625"):
+            assert told in text, told
+
+
 def test_tokens_are_coloured_by_their_scores(tmp_path):
     log = start(tmp_path)
     tokens = {"pieces": ["cold", " and", " warm"], "scores": {"warmth": [-2.0, 0.0, 2.0]}}

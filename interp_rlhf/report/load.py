@@ -316,6 +316,25 @@ def _add_readings(run: Run, event: dict[str, Any], step: int) -> None:
             lines,
             f"At step {step}, on {show(own.get('prompts'))} prompts; changes in its standard deviations. {shares}.",
         )
+    if sparse := as_dict(event.get("sae")):
+        _add_changed_latents(run, sparse, own, step)
+
+
+def _add_changed_latents(run: Run, sparse: dict[str, Any], own: dict[str, Any], step: int) -> None:
+    """The table of what a sparse autoencoder saw change, and in its note whether it still stands for the activations."""
+    kept = ("latent", "before", "after", "on_before", "on_after")
+    rows = [[as_dict(row).get(key) for key in kept] for row in as_list(sparse.get("changed"))]
+    pairs = [("variance unexplained", sparse, "fvu"), ("latents on per token", sparse, "l0")]
+    pairs += [("variance unexplained on the policy's own text", own, "fvu")] if "fvu" in own else []
+    told = ", ".join(f"{words} {show(at.get(key + '_before'))} → {show(at.get(key))}" for words, at, key in pairs)
+    title = "Latents that changed most"
+    run.tables[title] = Table(
+        title,
+        ["latent", "mean before", "mean now", "share of tokens before", "now"],
+        rows,
+        f"At step {step} against the start, at {visible(sparse.get('hook_point'))}, on {show(sparse.get('tokens'))} tokens of "
+        f"the fixed texts: {told}. Where more is left unexplained than before, the latents say less about this model.",
+    )
 
 
 def _moved(monitor: str, row: dict[str, Any], step: Any, number: str, batch: bool) -> Moved:
