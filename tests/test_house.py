@@ -213,6 +213,42 @@ def test_the_readmes_verdicts_are_those_of_the_gaming_runs():
                 assert not alarms & {*found, *run["as_if_pushed"]["up"], *run["as_if_pushed"]["down"]}
 
 
+def test_the_figures_of_autoencoder_and_ppo_are_the_committed_ones():
+    readme, ppo = (ROOT / "README.md").read_text(), (ROOT / "docs" / "ppo.md").read_text()
+    folder = ROOT / "recipes" / "train_an_autoencoder"
+    trained, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("training", "find"))
+    other = trained["eval"]
+    best = max(found["random"])
+    for figure in (
+        f"On {other['tokens']:,} tokens of the other corpus it explains {other['explained_variance']:.2f} of the variance",
+        f"PCA with 32 components of the training text {other['pca']:.2f}, of that very text {other['pca_here']:.2f}",
+        "held-out AUROC of {:.2f} [{:.2f}, {:.2f}]".format(*found["latents"][0]["held_out"]),
+        "TF-IDF {:.2f} [{:.2f}, {:.2f}]".format(*found["tfidf"]), f"to {best[0]:.2f}",
+        "a dense probe at the same place {:.2f} [{:.2f}, {:.2f}]".format(*found["probe"]),
+    ):  # fmt: skip
+        assert figure in readme, figure
+    assert other["explained_variance"] >= 0.6
+    assert other["dead_fraction"] <= 0.1
+    measured = json.loads((ROOT / "benchmarks" / "ppo.json").read_text())
+
+    def ratio(run, name):
+        low, high = measured[run]["settings"]["intervals"][name]
+        return f"{measured[run]['ratios'][name]:.2f} [{low:.2f}, {high:.2f}]"
+
+    for name in (
+        "score_vs_trl_1_12",
+        "score_vs_trl_1_12_model",
+        "samples_per_second_vs_trl_1_12",
+        "step_vs_grpo_model",
+    ):
+        assert ratio("comparison", name) in ppo, name
+    for name in ("separate_value_model", "four_mini_batches", "vf_coef_1", "no_critic", "detached_trunk"):
+        assert f"| {ratio('comparison', f'factor_{name}')} |" in ppo, name
+    for name in ("dense_samples", "dense_samples_model"):
+        assert ratio("dense", name) in ppo, name
+        assert measured["dense"]["ratios"][name] <= 0.6
+
+
 def story(verdicts):
     """Each verdict where it first holds: `steady, changed from 6`."""
     parts = []
