@@ -292,3 +292,32 @@ def test_counters_survive_though_transformers_rebuilds_callbacks(load, tokenizer
     assert trainer.interp_watchers[0].state()["batches"] == 5
     samples = [event["step"] for event in read_run_log(tmp_path / "interp.jsonl") if event["event"] == "samples"]
     assert samples == [0, 2, 4]
+
+
+@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_resumed_in_its_second_epoch_a_rollout_run_draws_the_prompts_of_that_epoch(
+    kind, step, load, tokenizer, tmp_path
+):
+    """At its beginning and in its middle: TRL's sampler alone would begin with the first epoch's order again."""
+
+    def finished(resumed=None):
+        asked = []
+
+        def reward(prompts, completion_ids, **kwargs):
+            asked.append([prompt[0]["content"] for prompt in prompts])
+            return [float(len(ids)) + 0.1 * (ids[0] % 7) for ids in completion_ids]
+
+        trainer = make_trainer(
+            kind, load(), tokenizer, tmp_path, lora={}, max_steps=8, save_strategy="steps", save_steps=2, reward_funcs=[reward]
+        )  # fmt: skip
+        attach(trainer, monitors=[make_readout(trainer.model)])
+        trainer.train(resume_from_checkpoint=resumed)
+        return asked, {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+    asked, weights = finished()
+    assert asked[:4] != asked[4:]
+    assert sorted(sum(asked[:4], [])) == sorted(sum(asked[4:], []))
+    again, resumed = finished(str(tmp_path / f"checkpoint-{step}"))
+    assert again == asked[step:]
+    assert all(resumed[name].equal(weight) for name, weight in weights.items())

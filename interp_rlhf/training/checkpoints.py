@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,25 @@ def require_aligned_saves(args: Any, save_steps: float | None) -> None:
     )
 
 
+def restore_order(dataloader: Any, epochs: int) -> None:
+    """Let a resumed rollout run draw the prompts of the coming epoch in the order of a run that was never interrupted.
+
+    TRL's sampler (1.16) draws the order of each epoch from a generator that nobody saves: resumed in the second epoch, a run
+    would be given the first one's order again.
+
+    Args:
+        dataloader (`DataLoader`): as accelerate prepared it; one with another sampler is left alone.
+        epochs (`int`): whole epochs that are behind the run.
+    """
+    from trl.trainer.utils import RepeatSampler
+
+    sampler = dataloader.get_sampler() if hasattr(dataloader, "get_sampler") else None
+    if isinstance(sampler, RepeatSampler) and sampler.shuffle and sampler.seed is not None:
+        sampler.generator.manual_seed(sampler.seed)
+        for _ in range(epochs):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
 class ResumeCallback(TrainerCallback):
     """Keeps the counters of attached parts in the trainer's state, which `trainer_state.json` holds, and restores them.
 
@@ -132,6 +152,8 @@ class ResumeCallback(TrainerCallback):
         if self._aligned:
             require_aligned_saves(args, state.save_steps)
             self._require_aligned_start(args, state)
+            if state.global_step > 0:
+                restore_order(kwargs.get("train_dataloader"), int(state.epoch or 0))
         saved = state.stateful_callbacks.get(STATE_KEY, {})
         for name, part in self._parts.items():
             if name in saved:
