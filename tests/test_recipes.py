@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,49 @@ def test_every_script_trains_through_accelerate_launch(
     assert done.returncode == 0, done.stderr[-3000:]
     events = read_run_log(tmp_path / "out" / "interp.jsonl")
     assert [event["trainer"] for event in events if event["event"] == "run"] == [f"Interp{name.upper()}Trainer"]
+    assert len([event for event in events if metric in event.get("metrics", {})]) == 2
+    assert list((tmp_path / "out").glob("adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "recipe", "section", "engine"),
+    [
+        ("grpo", "pay_for_a_concept/grpo/config_warmth.yaml", {"rewards": ["CARD"], "drift": {"every": 1}}, "ddp"),
+        (
+            "dpo",
+            "keep_a_concept/dpo/config_anchor.yaml",
+            {"regularizers": [{"kind": "concept_anchor", "card": "CARD", "weight": 0.1}], "drift": {"every": 1}},
+            "zero3",
+        ),
+    ],
+)
+def test_recipes_run_unchanged_on_two_processes(name, recipe, section, engine, smoke, tmp_path):
+    if engine != "ddp":
+        pytest.importorskip("deepspeed")
+    card, overrides = smoke
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    command = [
+        str(Path(sys.executable).parent / "accelerate"), "launch", "--main_process_port", port,
+        "--config_file", str(RECIPES / f"accelerate_configs/cpu_{engine}.yaml"),
+        str(RECIPES / f"{name}.py"), "--config", str(RECIPES / recipe), *overrides, "--output_dir", str(tmp_path / "out"),
+        "--dataset_name", str(tmp_path / f"{name}.jsonl"), "--interp", json.dumps(section).replace("CARD", str(card)),
+        "--save_strategy", "steps", "--save_steps", "2",
+    ]  # fmt: skip
+    if name == "grpo":
+        command += ["--num_generations", "2", "--max_completion_length", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = tmp_path / "out" / "checkpoint-2"  # what the second process left there says which engine it had
+    assert len(list(saved.glob("rng_state_*.pth"))) == 2
+    assert len(list(saved.glob("global_step2/zero_pp_rank_1_*_model_states.pt"))) == (engine == "zero3")
+    events = read_run_log(tmp_path / "out" / "interp.jsonl")  # written by rank 0 alone
+    assert [event["trainer"] for event in events if event["event"] == "run"] == [f"Interp{name.upper()}Trainer"]
+    assert [event["step"] for event in events if event["event"] == "drift"] == [0, 1, 2]
+    metric = {"grpo": "rewards/warmth/mean", "dpo": "interp/anchor_warmth/squared_gap"}[name]
     assert len([event for event in events if metric in event.get("metrics", {})]) == 2
     assert list((tmp_path / "out").glob("adapter_model.safetensors"))
 

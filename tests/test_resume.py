@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,7 @@ def test_resumed_in_its_second_epoch_a_rollout_run_draws_the_prompts_of_that_epo
 
     asked, weights = finished()
     assert asked[:4] != asked[4:]
-    assert sorted(sum(asked[:4], [])) == sorted(sum(asked[4:], []))
+    assert sorted(chain(*asked[:4])) == sorted(chain(*asked[4:]))
     again, resumed = finished(str(tmp_path / f"checkpoint-{step}"))
     assert again == asked[step:]
     assert all(resumed[name].equal(weight) for name, weight in weights.items())
