@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "interp_rlhf"
@@ -229,6 +230,11 @@ def test_the_figures_of_autoencoder_and_ppo_are_the_committed_ones():
         assert figure in readme, figure
     assert other["explained_variance"] >= 0.6
     assert other["dead_fraction"] <= 0.1
+    card = yaml.safe_load((folder / "card.yaml").read_text())["evidence"]["held_out"]
+    scores = [("AUROC of", card["probe"]), ("TF-IDF", card["tfidf"]), ("VADER", card["measures"]["vader"])]
+    for name, score in scores:
+        assert "{} {auroc:.2f} [{low:.2f}, {high:.2f}]".format(name, **score) in readme, name
+    assert f"{card['random_dictionary']['mean']:.2f} on average" in readme
     measured = json.loads((ROOT / "benchmarks" / "ppo.json").read_text())
 
     def ratio(run, name):
