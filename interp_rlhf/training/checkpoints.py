@@ -128,7 +128,10 @@ def restore_order(dataloader: Any, epochs: int) -> None:
     """
     from trl.trainer.utils import RepeatSampler
 
-    sampler = dataloader.get_sampler() if hasattr(dataloader, "get_sampler") else None
+    batches: Any = getattr(dataloader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):  # of several processes each has its share of the batches
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", None)
     if isinstance(sampler, RepeatSampler) and sampler.shuffle and sampler.seed is not None:
         sampler.generator.manual_seed(sampler.seed)
         for _ in range(epochs):

@@ -143,7 +143,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 def build(given: argparse.Namespace, name: str, folder: Path) -> tuple[Any, Any]:
     """The trainer of a case on the engine that was launched, and its attachment.
 
-    A fault is met by one rank alone: `nan`, a readout that gives no numbers; `raise`, a reward function that raises.
+    A fault is met by one rank alone: `nan`, a readout that gives no numbers; `raise`, a reward function that raises. Nobody
+    evaluates drift then, so that it is met in training.
     """
     import os
 
@@ -156,6 +157,8 @@ def build(given: argparse.Namespace, name: str, folder: Path) -> tuple[Any, Any]
     rank, _, fault = given.fault.partition(":")
     faulty = bool(fault) and int(rank) == own
     settings = case.get("settings", {})
+    if fault:
+        del case["attach"]["drift"]
     if faulty and fault == "raise":
         settings["reward_funcs"] = [*settings["reward_funcs"][:-1], _raises]
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")

@@ -29,7 +29,7 @@ ROOT = HERE.parent.parent
 TOLERANCE = 1e-4
 LIMIT = 900  # seconds for all cases of an engine
 CONFIGS = {"single": "cpu", "ddp": "cpu_ddp", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "cpu_fsdp2"}
-CASES = ["dpo", "dpo_lora", "grpo", "grpo_beta0", "grpo_lora", "grpo_silent", "sft", "sft_lora"]
+CASES = ["dpo", "dpo_lora", "dpo_odd", "grpo", "grpo_beta0", "grpo_lora", "grpo_silent", "sft", "sft_lora"]
 COLUMNS = ("losses", "terms", "rewards", "drift", "others", "weights")
 # What cannot be the same: clocks, and transformers' evaluation loss, which leaves out the rows that complete a last batch.
 LEFT_OUT = ("runtime", "per_second", "seconds", "step_time", "flos", "time", "epoch", "eval_loss")
