@@ -791,8 +791,11 @@ ENGINES = {
 OF_RANKS = ("clip_ratio/low_min", "clip_ratio/high_max", "loss", "grad_norm")
 
 
-def launched(engine, kind, model, out):
-    """Result and weights of `engines/ppo.py` on an engine."""
+KINDS = ("full", "lora")
+
+
+def launched(engine, model, out):
+    """Results and weights of `engines/ppo.py` on an engine, which is started once for both kinds."""
     config = ROOT / "recipes" / "accelerate_configs" / f"cpu{'_' + engine if engine else ''}.yaml"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -802,18 +805,28 @@ def launched(engine, kind, model, out):
     out.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "engines" / "ppo.py"), str(model), str(out), kind], capture_output=True, text=True,
+        [*command, str(ROOT / "tests" / "engines" / "ppo.py"), str(model), str(out), *KINDS], capture_output=True, text=True,
         env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / "result.json").read_text()), load_file(out / "weights.safetensors")
+    return {
+        kind: (json.loads((out / kind / "result.json").read_text()), load_file(out / kind / "weights.safetensors"))
+        for kind in KINDS
+    }
+
+
+@pytest.fixture(scope="module")
+def on_engines(model_folder, tmp_path_factory):
+    """Results and weights by engine and kind; the engine `""` is one process."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("engines")
+    return {engine: launched(engine, model_folder(), folder / (engine or "one")) for engine in ("", *ENGINES)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_every_engine_makes_the_step_of_one_process(kind, model_folder, tmp_path):
-    pytest.importorskip("deepspeed")
-    alone, expected = launched("", kind, model_folder(), tmp_path / "one")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_engine_makes_the_step_of_one_process(kind, on_engines, model_folder):
+    alone, expected = on_engines[""][kind]
     assert (alone["processes"], alone["model"][-16:]) == (
         1,
         "LlamaForCausalLM" if kind == "full" else "ModelForCausalLM",
@@ -822,7 +835,7 @@ def test_every_engine_makes_the_step_of_one_process(kind, model_folder, tmp_path
     if kind == "full":
         assert max(float((expected[n] - w).abs().max()) for n, w in start.items() if n in expected) > 1e-3
     for engine, (kind_of_engine, model_class) in ENGINES.items():
-        found, weights = launched(engine, kind, model_folder(), tmp_path / engine)
+        found, weights = on_engines[engine][kind]
         assert (found["engine"], found["processes"]) == (kind_of_engine, 2)
         assert found["model"].startswith(model_class)
         weights = {name.removeprefix("module."): weight for name, weight in weights.items()}

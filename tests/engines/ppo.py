@@ -1,6 +1,6 @@
 """PPO on one engine: four steps on a tiny model, with everything that has to be the same on every engine written to a file.
 
-    accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml tests/engines/ppo.py MODEL OUT full
+    accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml tests/engines/ppo.py MODEL OUT full lora
 
 `tests/test_ppo.py` starts it on each engine and compares. Completions are given, so that every rank scores what one process does.
 """
@@ -74,10 +74,9 @@ def randomize(trainer) -> None:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def main(model: str, out: Path, kind: str) -> None:
-    allow_fsdp_on_cpu()
-    partition_small_weights()
-    torch.set_num_threads(1)
+def train(model: str, out: Path, kind: str) -> None:
+    """One run, its weights and results in a folder."""
+    out.mkdir(exist_ok=True)
     trainer = make(model, out, kind == "lora")
     randomize(trainer)
     trainer.train()
@@ -94,8 +93,17 @@ def main(model: str, out: Path, kind: str) -> None:
         (out / "result.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def main(model: str, out: Path, kinds: list[str]) -> None:
+    allow_fsdp_on_cpu()
+    partition_small_weights()
+    torch.set_num_threads(1)
+    for kind in kinds:
+        train(model, out / kind, kind)
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
