@@ -281,6 +281,8 @@ def test_whatever_cannot_work_is_refused_in_words(model, tokenizer):
         inspect_latents(model, tokenizer, sae, TEXTS, latents="best")
     with pytest.raises(ValueError, match="0 tokens count in these texts"):
         inspect_latents(model, tokenizer, sae, ["you"], latents=[0])
+    with pytest.raises(ValueError, match="`contexts` is 0 – expected at least 1 window"):
+        gather(None, tokenizer, sae, TEXTS, [0], Reading(), contexts=0)  # before the model, which is none, reads
     with pytest.raises(ValueError, match="without `latents`"):
         inspect_latents(model, tokenizer, sae, TEXTS, whole=False)
     with pytest.raises(ValueError, match="0 latents are on anywhere in 2 tokens"):
@@ -488,6 +490,27 @@ def test_a_training_run_that_logged_latents_shows_both(tmp_path):
     page = Page(tmp_path / "report.html")
     for words in ("GRPOTrainer", "4 steps done", "Latent 7", "Entropy and clipped ratio", "A label is a guess"):
         assert words in page.text
+
+
+@pytest.mark.parametrize(
+    ("values", "levels"),
+    [([1e300, 1e-300, 1e-310], [4, 4, 1]), ([1.7e308, 8e307, 1.0], [4, 2, 1]), ([4.0, 2.0, 1.0], [4, 2, 1])],
+)
+def test_extreme_activations_do_not_lose_the_page(tmp_path, values, levels):
+    """Marks are quarters of the maximum; in the first case the maximum said is 1e-300, below the first value."""
+    event = hostile_event()
+    page = event["latents"][0]
+    page["maximum"] = min(values[0], 1e-300 if values[0] == 1e300 else values[0])
+    page["top"][0]["activations"] = values
+    page["histogram"] = {"edges": [0.0, 5e-324, values[0]], "counts": [3, 1]}
+    RunLog(tmp_path / "interp.jsonl").append("latents", **event)
+    write_report(tmp_path, tmp_path / "report.html")
+    found = Page(tmp_path / "report.html")
+    marks = [value.split()[0] for name, value in found.attributes if name == "class" and (value or "")[:2] in
+             ("a1", "a2", "a3", "a4")]  # fmt: skip
+    assert marks[:4] == ["a1", "a2", "a3", "a4"]  # the legend
+    assert marks[4:7] == [f"a{level}" for level in levels]
+    assert "nan" not in (tmp_path / "report.html").read_text().split("<svg", 1)[1].split("</svg>", 1)[0]
 
 
 def test_torn_events_of_latents_do_not_stop_the_report(tmp_path):

@@ -132,7 +132,7 @@ def _page(latent: Latent, key: str, concept: str) -> dict[str, Any]:
 def _context(context: Context, highest: float) -> dict[str, Any]:
     tokens = []
     for place, (piece, value) in enumerate(zip(context.pieces, context.activations, strict=True)):
-        level = min(LEVELS, math.ceil(LEVELS * value / highest)) if value and value > 0 and highest > 0 else 0
+        level = _level(value, highest) if value and value > 0 and highest > 0 else 0
         said = "not counted" if value is None else show(value)
         tokens.append({"piece": _spell(piece), "level": level, "title": said, "peak": place == context.peak})
     on = [(token["piece"], token["title"]) for token in tokens if token["level"]]
@@ -145,16 +145,24 @@ def _context(context: Context, highest: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _level(value: float, highest: float) -> int:
+    """1 to `LEVELS`; of no pair of numbers does it overflow."""
+    return LEVELS if value >= highest else max(1, math.ceil(LEVELS * (value / highest)))
+
+
 def _histogram(latent: Latent, key: str) -> Panel | None:
     """Bars over the activations that are not 0, the fullest as high as the plot."""
     if not latent.counts or max(latent.counts) <= 0:
         return None
     edges, counts = latent.edges, latent.counts
     low, high, top = edges[0], edges[-1], max(counts)
-    scale = _WIDTH / (high - low)
+
+    def across(edge: float) -> float:
+        return _WIDTH * ((edge - low) / (high - low))
+
     bars = "".join(
-        f'<rect x="{(edges[i] - low) * scale:.2f}" y="{14 + 64 * (1 - count / top):.2f}" '
-        f'width="{max(0.5, (edges[i + 1] - edges[i]) * scale - 0.8):.2f}" height="{64 * count / top:.2f}"/>'
+        f'<rect x="{across(edges[i]):.2f}" y="{14 + 64 * (1 - count / top):.2f}" '
+        f'width="{max(0.5, across(edges[i + 1]) - across(edges[i]) - 0.8):.2f}" height="{64 * count / top:.2f}"/>'
         for i, count in enumerate(counts)
         if count
     )

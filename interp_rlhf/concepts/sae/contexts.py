@@ -132,8 +132,10 @@ def gather(
         whole (`bool`, defaults to `True`): also survey all latents, in the same pass.
 
     Raises:
-        `ValueError`: an index out of range, or texts without two tokens that count.
+        `ValueError`: an index out of range, `contexts` below 1, or texts without two tokens that count.
     """
+    if contexts < 1:
+        raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind per latent.")
     chosen = sae.latents(indices)
     totals = _Totals(sae) if whole else None
     kept = _Chosen(sae, chosen, indices, contexts, seed, how.window)
