@@ -214,7 +214,7 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     text = "a .txt file is one text; a JSONL or CSV file, or a `datasets` path, has one per row, in `text`"
     train.add_argument("--hook-point", required=True, help="module path whose output is read: model.layers.15")
     train.add_argument("--data", required=True, nargs="+", metavar="TEXTS", help="texts to train on; " + text)
-    train.add_argument("--out", required=True, help="folder for everything; must not hold a training")
+    train.add_argument("--out", required=True, help="folder for everything; a new one, or empty")
     train.add_argument("--model", help=MODEL_HELP)
     size = train.add_argument_group("what is trained")
     size.add_argument("--architecture", choices=["topk", "batchtopk"], default="topk", help="(default: topk)")
@@ -254,13 +254,17 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     keep.add_argument(
         "--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0 for never (default: 1000)"
     )
-    keep.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
+    keep.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUT, with the same settings; a training that is done is only evaluated",
+    )
     other = train.add_argument_group("on other text")
     other.add_argument(
         "--eval",
         nargs="+",
         metavar="TEXTS",
-        help="explained variance, L0 and dead latents on these, beside PCA; " + text,
+        help="explained variance, L0 and dead latents on these, none of them trained on, beside PCA; " + text,
     )
     other.add_argument(
         "--eval-tokens",

@@ -176,13 +176,14 @@ def drift_compare(arguments: argparse.Namespace) -> int:
 def sae_train(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae train`."""
     from .activations import hidden_size, resolve
-    from .concepts.artifact import library_versions, write_atomically
-    from .concepts.sae.held_out import evaluate
+    from .concepts.artifact import write_atomically
+    from .concepts.sae.held_out import check_other_contexts, check_other_texts, evaluate
     from .concepts.sae.stream import cut, load_corpus
     from .concepts.sae.train import SaeTraining, check_folder, train_sae
 
     settings = {
-        "hook_point": arguments.hook_point, "latents": arguments.latents or arguments.k, "k": arguments.k,
+        "hook_point": arguments.hook_point, "k": arguments.k,
+        "latents": arguments.k if arguments.latents is None else arguments.latents,
         "epochs": 20.0 if arguments.epochs is None and arguments.tokens is None else arguments.epochs,
     }  # fmt: skip
     names = (
@@ -191,33 +192,42 @@ def sae_train(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     settings |= {name: getattr(arguments, name) for name in names}
     SaeTraining(**settings)  # before a minute is spent on anything else
-    check_folder(Path(arguments.out), arguments.resume)
+    out = Path(arguments.out)
+    check_folder(out, arguments.resume, arguments.cache)
+    before = _training_before(out) if (out / "sae").exists() else {}
     texts, other = load_corpus(arguments.data), load_corpus(arguments.eval) if arguments.eval else None
+    if other is not None:
+        check_other_texts(texts, other)
     model, tokenizer, model_id = _load(arguments.model)
     resolve(model, arguments.hook_point)
-    settings["latents"] = arguments.latents or 4 * hidden_size(model)
+    settings["latents"] = 4 * hidden_size(model) if arguments.latents is None else arguments.latents
     config = SaeTraining(**settings)
     contexts = cut(texts, tokenizer, config.context)
-    held_out = None if other is None else cut(other, tokenizer, config.context).spread(arguments.eval_tokens)
-    started = time.monotonic()
+    held_out = None
+    if other is not None:
+        held_out = cut(other, tokenizer, config.context)
+        check_other_contexts(contexts.fingerprint, held_out)
+        held_out = held_out.spread(arguments.eval_tokens)
     sae = train_sae(
-        model, tokenizer, contexts, config, arguments.out, cache=arguments.cache, cache_type=arguments.cache_type,
+        model, tokenizer, contexts, config, out, cache=arguments.cache, cache_type=arguments.cache_type,
         resume=arguments.resume, model_id=model_id,
     )  # fmt: skip
-    seconds = {"training": round(time.monotonic() - started, 1)}
     trained = sae.spec.source["metadata"]
+    command = "interp-rlhf " + shlex.join(sys.argv[1:])
     result: dict[str, Any] = {
-        "sae": str(Path(arguments.out) / "sae"), "model": model_id, "data": arguments.data, "tokens_of_data": contexts.tokens,
+        "sae": str(out / "sae"), "model": model_id, "data": arguments.data, "tokens_of_data": contexts.tokens,
         **{name: trained[name] for name in ("training", "tokens", "fvu", "l0", "dead_fraction")},
+        "seconds": {"training": trained["seconds"]}, "command": command, "versions": trained["versions"],
     }  # fmt: skip
+    result |= before | {"sae": result["sae"]}  # of a training that was done, what was measured then
     if held_out is not None:
         started = time.monotonic()
         found = evaluate(sae, model, held_out, config.k, cache=arguments.cache, cache_type=arguments.cache_type)
         result["eval"] = {"data": arguments.eval, **found.entry()}
-        seconds["eval"] = round(time.monotonic() - started, 1)
-    command = "interp-rlhf " + shlex.join(sys.argv[1:])
-    result |= {"seconds": seconds, "command": command, "versions": library_versions()}
-    path = Path(arguments.out) / "training.json"
+        result["seconds"] = {**result["seconds"], "eval": round(time.monotonic() - started, 1)}
+        if result["command"] != command:
+            result["eval"]["command"] = command
+    path = out / "training.json"
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     if arguments.json:
         print(json.dumps(result))
@@ -232,6 +242,20 @@ def sae_train(arguments: argparse.Namespace) -> int:
     print(f"{result['sae']} and {path}")
     print(f"next: interp-rlhf sae inspect {shlex.quote(result['sae'])} --texts TEXTS")
     return 0
+
+
+def _training_before(out: Path) -> dict[str, Any]:
+    """What the command wrote of a training that is done; nothing where it was stopped before that."""
+    path = out / "training.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"`{path}` is not JSON ({error}) – expected what was measured. Mend or delete it.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("seconds", {}), dict):
+        raise ValueError(
+            f"`{path}` is not what `sae train` writes – expected an object with `seconds`. Mend or delete it."
+        )
+    return found
 
 
 def sae_inspect(arguments: argparse.Namespace) -> int:

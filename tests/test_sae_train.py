@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from tiny import make_model, make_tokenizer, sentences
@@ -19,12 +22,13 @@ from interp_rlhf.activations import read_activations
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.sae import cache as cache_module
 from interp_rlhf.concepts.sae.cache import CachedActivations, fill_cache
-from interp_rlhf.concepts.sae.files import load_sae
-from interp_rlhf.concepts.sae.held_out import held_out
+from interp_rlhf.concepts.sae.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
+from interp_rlhf.concepts.sae.files import load_sae, save_sae
+from interp_rlhf.concepts.sae.held_out import evaluate, held_out
 from interp_rlhf.concepts.sae.sparse import Entries, keep_largest, keep_rows
 from interp_rlhf.concepts.sae.stream import ModelActivations, ShuffleBuffer, cut, load_corpus
 from interp_rlhf.concepts.sae.train import SaeTraining, Training, train_sae
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog import RunLog, read_run_log
 
 POINT = "model.layers.1"
 # 60 steps of 64 activations; the texts have about 1,900 tokens that count.
@@ -352,7 +356,7 @@ def test_a_kill_between_checkpoints_loses_nothing_before_the_last_one(tmp_path, 
     process = subprocess.Popen([sys.executable, "-m", "interp_rlhf", *long, str(killed)], env=environment,
                                stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent)  # fmt: skip
     until = time.monotonic() + 100
-    while not list(killed.glob("checkpoint-*")):
+    while not list(killed.glob("sae-checkpoint-*")):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -378,6 +382,147 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, model, tokenizer, m
     other = SaeTraining(**{**SMALL, "learning_rate": 1.0}, checkpoint_every=6)
     with pytest.raises(ValueError, match=r"other settings:\n  - `learning_rate` was 0\.003 – now 1\.0\nGive"):
         train_sae(model, tokenizer, TEXTS, other, tmp_path, resume=True, progress=False)
+
+
+def test_what_others_left_in_a_folder_is_neither_trained_into_nor_deleted(tmp_path, model, tokenizer):
+    """A trainer's `checkpoint-5` in a folder without a log of ours, and one that has the name of ours."""
+    theirs = tmp_path / "checkpoint-5" / "model.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("weights")
+    config = SaeTraining(**{**SMALL, "tokens": 640}, checkpoint_every=2)
+    with pytest.raises(ValueError, match=r"holds `checkpoint-5` – expected an empty folder\. Name another one"):
+        train_sae(model, tokenizer, TEXTS, config, tmp_path, progress=False)
+    (tmp_path / "sae-checkpoint-1").mkdir()
+    kept = tmp_path / "sae-checkpoint-1" / "notes.txt"
+    kept.write_text("mine")
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"a": torch.ones(1) * step}, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "sae-checkpoint-1", "sae-checkpoint-4"]
+    drop_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "sae-checkpoint-1"]
+    assert (theirs.read_text(), kept.read_text()) == ("weights", "mine")
+
+
+def test_the_log_of_another_run_is_not_resumed(tmp_path, model, tokenizer):
+    RunLog(tmp_path / "interp.jsonl").append("run", step=0, title="Warmth", trainer="DPOTrainer")
+    before = (tmp_path / "interp.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"is the log of \['DPOTrainer'\] – expected that of `train_sae`"):
+        train_sae(model, tokenizer, TEXTS, SaeTraining(**SMALL), tmp_path, resume=True, progress=False)
+    assert (tmp_path / "interp.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("inside", ["cache", "deep/cache", "."])
+def test_a_new_folder_may_have_the_cache_and_hidden_files(tmp_path, model, tokenizer, inside):
+    out = tmp_path / "out"
+    fill_cache(out / inside, model, cut(TEXTS, tokenizer, 16), POINT)
+    (out / ".gitignore").write_text("*")
+    config = SaeTraining(**{**SMALL, "tokens": 640})
+    train_sae(model, tokenizer, TEXTS, config, out, cache=out / inside, progress=False)
+    assert (out / ".gitignore").exists()
+    with pytest.raises(ValueError, match="is where the autoencoder goes"):
+        train_sae(model, tokenizer, TEXTS, config, tmp_path / "b", cache=tmp_path / "b" / "sae", progress=False)
+
+
+def test_a_training_that_is_done_is_loaded_for_its_own_settings_only(tmp_path, model, tokenizer):
+    config = SaeTraining(**{**SMALL, "tokens": 640})
+
+    def train(texts=TEXTS, **changes):
+        other = SaeTraining(**{**SMALL, "tokens": 640, **changes})
+        return train_sae(model, tokenizer, texts, other, tmp_path, resume=True, progress=False)
+
+    done = train_sae(model, tokenizer, TEXTS, config, tmp_path, progress=False)
+    assert torch.equal(train(checkpoint_every=3).encoder, done.encoder)
+    with pytest.raises(ValueError, match=r"other settings:\n  - `k` was 4 – now 5\n  - `seed` was 0 – now 7\nGive"):
+        train(k=5, seed=7)
+    with pytest.raises(ValueError, match=r"other settings:\n  - `texts` was 'sha256:"):
+        train(TEXTS[:3])
+    shutil.rmtree(tmp_path / "sae")
+    done.spec.source.clear()
+    save_sae(done, tmp_path / "sae")
+    with pytest.raises(ValueError, match="does not say how it was trained"):
+        train()
+
+
+def test_a_cut_checkpoint_is_named_with_where_the_training_goes_on(tmp_path):
+    (older, newer) = tmp_path / "sae-checkpoint-3", tmp_path / "sae-checkpoint-20"
+    save_checkpoint(tmp_path, 3, {"a": torch.zeros(100)}, {"step": 3})
+    shutil.copytree(older, tmp_path / "kept")
+    save_checkpoint(tmp_path, 20, {"a": torch.zeros(100)}, {"step": 20})
+    (tmp_path / "kept").rename(older)
+    tensors, state = newer / "tensors.safetensors", newer / "state.json"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:200])
+    said = r"Delete `.*sae-checkpoint-20`: the training then goes on from `sae-checkpoint-3`"
+    with pytest.raises(ValueError, match=r"tensors.safetensors` is not a whole safetensors file .*" + said):
+        load_checkpoint(tmp_path)
+    tensors.write_bytes(whole)
+    for text, problem in (('{"step": ', "is not JSON"), ("{}", r"lacks the keys \['step'\]"), ("[]", "holds a list")):
+        state.write_text(text)
+        with pytest.raises(ValueError, match=r"state.json` " + problem + ".*" + said):
+            load_checkpoint(tmp_path, ["step"])
+    state.unlink()
+    with pytest.raises(ValueError, match=r"sae-checkpoint-20` has no `state.json` .*" + said):
+        load_checkpoint(tmp_path)
+    shutil.rmtree(newer)
+    found = load_checkpoint(tmp_path, ["step"])
+    assert found is not None
+    assert found[1] == {"step": 3}
+    state = older / "state.json"
+    state.write_text("")
+    with pytest.raises(ValueError, match="the training then goes on from its start"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_cut_file_of_a_cache_is_named_and_read_anew_where_it_is_deleted(tmp_path, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_CONTEXTS", 40)
+    contexts = cut(TEXTS, tokenizer, 16)
+    fill_cache(tmp_path, model, contexts, POINT)
+    shard = tmp_path / "activations-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    fill_cache(tmp_path, model, contexts, POINT)
+    with pytest.raises(ValueError, match=r"activations-00001.safetensors` .* is not a whole safetensors.*Delete it"):
+        CachedActivations(tmp_path, 64, 0)
+    shard.unlink()
+    fill_cache(tmp_path, model, contexts, POINT)
+    assert shard.read_bytes() == whole
+    (tmp_path / "cache.json").write_text('{"format"')
+    with pytest.raises(ValueError, match=r"cache.json` does not say what the cache holds .*Delete"):
+        fill_cache(tmp_path, model, contexts, POINT)
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    """Bytes of the compressed stream, of the zip's version and of its flags: each has an error of its own."""
+    path = tmp_path / "params.npz"
+    numpy.savez_compressed(path, W_enc=numpy.random.default_rng(0).normal(size=(8, 12)), b_enc=numpy.zeros(12))
+    whole = path.read_bytes()
+    name = len("W_enc.npy") + whole.index(b"W_enc.npy")
+    directory = whole.index(b"PK\x01\x02")
+    for place in (*range(name, name + 60), directory + 6, directory + 8):
+        for flipped in (0x01, 0xFF):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flipped]) + whole[place + 1 :])
+            with contextlib.suppress(ValueError):
+                load_sae(path, hook_point=POINT)
+                pytest.fail("read as if it were whole")
+    path.write_bytes(whole[: name + 30] + bytes(40) + whole[name + 70 :])
+    with pytest.raises(ValueError, match=r"params.npz` .* is not a whole npz file .*copy or fetch it again"):
+        load_sae(path, hook_point=POINT)
+
+
+def test_norm_outliers_do_not_count_where_a_small_corpus_is_cached(tmp_path, model, tokenizer, monkeypatch):
+    """Every fifth activation is an outlier here: of the cache's tokens, 4/5, blocks and batches are made."""
+    monkeypatch.setattr("interp_rlhf.concepts.sae.stream.norm_outliers", lambda rows: torch.arange(len(rows)) % 5 == 0)
+    contexts = cut(TEXTS, tokenizer, 16)
+    config = SaeTraining(**{**SMALL, "tokens": 640, "buffer": 4096})
+    assert contexts.tokens < config.buffer  # the buffer is as large as the corpus
+    train_sae(model, tokenizer, contexts, config, tmp_path / "a", cache=tmp_path / "cache", progress=False)
+    count = cache_module.cached_tokens(tmp_path / "cache")
+    assert count == pytest.approx(0.8 * contexts.tokens, rel=0.02)
+    large = SaeTraining(**{**SMALL, "batch_tokens": contexts.tokens // 2, "buffer": 4096})
+    with pytest.raises(
+        ValueError, match=f"have {count} tokens that count and are no norm outliers – expected at least"
+    ):
+        train_sae(model, tokenizer, contexts, large, tmp_path / "b", cache=tmp_path / "cache", progress=False)
 
 
 # --- what is refused ---
@@ -472,6 +617,65 @@ def test_the_command_trains_evaluates_and_writes_it_all_down(tmp_path, model_fol
     assert main([*command, "--resume"]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["eval"] == found["eval"]
+
+
+def test_pca_of_the_training_text_is_told_where_the_cache_has_all_of_it(tmp_path, model, tokenizer, monkeypatch):
+    config = SaeTraining(**{**SMALL, "tokens": 640})
+    contexts, other = cut(TEXTS[:3], tokenizer, 16), cut(TEXTS[3:], tokenizer, 16)
+    cache, new = tmp_path / "cache", tmp_path / "new"
+    monkeypatch.setattr(cache_module, "SHARD_CONTEXTS", 40)
+    sae = train_sae(model, tokenizer, contexts, config, tmp_path / "out", cache=cache, progress=False)
+
+    def found(folder):
+        return evaluate(sae, model, other, 4, cache=folder, progress=False)
+
+    assert found(cache).pca is not None
+    assert found(new).pca is None
+    # What the evaluation left there is no obstacle to a training, and the other text's activations are not the training's.
+    fill_cache(new, model, contexts, POINT)
+    assert found(new) == found(cache)
+    fill_cache(tmp_path / "others", model, other, POINT)
+    assert found(tmp_path / "others").pca is None
+    (cache / "activations-00001.safetensors").unlink()
+    assert found(cache).pca is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds files and no `cache\.json`"):
+        found(tmp_path / "mine")
+    with pytest.raises(ValueError, match="is the one that is trained on, token by token"):
+        evaluate(sae, model, contexts, 4, progress=False)
+
+
+def test_resuming_what_is_done_keeps_what_was_measured(tmp_path, model_folder, capsys):
+    for name, text in (("a", TEXTS[0]), ("b", TEXTS[1]), ("c", TEXTS[2])):
+        (tmp_path / f"{name}.txt").write_text(text)
+    out = tmp_path / "out"
+
+    def train(*more, code=0, data="a"):
+        command = ["sae", "train", "--model", str(model_folder("llama")), "--hook-point", POINT, "--k", "4", "--tokens", "640",
+                   "--batch-tokens", "64", "--context", "16", "--buffer", "512", "--out", str(out), "--json"]  # fmt: skip
+        assert main([*command, "--data", str(tmp_path / f"{data}.txt"), *more]) == code
+        return capsys.readouterr().err if code else json.loads((out / "training.json").read_text())
+
+    # What must not be evaluated on, and a number of latents that cannot be, before anything is trained.
+    (tmp_path / "ab.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXTS[1], TEXTS[0])))
+    for name in ("a.txt", "ab.jsonl"):
+        assert "texts to evaluate on are trained on" in train("--eval", str(tmp_path / name), code=2)
+    assert "`latents` is 0 – expected at least 1" in train("--latents", "0", code=2)
+    assert not out.exists()
+
+    first = train("--eval", str(tmp_path / "b.txt"))
+    assert first["eval"]["data"] == [str(tmp_path / "b.txt")]
+    assert train("--resume") == first
+    assert "`texts` was" in train("--resume", code=2, data="c")
+    again = train("--resume", "--eval", str(tmp_path / "c.txt"), "--cache", str(tmp_path / "new"))
+    assert again["eval"]["data"] == [str(tmp_path / "c.txt")]
+    assert again["eval"]["pca"] is None
+    changed = {key for key in first if first[key] != again[key]}
+    assert changed == {"eval", "seconds"}
+    assert again["seconds"]["training"] == first["seconds"]["training"]
+    (out / "training.json").write_text("{")
+    assert "training.json` is not JSON" in train("--resume", code=2)
 
 
 def test_the_model_reads_another_order_in_each_epoch(model, tokenizer):

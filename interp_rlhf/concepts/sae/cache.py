@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from .stream import Contexts, activations_of, in_order, order
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256
 HEAD = "cache.json"
+HELD_OUT = "held-out-"  # folders in a cache with the activations of other texts begin so
 # How far the activations of the first context may be from the cached model's: another CPU or library, not other weights.
 TOLERANCE = 0.01
 
@@ -41,13 +43,9 @@ class CachedActivations:
     """
 
     def __init__(self, folder: str | Path, block: int, seed: int):
-        from safetensors import safe_open
-
         self.seed = seed
         self._pieces: list[tuple[Path, int, int]] = []
-        for path in _files(Path(folder)):
-            with safe_open(path, "pt") as file:
-                rows = file.get_slice("activations").get_shape()[0]
+        for path, rows in _rows(Path(folder)):
             self._pieces += [(path, start, min(start + block, rows)) for start in range(0, rows, block)]
 
     @property
@@ -67,12 +65,29 @@ class CachedActivations:
         return map(self._read, range(len(self._pieces)))
 
     def _read(self, index: int) -> torch.Tensor:
-        from safetensors import safe_open
-
         path, start, stop = self._pieces[index]
-        with safe_open(path, "pt") as file:
-            rows: torch.Tensor = file.get_slice("activations")[start:stop]
+        with _activations(path) as found:
+            rows: torch.Tensor = found[start:stop]
         return rows.float()
+
+
+def cached_tokens(folder: str | Path) -> int:
+    """How many activations a folder has: of tokens that count and are no norm outliers.
+
+    Raises:
+        `ValueError`: a file that is cut off.
+    """
+    return sum(rows for _, rows in _rows(Path(folder)))
+
+
+def holds(folder: str | Path, **head: Any) -> bool:
+    """Whether a folder has all activations of what is named by entries of its `cache.json`, such as `texts`."""
+    folder = Path(folder)
+    if not (folder / HEAD).exists():
+        return False
+    there = _read_head(folder / HEAD)
+    files = -(-there["contexts"] // SHARD_CONTEXTS)
+    return all(there.get(key) == value for key, value in head.items()) and len(_files(folder)) == files
 
 
 def fill_cache(
@@ -88,7 +103,7 @@ def fill_cache(
 
     Raises:
         `ValueError`: a folder with other activations than those of this model, hook point and texts; the message names what
-            differs. Activations that float16 does not hold.
+            differs. A folder with other files. Activations that float16 does not hold.
     """
     from safetensors.torch import save
 
@@ -116,16 +131,25 @@ def fill_cache(
             write_atomically(path, save({"activations": activations}))
 
 
+def check_cache(folder: Path) -> None:
+    """Raises `ValueError` where a folder is no cache of activations and not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`{folder}` is a file – expected a folder for activations. Name another one.")
+    if (folder / HEAD).exists() or not folder.exists():
+        return
+    if any(not path.name.startswith(HELD_OUT) for path in folder.iterdir()):
+        raise ValueError(
+            f"`{folder}` holds files and no `{HEAD}` – expected a cache of activations or an empty folder."
+        )
+
+
 def _open(folder: Path, head: dict[str, Any], first: list[float]) -> None:
     path = folder / HEAD
+    check_cache(folder)
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"`{folder}` holds files and no `{HEAD}` – expected a cache of activations or an empty folder."
-            )
         write_atomically(path, json.dumps({**head, "first": first}, indent=1).encode())
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = _read_head(path)
     differing = [
         f"  - `{key}` is {there.get(key)!r} in the cache – here {value!r}"
         for key, value in head.items()
@@ -158,6 +182,40 @@ def _head(model: nn.Module, contexts: Contexts, hook_point: str, dtype: str) -> 
 def _first(model: nn.Module, contexts: Contexts, hook_point: str) -> list[float]:
     """Mean activation of the first context: what tells weights and adapters apart that share a digest."""
     return [float(f"{value:.5g}") for value in activations_of(model, contexts, [0], hook_point).mean(0).tolist()]
+
+
+def _read_head(path: Path) -> dict[str, Any]:
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        head = None
+    if not isinstance(head, dict) or not isinstance(head.get("contexts"), int) or "first" not in head:
+        raise ValueError(
+            f"`{path}` does not say what the cache holds – expected a JSON object with `contexts` and `first`. "
+            f"Delete `{path.parent}`, or name another folder."
+        )
+    return head
+
+
+def _rows(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in _files(folder):
+        with _activations(path) as found:
+            yield path, found.get_shape()[0]
+
+
+@contextmanager
+def _activations(path: Path) -> Iterator[Any]:
+    """The tensor of a file, to be sliced."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file.get_slice("activations")
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{path}` ({path.stat().st_size} bytes) is not a whole safetensors file of activations ({error}) – it may be "
+            "truncated. Delete it: the same command reads these activations anew."
+        ) from None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Checkpoints of a training of a sparse autoencoder: tensors as safetensors, the rest as JSON.
 
 In and out: tensors by name and a JSON state. A checkpoint is there whole or not at all, and the one before it goes only when it
-is. It must not know what is in it.
+is. Only folders with a name of our own, and with nothing in them but our two files, are deleted. It must not know what is in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +18,81 @@ import torch
 
 from ..artifact import folder_aside
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"sae-checkpoint-(\d+)")  # trainers write, and delete, `checkpoint-<step>`
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
-    """Write `folder/checkpoint-<step>` and delete the older ones."""
+    """Write `folder/sae-checkpoint-<step>` and delete the older ones."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     older = _checkpoints(folder)
-    with folder_aside(folder, ".checkpoint-") as made:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / "tensors.safetensors")
-        (made / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        path = folder / f"checkpoint-{step}"
+    path = folder / f"sae-checkpoint-{step}"
+    with folder_aside(folder, ".sae-checkpoint-") as made:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / _TENSORS)
+        (made / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        if path.exists():  # what is left of one that was deleted by hand
+            _delete(path)
         os.replace(made, path)
     for _, old in older:
         if old != path:
-            shutil.rmtree(old)
+            _delete(old)
     return path
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Tensors and state of the last checkpoint, None where there is none."""
+def load_checkpoint(folder: Path, keys: Collection[str] = ()) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Tensors and state of the last checkpoint, None where there is none.
+
+    Args:
+        keys (`Collection[str]`): what the state must have.
+
+    Raises:
+        `ValueError`: it is not whole; the message says where the training goes on without it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = _checkpoints(folder)
+    found = [path for _, path in _checkpoints(folder) if any((path / name).exists() for name in (_TENSORS, _STATE))]
     if not found:
         return None
-    _, path = found[-1]
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return load_file(path / "tensors.safetensors"), state
+    path = found[-1]
+    before = f"from `{found[-2].name}`" if len(found) > 1 else "from its start"
+    todo = f"It may be truncated. Delete `{path}`: the training then goes on {before}."
+    for name in (_STATE, _TENSORS):
+        if not (path / name).exists():
+            raise ValueError(f"`{path}` has no `{name}` – expected a whole checkpoint. {todo}")
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"`{path / _STATE}` is not JSON ({error}) – expected the state of a training. {todo}"
+        ) from None
+    if not isinstance(state, dict) or (missing := sorted(set(keys) - set(state))):
+        lacking = f"lacks the keys {missing}" if isinstance(state, dict) else f"holds a {type(state).__name__}"
+        raise ValueError(f"`{path / _STATE}` {lacking} – expected the state of a training. {todo}")
+    try:
+        return load_file(path / _TENSORS), state
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{path / _TENSORS}` is not a whole safetensors file ({error}) – expected the tensors of a training. {todo}"
+        ) from None
 
 
 def drop_checkpoints(folder: Path) -> None:
     """Delete all of them, and what a kill left of one."""
-    for path in [*(path for _, path in _checkpoints(folder)), *folder.glob(".checkpoint-*")]:
-        shutil.rmtree(path)
+    for path in [*(path for _, path in _checkpoints(folder)), *folder.glob(".sae-checkpoint-*")]:
+        _delete(path)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.glob("sae-checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
     return sorted(found)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, or what is left of one; a folder with anything else in it stays."""
+    if path.is_dir() and not path.is_symlink() and {inside.name for inside in path.iterdir()} <= {_TENSORS, _STATE}:
+        shutil.rmtree(path)

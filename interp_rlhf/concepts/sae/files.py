@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         with numpy.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (SafetensorError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"`{path}` ({path.stat().st_size} bytes) is not a whole {path.suffix[1:]} file ({error}). It may be truncated: copy "
             "or fetch it again."

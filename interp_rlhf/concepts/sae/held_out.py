@@ -5,7 +5,7 @@ In: an autoencoder and activations, block by block. Out: `HeldOut`. It must not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .autoencoder import SparseAutoencoder
-from .cache import CachedActivations, CacheType, fill_cache
+from .cache import HELD_OUT, CachedActivations, CacheType, check_cache, fill_cache, holds
 from .stream import FORWARD_TOKENS, Contexts, in_order
 
 
@@ -147,18 +147,40 @@ def evaluate(
 
     Args:
         k (`int`): principal components to compare with.
-        cache (`str` or `Path`, *optional*): folder with the activations that it was trained on; these ones go into a folder in
-            it. Without it they are held in memory, 4 D bytes a token, and PCA of the training text is not told.
+        cache (`str` or `Path`, *optional*): folder for activations; these ones go into a folder in it. Without it they are held
+            in memory, 4 D bytes a token. PCA of the training text is told where the folder has its activations, all of them.
+
+    Raises:
+        `ValueError`: the contexts are those that it was trained on, or `cache` holds other files.
     """
     point = sae.spec.hook_point
+    training = ((sae.spec.source or {}).get("metadata") or {}).get("training") or {}
+    check_other_contexts(training.get("texts"), contexts)
     if cache is None:
         found = read_held_out(model, contexts, point, "reading held-out activations" if progress else None)
         return held_out(sae, lambda: found, k)
-    folder = Path(cache) / f"held-out-{contexts.fingerprint.removeprefix('sha256:')[:12]}"
+    check_cache(Path(cache))
+    folder = Path(cache) / f"{HELD_OUT}{contexts.fingerprint.removeprefix('sha256:')[:12]}"
     fill_cache(folder, model, contexts, point, dtype=cache_type, progress=progress)
-    return held_out(
-        sae,
-        CachedActivations(folder, FORWARD_TOKENS, 0).in_order,
-        k,
-        Moments(CachedActivations(cache, FORWARD_TOKENS, 0).in_order()),
-    )
+    trained_on = None
+    if training and holds(cache, hook_point=point, **{name: training.get(name) for name in ("texts", "model")}):
+        trained_on = Moments(CachedActivations(cache, FORWARD_TOKENS, 0).in_order())
+    return held_out(sae, CachedActivations(folder, FORWARD_TOKENS, 0).in_order, k, trained_on)
+
+
+def check_other_texts(texts: Sequence[str], other: Sequence[str]) -> None:
+    """Raises `ValueError` where a text to evaluate on, but for white space around it, is one that is trained on."""
+    seen = {text.strip() for text in texts} - {""}
+    if shared := [index for index, text in enumerate(other) if text.strip() in seen]:
+        raise ValueError(
+            f"{len(shared)} of the {len(other)} texts to evaluate on are trained on, text {shared[0]} the first – expected other "
+            "texts. Remove them from one of the two."
+        )
+
+
+def check_other_contexts(trained_on: str | None, contexts: Contexts) -> None:
+    """Raises `ValueError` where contexts to evaluate on have the fingerprint of those that are trained on."""
+    if trained_on == contexts.fingerprint:
+        raise ValueError(
+            "The text to evaluate on is the one that is trained on, token by token – expected another. Name other texts."
+        )

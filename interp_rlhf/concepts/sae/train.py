@@ -25,10 +25,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...activations import identity, resolve
-from ...runlog import RunLog
+from ...runlog import RunLog, read_run_log
 from ..artifact import library_versions
 from .autoencoder import SaeSpec, SparseAutoencoder
-from .cache import CachedActivations, CacheType, fill_cache
+from .cache import HEAD, CachedActivations, CacheType, cached_tokens, fill_cache
 from .checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from .sparse import Entries, keep_largest, keep_rows
 from .stream import FORWARD_TOKENS, Contexts, ModelActivations, ShuffleBuffer, Source, cut
@@ -36,6 +36,8 @@ from .stream import FORWARD_TOKENS, Contexts, ModelActivations, ShuffleBuffer, S
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # steps
+# What the state of a checkpoint has.
+STATE = ("step", "stream", "scale", "threshold", "seconds", "settings", "threads")
 _PARAMETERS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 
 
@@ -131,47 +133,52 @@ def train_sae(
         tokenizer: the model's own.
         texts (`list[str]`, or `Contexts` of `cut`): what it reads.
         config (`SaeTraining`): settings.
-        out (`str` or `Path`): folder for the run log (`interp.jsonl`), checkpoints, and at the end `sae/`.
+        out (`str` or `Path`): folder for the run log (`interp.jsonl`), checkpoints, and at the end `sae/`; empty, but for
+            hidden files and the cache.
         cache (`str` or `Path`, *optional*): folder for activations: the model then reads the texts once and not once per epoch,
             and not at all where the folder has them.
         cache_type (`str`, defaults to `"float16"`): or `float32`, twice as large.
         resume (`bool`): go on from the last checkpoint in `out`, or from the start where there is none yet. A training that is
-            done is loaded.
+            done is loaded, where the settings are its own; whether and how activations are cached may differ then.
         progress (`bool`, defaults to `True`): show progress bars.
         model_id (`str`): name of the model, for the file.
 
     Raises:
-        `ValueError`: no such hook point, no text, fewer tokens than two batches, `out` holds a training and `resume` is false,
-            or one with other settings.
+        `ValueError`: no such hook point, no text, fewer tokens than two batches, `out` holds files and `resume` is false, or
+            what it holds is no training, one with other settings, or a checkpoint that is not whole.
     """
-    out = Path(out)
-    check_folder(out, resume)
-    resolve(model, config.hook_point)
-    if resume and (out / "sae").exists():
-        from .files import load_sae
+    from .files import load_sae, save_sae
 
-        return load_sae(str(out / "sae"))
+    out = Path(out)
+    check_folder(out, resume, cache)
+    resolve(model, config.hook_point)
     contexts = texts if isinstance(texts, Contexts) else cut(texts, tokenizer, config.context)
-    _check_amount(contexts, config)
+    _check_amount(contexts.tokens, config)
     given = {
         **asdict(config), "texts": contexts.fingerprint, "model": identity(model, config.hook_point),
         "cached": None if cache is None else cache_type,
     }  # fmt: skip
-    found = load_checkpoint(out) if resume else None
+    if resume and (out / "sae").exists():
+        sae = load_sae(str(out / "sae"))
+        _check_settings(_settings_of(sae, out / "sae"), given, besides=("cached",))
+        drop_checkpoints(out)
+        return sae
+    found = load_checkpoint(out, STATE) if resume else None
     if found is not None:
         _check_settings(found[1]["settings"], given)
         if (threads := found[1]["threads"]) != torch.get_num_threads():
             logger.warning("Resumed on another number of threads than %d: not the same to the last bit.", threads)
     started = time.monotonic()
-    block = min(FORWARD_TOKENS, min(config.buffer, contexts.tokens) // 4)
     source: Source
     if cache is None:
-        source = ModelActivations(model, contexts, config.hook_point, block, config.seed)
+        source = ModelActivations(model, contexts, config.hook_point, _block(contexts.tokens, config), config.seed)
         if (config.epochs or 0) > 1 or (config.tokens or 0) > contexts.tokens:
             logger.warning("The model reads the texts anew in every epoch; a cache folder saves that.")
     else:
         fill_cache(cache, model, contexts, config.hook_point, dtype=cache_type, progress=progress)
-        source = CachedActivations(cache, block, config.seed)
+        tokens = cached_tokens(cache)  # without norm outliers, which `contexts.tokens` has
+        _check_amount(tokens, config, "and are no norm outliers")
+        source = CachedActivations(cache, _block(tokens, config), config.seed)
     log = RunLog(out / "interp.jsonl")
     training = Training(source, config, found)
     if training.steps < 1:
@@ -188,8 +195,6 @@ def train_sae(
         "training": given, "tokens": training.step * config.batch_tokens, "seconds": round(training.seconds, 1),
         "versions": library_versions(), **training.last,
     }  # fmt: skip
-    from .files import load_sae, save_sae
-
     save_sae(sae, out / "sae", metadata=metadata)
     log.append("end", step=training.step, seconds=round(training.seconds, 1))
     drop_checkpoints(out)
@@ -382,29 +387,83 @@ def _run(training: Training, log: RunLog, out: Path, settings: dict[str, Any], s
                 since = time.monotonic()
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Raises `ValueError` where a new training would meet one, or a resumed one would find none."""
-    there = (out / "interp.jsonl").exists() or (out / "sae").exists()
-    if there and not resume:
-        raise ValueError(f"`{out}` holds a training – expected an empty folder. Resume it, or name another folder.")
+def check_folder(out: Path, resume: bool, cache: str | Path | None = None) -> None:
+    """Whether a training may write into a folder.
+
+    Raises:
+        `ValueError`: a new training would meet files other than hidden ones and its own cache; a resumed one would find none, or
+            the log of something else; the cache would lie where the autoencoder goes.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`{out}` is a file – expected a folder. Name another one.")
+    if cache is not None and Path(cache).resolve().is_relative_to((out / "sae").resolve()):
+        raise ValueError(f"`{cache}` is where the autoencoder goes – expected another folder for the cache.")
+    log = out / "interp.jsonl"
+    there = log.exists() or (out / "sae").exists()
     if resume and not there:
         raise ValueError(f"`{out}` holds no training – expected one to resume. Start it without `resume`.")
-
-
-def _check_amount(contexts: Contexts, config: SaeTraining) -> None:
-    needed = max(2 * config.batch_tokens, 4 * config.context)
-    if contexts.tokens < needed:
+    if resume and log.exists() and log.stat().st_size and (trainers := _trainers(log)) - {"train_sae"}:
         raise ValueError(
-            f"The texts have {contexts.tokens} tokens that count – expected at least {needed}: two batches of "
+            f"`{log}` is the log of {sorted(trainers)} – expected that of `train_sae`. Name the folder of the training to resume."
+        )
+    if resume:
+        return
+    if there:
+        raise ValueError(f"`{out}` holds a training – expected an empty folder. Resume it, or name another folder.")
+    if others := [path.name for path in _visible(out) if not _of_cache(path, cache)]:
+        listed = ", ".join(f"`{name}`" for name in others[:5]) + (" and more" if len(others) > 5 else "")
+        raise ValueError(f"`{out}` holds {listed} – expected an empty folder. Name another one.")
+
+
+def _trainers(log: Path) -> set[str]:
+    """What wrote a log, by its `run` events; `something else` where it has none."""
+    found = {str(event.get("trainer")) for event in read_run_log(log) if event["event"] == "run"}
+    return found or {"something else"}
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
+
+
+def _of_cache(path: Path, cache: str | Path | None) -> bool:
+    """Whether a file or folder is, leads to, or is in the cache."""
+    if cache is None:
+        return False
+    folder = Path(cache).resolve()
+    if folder == path.parent.resolve():
+        return path.name == HEAD or path.name.startswith(("activations-", "held-out-"))
+    return folder.is_relative_to(path.resolve())
+
+
+def _block(tokens: int, config: SaeTraining) -> int:
+    """Activations read at a time: at most a quarter of the buffer."""
+    return min(FORWARD_TOKENS, min(config.buffer, tokens) // 4)
+
+
+def _check_amount(tokens: int, config: SaeTraining, which: str = "") -> None:
+    needed = max(2 * config.batch_tokens, 4 * config.context)
+    if tokens < needed:
+        raise ValueError(
+            f"The texts have {tokens} tokens that count{which and ' '}{which} – expected at least {needed}: two batches of "
             f"{config.batch_tokens} and four contexts of {config.context}. Give more text, or make these smaller."
         )
 
 
-def _check_settings(before: dict[str, Any], now: dict[str, Any]) -> None:
+def _settings_of(sae: SparseAutoencoder, folder: Path) -> dict[str, Any]:
+    """Settings of the training that an autoencoder came from, as its file has them."""
+    metadata = (sae.spec.source or {}).get("metadata") or {}
+    if not isinstance(settings := metadata.get("training"), dict):
+        raise ValueError(
+            f"`{folder}` does not say how it was trained – expected the end of a training to resume. Name another."
+        )
+    return settings
+
+
+def _check_settings(before: dict[str, Any], now: dict[str, Any], besides: Sequence[str] = ()) -> None:
     differing = [
         f"  - `{key}` was {before.get(key)!r} – now {now.get(key)!r}"
         for key in sorted(set(before) | set(now))
-        if before.get(key) != now.get(key) and key != "checkpoint_every"
+        if before.get(key) != now.get(key) and key not in ("checkpoint_every", *besides)
     ]
     if differing:
         listed = "\n".join(differing)
