@@ -133,7 +133,7 @@ def attach(
     deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
     if deepspeed and reference is not None and is_sharded(reference) and not hasattr(reference, "optimizer"):
         reference = _on_engine(trainer, reference)  # ZeRO-3 took its parameters apart when it was loaded
-    terms_wanted = [make_regularizer(given) for given in regularizers]
+    terms_wanted = [make_regularizer(given, trainer.model) for given in regularizers]
     changes = [make_intervention(given) for given in interventions]
     rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
     cards = _with_holdouts([load_card(m) for m in monitors if not isinstance(m, Readout)], rewards)
@@ -345,10 +345,17 @@ def _refuse(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[R
         )
     if rewards and trainer.beta == 0:
         logger.warning(
-            "beta is 0: nothing holds the policy near its reference while it is paid for %s. Expect text that pleases the "
-            "probe and nobody else; set `beta` (0.02 in the demo) or watch an independent measure closely.",
+            "%s is 0: nothing holds the policy near its reference while it is paid for %s. Expect text that pleases the "
+            "probe and nobody else; set `%s` (0.02 in the demo) or watch an independent measure closely.",
+            _coefficient(trainer),
             ", ".join(f"`{reward.__name__}`" for reward in rewards),
+            _coefficient(trainer),
         )
+
+
+def _coefficient(trainer: Any) -> str:
+    """What the trainer calls the price of the KL."""
+    return "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
 
 
 def _rollout(
@@ -385,9 +392,10 @@ def _reference(trainer: Any, needed: bool) -> Any:
     path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
     if not path:
         raise ValueError(
-            "The trainer has no reference model (`beta` is 0, or it has none by nature), there are no adapters, and the model "
-            "was built in memory, so there is no frozen reference to read – expected one. Pass `reference=` to `attach`, "
-            "train with PEFT, or, for a reward, set `beta` or use `reader: policy`."
+            f"The trainer has no reference model (`{_coefficient(trainer)}` is 0, or it has none by nature), there are no "
+            "adapters, and the model was built in memory, so there is no frozen reference to read – expected one. Pass "
+            "`reference=` to `attach`, "
+            f"train with PEFT, or, for a reward, set `{_coefficient(trainer)}` or use `reader: policy`."
         )
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
     given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say

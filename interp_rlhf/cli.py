@@ -87,7 +87,10 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     fit.add_argument("--out", required=True, help="folder for the card and the artifact")
     fit.add_argument("--model", help=MODEL_HELP)
     where = fit.add_mutually_exclusive_group()
-    where.add_argument("--hook-point", help="where to read, as a module path: model.layers.15")
+    where.add_argument(
+        "--hook-point",
+        help="where to read, as a module path: model.layers.15; with `--sae` in place of what its file says",
+    )
     where.add_argument(
         "--sweep", type=int, metavar="N", help="choose among every N-th decoder layer by cross-validation (default: 3)"
     )
@@ -96,6 +99,7 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="sae_latents: a probe on some latents of a sparse autoencoder, at its own hook point (default: probe)",
     )  # fmt: skip
     fit.add_argument("--sae", help="folder, file or Hub id of the autoencoder, for `--kind sae_latents`")
+    _add_sae_place(fit)
     fit.add_argument(
         "--latents", metavar="I,J", help="which of its latents, 12,80 say: `interp-rlhf sae find` names some"
     )
@@ -135,6 +139,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--measure", choices=["vader"], action="append", default=[], help="independent measure to report beside"
     )
     check.add_argument("--sae", help="the autoencoder that a card of latents was taken from")
+    _add_sae_place(check)
+    check.add_argument("--hook-point", help="module path that it reads, in place of what its file says")
     check.add_argument("--model", help=MODEL_HELP)
     check.add_argument("--seed", type=int, default=0, help="of permutations, directions and bootstrap (default: 0)")
     check.add_argument("--replace", action="store_true", help="replace evidence that the card has already")
@@ -279,10 +285,14 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_sae_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("sae", metavar="SAE", help="folder, file or Hub id: sae-lens, sparsify, Gemma Scope")
-    command.add_argument("--subfolder", help="folder in it")
-    command.add_argument("--revision", help="branch, tag or commit on the Hub")
+    _add_sae_place(command)
     command.add_argument("--hook-point", help="module path that it reads, in place of what its file says")
     command.add_argument("--model", help=MODEL_HELP)
+
+
+def _add_sae_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--subfolder", help="folder in the autoencoder's folder or repository")
+    command.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
 def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

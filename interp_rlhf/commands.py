@@ -54,12 +54,18 @@ def probe_fit(arguments: argparse.Namespace) -> int:
             f"`--kind` is {arguments.kind}, `--sae` {arguments.sae}, `--latents` {arguments.latents} – expected both with "
             "`--kind sae_latents`, and neither otherwise."
         )
+    if arguments.kind == "sae_latents" and arguments.sweep is not None:
+        raise ValueError(
+            "`--sweep` is given with `--kind sae_latents` – expected none: the autoencoder reads at one place."
+        )
+    if latents is not None and len(set(latents)) < len(latents):
+        raise ValueError(f"`--latents {arguments.latents}` names one twice – expected each once.")
     examples = load_examples(arguments.data, arguments.positive)
     model, tokenizer, model_id = _load(arguments.model)
     points = [arguments.hook_point] if arguments.hook_point else sweep_points(model, arguments.sweep or 3)
     fit = fit_probe(
         model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
-        sae=_sae(arguments.sae, model), latents=latents, seed=arguments.seed, progress=True,
+        sae=_sae_of(arguments, model), latents=latents, seed=arguments.seed, progress=True,
     )  # fmt: skip
     path = publish(
         fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
@@ -112,7 +118,7 @@ def probe_check(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = _load(arguments.model)
     evidence = check_card(
         card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),
-        measures={name: getattr(measures, name)() for name in arguments.measure}, sae=_sae(arguments.sae, model),
+        measures={name: getattr(measures, name)() for name in arguments.measure}, sae=_sae_of(arguments, model),
         seed=arguments.seed,
         command="interp-rlhf " + shlex.join(sys.argv[1:]), progress=True,
     )  # fmt: skip
@@ -404,13 +410,6 @@ def _path(name: str) -> str:
     return str(default_model())
 
 
-def _sae(source: str | None, model: Any, **where: Any) -> Any:
-    """The autoencoder that an argument names, resolved on the model."""
-    from .concepts.sae.files import load_sae
-
-    return None if source is None else load_sae(source, model=model, **where)
-
-
 def _indices(given: str | None) -> list[int] | None:
     """Latents of an argument, `12,80`."""
     try:
@@ -420,8 +419,11 @@ def _indices(given: str | None) -> list[int] | None:
 
 
 def _sae_of(arguments: argparse.Namespace, model: Any) -> Any:
+    """The autoencoder that arguments name, resolved on the model; None where they name none."""
+    from .concepts.sae.files import load_sae
+
     where = {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
-    return _sae(arguments.sae, model, **where)
+    return None if arguments.sae is None else load_sae(arguments.sae, model=model, **where)
 
 
 def _html(path: str) -> Path:

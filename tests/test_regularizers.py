@@ -160,12 +160,18 @@ def test_feature_constraint_is_its_formula_on_a_pair_of_different_lengths(
     assert logged(trainer, "loss")[0] == pytest.approx(float(-logsigmoid(z - delta)), rel=1e-5)
 
 
-def test_feature_constraint_sends_no_gradient_through_the_chosen_distance(load, tokenizer, tmp_path):
-    """δ = α (β D(y_l) − sg[β D(y_w)]): without the stop the update is another one."""
+@pytest.mark.parametrize("features", ["probe", "relu", "topk"])
+def test_feature_constraint_sends_no_gradient_through_the_chosen_distance(features, load, tokenizer, tmp_path):
+    """δ = α (β D(y_l) − sg[β D(y_w)]): without the stop the update is another one, so there is a gradient through D."""
     found = []
+    random = torch.Generator().manual_seed(5)
+    latents = Latents(
+        "latents", LAYER, torch.randn(64, 32, generator=random), torch.zeros(64), k=16 if features == "topk" else None
+    )
     for stop in (True, False):
         trainer = make_trainer("DPO", perturb(load()), tokenizer, tmp_path / str(stop), max_steps=1, optim="sgd")
-        term = FeatureConstraint(readout=make_readout(trainer.model), weight=5.0, stop_gradient=stop)
+        readout = make_readout(trainer.model) if features == "probe" else latents
+        term = FeatureConstraint(readout=readout, weight=5.0, stop_gradient=stop)
         attach(trainer, regularizers=[term])
         trainer.train()
         found.append((weights_of(trainer), logged(trainer, "loss")))

@@ -13,6 +13,7 @@ from tiny import labelled_rows
 from training import make_trainer
 
 from interp_rlhf import ConceptReward, DriftConfig, attach
+from interp_rlhf.activations import norm_outliers, read_activations, tokenize_examples
 from interp_rlhf.concepts import latents as latents_module
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
@@ -21,12 +22,21 @@ from interp_rlhf.concepts.probe import fit_probe, mean_latents
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout, same_artifact
 from interp_rlhf.concepts.sae.autoencoder import SaeSpec, SparseAutoencoder, random_dictionary
+from interp_rlhf.concepts.sae.files import save_sae
 from interp_rlhf.concepts.subspace import Subspace
 from interp_rlhf.drift.sparse import changed_latents
 from interp_rlhf.runlog import read_run_log
+from interp_rlhf.training.counted import Counted
 from interp_rlhf.training.interventions import PreventativeSteering
-from interp_rlhf.training.regularizers import ConceptPenalty, FeatureConstraint, random_like
+from interp_rlhf.training.regularizers import (
+    ConceptPenalty,
+    FeatureConstraint,
+    _means_of,
+    make_regularizer,
+    random_like,
+)
 from interp_rlhf.validation.check import check_card
+from interp_rlhf.validation.dictionaries import sae_findings
 from interp_rlhf.validation.gate import gate
 
 POINT = "model.layers.1"
@@ -367,6 +377,105 @@ def test_penalties_have_gradients_to_the_policy_and_none_to_the_autoencoder(load
         assert any(f"interp/{key}" in row for row in logs), [sorted(row) for row in logs]
     assert sae.digest() == before
     assert not any(tensor.requires_grad for tensor in sae.buffers())
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_mean_latents_of_a_term_hold_no_latents_of_all_tokens(architecture, monkeypatch):
+    """Values and gradients are those of the plain formula; what is kept for the backward pass is less than (N, S)."""
+    monkeypatch.setattr(latents_module, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(latents_module, "BLOCK_TOKENS", 16)
+    readout = random_sae(architecture, size=160, k=8).latents()
+    activation = torch.randn(100, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    tokens = Counted(torch.ones(3, 40, dtype=torch.bool), torch.arange(100) // 40, 3)
+    wanted = tokens.means(readout(activation))
+    (wanted_gradient,) = torch.autograd.grad(wanted.pow(2).sum(), activation)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        found = _means_of(readout, activation, tokens)
+    (gradient,) = torch.autograd.grad(found.pow(2).sum(), activation)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradient, wanted_gradient)
+    assert wanted_gradient.abs().sum() > 0
+    assert sum(kept) < 100 * 160 / 2, kept
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_reconstruction_with_a_gradient_holds_no_latents_of_all_tokens(architecture, monkeypatch):
+    monkeypatch.setattr(latents_module, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(latents_module, "BLOCK_TOKENS", 16)
+    sae = random_sae(architecture, size=400, k=8)
+    activation = torch.randn(100, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    wanted = sae.decode(sae.encode(activation))
+    (wanted_gradient,) = torch.autograd.grad(wanted.pow(2).sum(), activation)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.__setitem__(tensor.untyped_storage().data_ptr(), tensor.numel()) or tensor,
+        lambda tensor: tensor,
+    ):
+        found = sae(activation)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.pow(2).sum(), activation)[0], wanted_gradient, rtol=1e-3, atol=1e-3
+    )
+    own = {tensor.untyped_storage().data_ptr() for tensor in sae.buffers()}
+    assert sum(size for place, size in kept.items() if place not in own) < 100 * 400 / 2
+
+
+@pytest.mark.parametrize("normalization", ["constant_norm_rescale", "layer_norm"])
+def test_a_random_dictionary_sees_what_a_normalized_autoencoder_sees(normalization):
+    """Activations with a large mean, which the centre takes off only in the autoencoder's own units."""
+    draw = torch.Generator().manual_seed(1)
+    activation = 30 + 10 * torch.randn(400, 12, generator=draw)
+    sae = random_sae(size=64, k=8, normalization=normalization)
+    sae.center.copy_(latents_module.normalize(activation, normalization)[0].mean(0))
+    control = random_dictionary(sae, seed=0)
+    assert control.spec.normalization == normalization
+    assert float((control.encode(activation) > 0).any(0).float().mean()) > 0.9
+
+
+def test_a_transcoder_is_judged_by_the_output_that_it_predicts(load, tokenizer):
+    model = load()
+    draw = torch.Generator().manual_seed(2)
+    spec = SaeSpec("topk", POINT, 8, output_point="model.layers.2.mlp", restore=False, model_id="tiny")
+    encoder, decoder = (torch.randn(64, 32, generator=draw) for _ in range(2))
+    sae = SparseAutoencoder(
+        spec, encoder=encoder, encoder_bias=torch.zeros(64), decoder=decoder, decoder_bias=torch.zeros(32)
+    )
+    batch = tokenize_examples(make_examples(labelled_rows(6, seed=1)).rows, tokenizer)
+    read = read_activations(model, batch, [POINT, "model.layers.2.mlp"])
+    kept = ~norm_outliers(read[POINT])
+    wanted = 1 - sae.fvu(read[POINT][kept], read["model.layers.2.mlp"][kept])
+    assert abs(wanted - (1 - sae.fvu(read[POINT][kept]))) > 0.01
+    assert sae_findings(model, batch, sae).explained_variance == pytest.approx(wanted, abs=1e-3)
+    # It writes elsewhere: what is ablated or steered at its input are its encoder's rows.
+    torch.testing.assert_close(sae.latents([3]).written, encoder[[3]])
+
+
+def test_drift_of_a_transcoders_latents_is_refused(load, tokenizer, tmp_path):
+    trainer = make_trainer("DPO", load(), tokenizer, tmp_path)
+    spec = SaeSpec("topk", POINT, 8, output_point="model.layers.2.mlp", restore=False)
+    rows = torch.ones(16, 32)
+    sae = SparseAutoencoder(
+        spec, encoder=rows, encoder_bias=torch.zeros(16), decoder=rows, decoder_bias=torch.zeros(32)
+    )
+    with pytest.raises(
+        ValueError, match=r"is a transcoder from `model\.layers\.1` to `model\.layers\.2\.mlp` – expected"
+    ):
+        attach(trainer, drift=DriftConfig(sae=sae))
+
+
+def test_a_recipe_names_an_autoencoder_as_load_sae_does(load, tokenizer, tmp_path):
+    """Its file's hook name is resolved on the policy, and can be overridden."""
+    model = load()
+    given = {"kind": "feature_constraint", "sae": str(tmp_path / "sae")}
+    sae = random_sae(size=16, width=32)
+    save_sae(sae, tmp_path / "sae")
+    assert make_regularizer(given, model).readout.hook_point == POINT
+    assert make_regularizer({**given, "hook_point": "model.layers.0"}, model).readout.hook_point == "model.layers.0"
+    with pytest.raises(ValueError, match=r"model\.layers\.9"):
+        make_regularizer({**given, "hook_point": "model.layers.9"}, model)
 
 
 def test_an_autoencoder_of_another_width_is_refused_before_the_first_step(load, tokenizer, tmp_path):

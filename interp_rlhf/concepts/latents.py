@@ -258,8 +258,12 @@ def normalize(
 
 def blocks(flat: torch.Tensor, latents: int) -> Iterator[torch.Tensor]:
     """Blocks of tokens (n, D) of (N, D) whose pre-activations take little memory; none of an empty one."""
-    size = max(BLOCK_TOKENS, BLOCK_NUMBERS // latents)
-    return iter(flat.split(size)) if len(flat) else iter(())
+    return iter(flat.split(block_size(latents))) if len(flat) else iter(())
+
+
+def block_size(latents: int) -> int:
+    """Tokens of a block."""
+    return max(BLOCK_TOKENS, BLOCK_NUMBERS // latents)
 
 
 _TENSORS = tuple(

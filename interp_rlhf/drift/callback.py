@@ -543,8 +543,13 @@ def _loaded(sae: str | Path | SparseAutoencoder | None, model: Any) -> SparseAut
     if sae is None:
         return None
     if not isinstance(sae, SparseAutoencoder):
-        return load_sae(sae, model=model)
+        sae = load_sae(sae, model=model)
     sae.check_model(model)
+    if sae.spec.output_point is not None:
+        raise ValueError(
+            f"`sae` is a transcoder from `{sae.spec.hook_point}` to `{sae.spec.output_point}` – expected an autoencoder of one "
+            "place. Its latents can be monitors: `probe fit --kind sae_latents`."
+        )
     return sae
 
 

@@ -8,15 +8,17 @@ cut: `loss_terms` reduces.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import logsigmoid, softplus
+from torch.utils.checkpoint import checkpoint
 
 from ..activations import TokenReadout
 from ..concepts.card import load_card
-from ..concepts.latents import Latents
+from ..concepts.latents import Latents, block_size
 from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
 from ..validation.gate import require_passed
@@ -311,10 +313,11 @@ class FeatureConstraint(Regularizer):
         assert batch.pairs is not None
         tokens = batch.tokens(getattr(self.readout, "include_end_of_turn", True))
         features: Latents | Readout = self._features  # type: ignore[attr-defined]
-        now = tokens.means(features(batch.policy(self.policy_point, tokens)))  # (2P, S)
+        now = _means_of(features, batch.policy(self.policy_point, tokens), tokens)  # (2P, S)
         with torch.no_grad():
             start = batch.reference(self.references[0], tokens)
-            start = tokens.means(features(start) if isinstance(self.references[0], Whole) else start)
+            whole = isinstance(self.references[0], Whole)
+            start = _means_of(features, start, tokens) if whole else tokens.means(start)
         distance = self._distance(now, start)  # (2P,)
         chosen, rejected = distance.chunk(2)
         beta = batch.pairs.beta
@@ -486,13 +489,15 @@ def _without_transform(term: ConceptAnchor | ConceptPenalty) -> None:
     object.__setattr__(term, "readout", readout)
 
 
-def make_regularizer(given: Any) -> Regularizer:
+def make_regularizer(given: Any, model: Any = None) -> Regularizer:
     """Regularizer of what a user wrote.
 
     Args:
         given: an object; a mapping with `kind`, `card` (for `drift_penalty`, `cards` or `hook_point`; for `feature_constraint`
-            also `sae`, a file or folder of a sparse autoencoder, and `latents`, all by default) and the kind's options, as in a
-            recipe; or a card's path, which means a `ConceptAnchor` on it with the card's weight.
+            also `sae`, a file, folder or Hub id of a sparse autoencoder, with `revision`, `subfolder`, `hook_point` and
+            `latents`, all by default) and the kind's options, as in a recipe; or a card's path, which means a `ConceptAnchor` on
+            it with the card's weight.
+        model (`nn.Module`, *optional*): the policy: hook names in the autoencoder's file are resolved on it.
 
     Raises:
         `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
@@ -502,11 +507,11 @@ def make_regularizer(given: Any) -> Regularizer:
     if isinstance(given, Path) or (isinstance(given, str) and given not in KINDS):
         card = load_card(given)
         return ConceptAnchor(readout=Readout.from_card(card), weight=card.card.weight)
-    made: Regularizer = from_mapping(given, KINDS, "regularizer", _load)
+    made: Regularizer = from_mapping(given, KINDS, "regularizer", partial(_load, model))
     return made
 
 
-def _load(kind: str, options: dict[str, Any]) -> None:
+def _load(model: Any, kind: str, options: dict[str, Any]) -> None:
     if "schedule" in options and not isinstance(options["schedule"], Schedule):
         options["schedule"] = Schedule.model_validate(options["schedule"])
     if kind == "drift_penalty" and "cards" in options:
@@ -515,13 +520,33 @@ def _load(kind: str, options: dict[str, Any]) -> None:
     elif kind == "feature_constraint" and "sae" in options:
         from ..concepts.sae.files import load_sae
 
-        sae = load_sae(options.pop("sae"))
+        where = {key: options.pop(key) for key in ("revision", "subfolder", "hook_point") if key in options}
+        sae = load_sae(options.pop("sae"), model=model, **where)
         options["readout"] = sae.latents(options.pop("latents", None))
     elif kind != "drift_penalty" and "card" in options:
         card = load_card(options.pop("card"))
         if kind in ("concept_penalty", "explain_away"):  # the score decides what is learned: a claim needs evidence
             require_passed(card.card, card.path)
         options["readout"] = Readout.from_card(card)
+
+
+def _means_of(features: Latents | Readout, activation: torch.Tensor, tokens: Counted) -> torch.Tensor:
+    """Mean features (M, S) of every sequence, of activations (N, D); no more than a block of (N, S) is held for the gradient.
+
+    Latents of more tokens than a block has are read block by block, and once more in the backward pass.
+    """
+    if not isinstance(features, Latents) or len(activation) <= (size := block_size(len(features.encoder))):
+        return tokens.means(features(activation))
+
+    def added(rows: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+        latents = features(rows)
+        return latents.new_zeros(tokens.sequences, features.size).index_add(0, sequence, latents)
+
+    total = activation.new_zeros(tokens.sequences, features.size, dtype=torch.float32)
+    for rows, sequence in zip(activation.split(size), tokens.sequence.split(size), strict=True):
+        total = total + checkpoint(added, rows, sequence, use_reentrant=False, preserve_rng_state=False)
+    counts = torch.bincount(tokens.sequence, minlength=tokens.sequences).clamp(min=1)
+    return total / counts[:, None]
 
 
 def _pooled(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Tensor:

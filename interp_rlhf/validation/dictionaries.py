@@ -59,11 +59,10 @@ class RandomDictionaries:
     def scores(self, model: Any, batch: TokenBatch, pooling: str, progress: bool = False) -> np.ndarray:
         """Pooled scores (N, dictionaries) of a batch."""
         found = []
-        for part, activations in _parts(
-            model, batch, self.readouts[0][0].hook_point, "random dictionaries" if progress else None
-        ):
+        point = self.readouts[0][0].hook_point
+        for part, read in _parts(model, batch, [point], "random dictionaries" if progress else None):
             scores = torch.zeros(*part.completion_mask.shape, len(self.readouts))
-            columns = [latents(activations) @ weight for latents, weight in self.readouts]
+            columns = [latents(read[point]) @ weight for latents, weight in self.readouts]
             scores[part.completion_mask] = torch.stack(columns, dim=-1)
             found.append(pool(scores, part.completion_mask, pooling).double().numpy())
         return np.concatenate(found)
@@ -102,17 +101,18 @@ def _choose(means: np.ndarray, labels: np.ndarray, count: int, method: str) -> t
 def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress: bool = False) -> SaeFindings:
     """Explained variance (1 − FVU, over tokens), mean L0 and share of latents that are never on, on a batch's counted tokens.
 
-    The first token of a row and tokens whose norm stands out are left out.
+    The first token of a row and tokens whose norm stands out are left out. Of a transcoder the variance is that of the output
+    that it predicts.
     """
-    parts = []
-    for part, activations in _parts(
-        model, batch, sae.spec.hook_point, "the autoencoder on the text" if progress else None
-    ):
+    points = [sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point]
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part, found in _parts(model, batch, points, "the autoencoder on the text" if progress else None):
         real = part.attention_mask.bool()
-        first = real & (real.cumsum(1) == 1)
-        parts.append(activations[~first[part.completion_mask]])
-    values = torch.cat(parts)
-    values = values[~norm_outliers(values)]
+        first = (real & (real.cumsum(1) == 1))[part.completion_mask]
+        parts.append((found[points[0]][~first], found[points[1]][~first]))
+    values, wanted = (torch.cat(side) for side in zip(*parts, strict=True))
+    kept = ~norm_outliers(values)
+    values, wanted = values[kept], wanted[kept]
     on = torch.zeros(sae.size, dtype=torch.bool)
     count = 0
     for block in values.split(1024):
@@ -120,7 +120,7 @@ def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress
         on |= active.any(0)
         count += int(active.sum())
     return SaeFindings(
-        explained_variance=round(1 - sae.fvu(values), 4), l0=round(count / len(values), 2),
+        explained_variance=round(1 - sae.fvu(values, wanted), 4), l0=round(count / len(values), 2),
         dead_fraction=round(1 - float(on.double().mean()), 4), latents=sae.size, tokens=len(values),
     )  # fmt: skip
 
@@ -133,7 +133,9 @@ def all_mean_latents(
     (T, S) is held for a block of tokens only.
     """
     found: list[list[torch.Tensor]] = [[] for _ in saes]
-    for part, activations in _parts(model, batch, saes[0].spec.hook_point, progress):
+    point = saes[0].spec.hook_point
+    for part, read in _parts(model, batch, [point], progress):
+        activations = read[point]
         rows = part.completion_mask.nonzero()[:, 0]
         lengths = part.completion_mask.sum(1).clamp(min=1)
         for sae, means in zip(saes, found, strict=True):
@@ -156,10 +158,10 @@ def aurocs(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _parts(
-    model: Any, batch: TokenBatch, hook_point: str, progress: str | None
-) -> Iterator[tuple[TokenBatch, torch.Tensor]]:
-    """Some rows at a time, with the activations (n, D) of their counted tokens."""
+    model: Any, batch: TokenBatch, hook_points: Sequence[str], progress: str | None
+) -> Iterator[tuple[TokenBatch, dict[str, torch.Tensor]]]:
+    """Some rows at a time, with the activations (n, D) of their counted tokens by hook point."""
     starts = range(0, len(batch), CHUNK_ROWS)
     for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
         part = batch.part(slice(start, start + CHUNK_ROWS))
-        yield part, read_activations(model, part, [hook_point])[hook_point]
+        yield part, read_activations(model, part, hook_points)

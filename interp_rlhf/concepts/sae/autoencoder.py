@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
+from torch.utils.checkpoint import checkpoint
 
 from ..latents import Latents, Normalization, blocks, normalize
 
@@ -112,7 +113,8 @@ class SparseAutoencoder(nn.Module):
         if self._all is None or self._all[0] is not self.encoder:  # moved to another device since
             found = Latents(
                 "sae", self.spec.hook_point, self.encoder, self.encoder_bias, self.center, self.threshold, self.gate_scale,
-                self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None, self.decoder,
+                self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None,
+                self.decoder if self.spec.output_point is None else None,  # a transcoder writes elsewhere than it reads
             )  # fmt: skip
             self._all = (self.encoder, found)
         found = self._all[1]
@@ -139,7 +141,14 @@ class SparseAutoencoder(nn.Module):
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """Reconstruction (..., D_out) of an activation (..., D), in blocks of tokens: (..., S) is never held."""
         flat = activation.float().reshape(-1, self.width)
-        parts = [self._reconstruct(part) for part in blocks(flat, self.size)]
+        # A gradient through ReLU, JumpReLU or gates needs what was encoded: it is encoded again, block by block.
+        again = self.spec.k is None and torch.is_grad_enabled() and flat.requires_grad
+        parts = [
+            checkpoint(self._reconstruct, part, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else self._reconstruct(part)
+            for part in blocks(flat, self.size)
+        ]
         found = torch.cat(parts) if parts else flat.new_zeros(0, self.decoder.shape[1])
         return found.view(*activation.shape[:-1], self.decoder.shape[1])
 
@@ -216,11 +225,11 @@ def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -
     rows = torch.randn(sae.size, sae.width, generator=torch.Generator().manual_seed(seed))
     rows = rows / rows.norm(dim=1, keepdim=True)
     spec = SaeSpec(
-        "topk", sae.spec.hook_point, min(max(1, round(count)), sae.size), model_id=sae.spec.model_id,
-        source={"random_dictionary": seed},
+        "topk", sae.spec.hook_point, min(max(1, round(count)), sae.size), sae.spec.normalization, sae.spec.restore,
+        model_id=sae.spec.model_id, source={"random_dictionary": seed},
     )  # fmt: skip
     center = sae.center
-    if center is None:  # what an autoencoder's decoder starts from is about the mean of its activations
+    if center is None:  # what an autoencoder's decoder starts from is about the mean of its (normalized) activations
         center = torch.zeros(sae.width) if sae.spec.output_point else sae.decoder_bias
     return SparseAutoencoder(
         spec, encoder=rows, encoder_bias=torch.zeros(sae.size), decoder=rows, decoder_bias=center, center=center
