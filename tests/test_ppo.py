@@ -59,10 +59,10 @@ def says(trainer, completions):
     trainer._generate_single_turn = generate
 
 
-def roll(trainer):
+def roll(trainer, rows=4):
     """One rollout of a trainer that has not trained yet."""
     trainer.model.train()
-    return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(4)])
+    return trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(rows)])
 
 
 def rollouts_of(trainer):
@@ -90,7 +90,7 @@ def head_of(trainer):
     found = {
         name.split(".")[-1]: p
         for name, p in trainer.model.named_parameters()
-        if VALUE_HEAD in name and p.requires_grad
+        if VALUE_HEAD in name and "trunk" not in name and p.requires_grad
     }
     return found["weight"].detach(), found["bias"].detach()
 
@@ -314,13 +314,22 @@ def test_values_rewards_and_advantages_of_a_rollout_by_hand(lora, load, model_fo
         assert not output["advantages"][row, count:].any()
 
 
-def test_the_loss_is_the_clipped_policy_loss_and_the_clipped_value_loss(model_folder, tokenizer, tmp_path):
-    """Σ over the micro-batch's tokens of −min(ρA, clip(ρ)A) + 0.3 · ½ max(…), over the tokens of the optimizer step: all 15."""
-    trainer = trainer_of(tmp_path, str(model_folder()), tokenizer, kl_coef=0.0, vf_coef=0.3, max_steps=1)
+@pytest.mark.parametrize(("mini_batches", "tokens"), [(1, 15), (2, 11.5)])
+def test_the_loss_is_the_clipped_policy_loss_and_the_clipped_value_loss(
+    mini_batches, tokens, model_folder, tokenizer, tmp_path
+):
+    """Σ over the micro-batch's tokens of −min(ρA, clip(ρ)A) + 0.3 · ½ max(…), over the rollout's tokens ÷ mini-batches.
+
+    One mini-batch: all 15. Two: four completions more of two tokens each, (15 + 8) / 2 = 11.5.
+    """
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, kl_coef=0.0, vf_coef=0.3, max_steps=1, num_mini_batches=mini_batches
+    )
     randomize_head(trainer)
-    says(trainer, COMPLETIONS)
+    says(trainer, [*COMPLETIONS, *[[16, END]] * 4])
     trainer.current_gradient_accumulation_steps = 1
-    inputs = roll(trainer)
+    rollout = roll(trainer, 4 * mini_batches)
+    inputs = {key: value[:4] if value.dim() else value for key, value in rollout.items()}  # its first mini-batch
     torch.manual_seed(0)
     moved = {**inputs}  # as if the policy and the critic had moved since
     moved["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.4 * torch.randn_like(
@@ -338,7 +347,7 @@ def test_the_loss_is_the_clipped_policy_loss_and_the_clipped_value_loss(model_fo
             total += 0.3 * 0.5 * max((value - target) ** 2, (cut - target) ** 2)
     trainer._metrics["train"].clear()
     loss = trainer.compute_loss(trainer.model, moved)
-    assert loss.item() == pytest.approx(total / 15, rel=1e-4)
+    assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
     assert trainer._metrics["train"]["val/clipfrac_avg"][0] > 0
     assert trainer._metrics["train"]["policy/clipfrac_avg"] == pytest.approx(
         trainer._metrics["train"]["clip_ratio/region_mean"]
@@ -419,6 +428,21 @@ def test_without_a_critic_and_with_a_group_baseline_it_is_grpo(loss_type, model_
     assert distance(weights_of(ours), after) < 1e-5
     for key in ("grad_norm", "entropy", "reward"):
         assert logged(ours, key) == pytest.approx(logged(theirs, key), abs=1e-5)
+
+
+def test_the_group_baseline_is_the_mean_of_those_that_were_judged(model_folder, tokenizer, tmp_path):
+    """Rewards (4, none | 1, 3): baselines 4 and 2, advantages (0, none | −1, 1)."""
+
+    def some(completion_ids, **kwargs):
+        return [4.0, None, 1.0, 3.0]
+
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, [some], critic="none", group_baseline=True, num_generations=2, lam=1.0,
+        kl_coef=0.0, whiten_advantages=False,
+    )  # fmt: skip
+    says(trainer, COMPLETIONS)
+    assert roll(trainer)["advantages"][:, 0].tolist() == pytest.approx([0, 0, -1, 1])
+    assert adv.group_means(torch.tensor([math.nan, math.nan, 1.0, 2.0]), 2).tolist() == [0, 0, 1.5, 1.5]
 
 
 def test_accumulation_leaves_the_update_as_it_is(model_folder, tokenizer, tmp_path):
@@ -527,6 +551,46 @@ def test_a_completion_that_was_cut_off_and_paid_per_token_goes_on_in_expectation
         else:
             assert float(alone) == pytest.approx(0.0 if over else -penalty, abs=1e-5)
     assert trainer._metrics["train"]["completions/bootstrapped_ratio"] == [0.5 if bootstraps else 0.0]
+
+
+def test_a_reward_function_of_weight_0_is_only_logged(model_folder, tokenizer, tmp_path):
+    """It judges whole completions, and all of them: V still stands for the rest of those cut off, and nobody judged the third."""
+
+    def tokens(completion_ids, **kwargs):
+        return [[0.1 * token for token in ids] if len(ids) != 2 else None for ids in completion_ids]
+
+    def advantages(functions, weights):
+        trainer = trainer_of(tmp_path, str(model_folder()), tokenizer, functions, reward_weights=weights)
+        randomize_head(trainer)
+        says(trainer, COMPLETIONS)
+        return roll(trainer)["advantages"], trainer._metrics["train"]
+
+    alone, _ = advantages([tokens], [1.0])
+    found, logs = advantages([tokens, by_length], [1.0, 0.0])
+    assert torch.equal(found, alone)
+    assert logs["completions/bootstrapped_ratio"] == pytest.approx([2 / 3])  # of the three that were judged
+    assert "rewards/by_length/mean" in logs
+
+
+def test_reward_functions_whose_names_are_taken_are_told_apart(model_folder, tokenizer, tmp_path):
+    def named(name, value):
+        def function(completion_ids, **kwargs):
+            return [value] * len(completion_ids)
+
+        function.__name__ = name
+        return function
+
+    names = ["kl", "missing_eos", "r", "r", "r_2"]
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, [named(name, 10.0**i) for i, name in enumerate(names)], lam=1.0,
+        missing_eos_penalty=0.5, whiten_advantages=False,
+    )  # fmt: skip
+    says(trainer, COMPLETIONS)
+    output = roll(trainer)
+    # V = 0 and the policy is its own reference: what is paid from the first token on is the sum, less the penalty if cut off.
+    assert output["advantages"][:, 0].tolist() == pytest.approx([11111, 11110.5, 11111, 11110.5])
+    shares = [key.split("/")[-1] for key in trainer._metrics["train"] if key.startswith("returns/share/")]
+    assert sorted(shares) == sorted(["kl", "missing_eos", "kl_0", "missing_eos_1", "r_2_2", "r_3", "r_2"])
 
 
 class Noted(ConceptReward):
@@ -673,6 +737,40 @@ def test_rewards_are_normalized_by_the_running_deviation_cut_and_whitened(model_
     assert advantages(whiten_rewards=True).tolist() == pytest.approx([k / deviation for k in (1, 2, 3, 4)], abs=1e-4)
 
 
+def numbered(completion_ids, **kwargs):
+    return [1.0, None, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "judged"),
+    [
+        ({}, [1.0, 3.0, 4.0]),
+        ({"mask_truncated_completions": True}, [1.0, 3.0]),
+    ],  # the second and the fourth are cut off
+)
+def test_what_nobody_judged_or_is_masked_is_in_no_average(changes, judged, model_folder, tokenizer, tmp_path):
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, [numbered], normalize_rewards=True, kl_coef=0.0, **changes
+    )
+    says(trainer, COMPLETIONS)
+    roll(trainer)
+    running = trainer._carried.running
+    assert (running.count, running.mean) == (len(judged), pytest.approx(sum(judged) / len(judged)))
+    mean = sum(judged) / len(judged) / running.std
+    assert trainer._metrics["train"]["objective/scores"] == pytest.approx([mean])
+
+
+def test_evaluation_leaves_the_running_deviation_alone(model_folder, tokenizer, tmp_path):
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, normalize_rewards=True, per_device_eval_batch_size=4
+    )
+    trainer.train()
+    before = trainer._carried.running.state()
+    assert before["count"] == 4
+    trainer.evaluate(Dataset.from_list(rows_of("GRPO", 4, seed=9)))
+    assert trainer._carried.running.state() == before
+
+
 # Saving and resuming
 
 
@@ -716,14 +814,111 @@ def test_a_resumed_run_repeats_the_whole_one_and_the_export_is_bare(
     )  # and it is still there to go on with
 
 
-def test_the_value_function_has_its_own_learning_rate(model_folder, tokenizer, tmp_path):
-    trainer = trainer_of(tmp_path, str(model_folder()), tokenizer, value_learning_rate=0.5, max_steps=1)
-    trainer.train()
-    groups = trainer.optimizer.param_groups
-    assert [group["lr"] for group in groups] == [1e-2, 1e-2, 0.5]
-    assert sum(p.numel() for p in groups[-1]["params"]) == 33  # 32 weights and a bias
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_the_value_function_has_its_own_learning_rate(critic, model_folder, tokenizer, tmp_path):
+    def built(**changes):
+        trainer = trainer_of(
+            tmp_path, str(model_folder()), tokenizer, critic=critic, weight_decay=0.1, max_steps=1, **changes
+        )
+        trainer.train()
+        named = {id(p): name for name, p in trainer.model.named_parameters()}
+        groups = trainer.optimizer.param_groups
+        return trainer, {named[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    trainer, found = built(value_learning_rate=0.5)
+    _, plain = built()
+    assert {name: rate for name, (rate, _) in found.items()} == {
+        name: 0.5 if VALUE_HEAD in name else 1e-2 for name in plain
+    }
+    assert {name: decay for name, (_, decay) in found.items()} == {name: decay for name, (_, decay) in plain.items()}
+    assert {decay for name, (_, decay) in found.items() if VALUE_HEAD in name} == {0.0, 0.1}
     weight, _ = head_of(trainer)
     assert weight.abs().max() == pytest.approx(0.5, rel=1e-3)  # Adam's first step is the learning rate
+
+
+def test_an_optimizer_that_was_given_trains_the_value_head_too(load, tokenizer, tmp_path):
+    def built(scheduled=False, **changes):
+        model = load()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if scheduled else None
+        return PPOTrainer(
+            model, [by_length], config(tmp_path, **changes), Dataset.from_list(rows_of("GRPO")), processing_class=tokenizer,
+            optimizers=(optimizer, scheduler),
+        )  # fmt: skip
+
+    trainer = built(value_learning_rate=0.5)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-2, 0.5]
+    before = weights_of(trainer)
+    trainer.train()
+    after = weights_of(trainer)
+    for own in (True, False):
+        names = [name for name in before if (VALUE_HEAD in name) == own]
+        assert distance({name: before[name] for name in names}, after) > 1e-4
+    assert built().optimizer.param_groups[1]["lr"] == 1e-2
+    with pytest.raises(ValueError, match=r"an optimizer and a scheduler – expected no scheduler"):
+        built(scheduled=True)
+    assert len(built(scheduled=True, critic="none").optimizer.param_groups) == 1
+
+
+# What generates
+
+
+@pytest.mark.parametrize(
+    "changes", [{"generation_kwargs": {"use_cache": False}}, {"use_transformers_continuous_batching": True}]
+)
+def test_steps_of_generation_without_a_cache_are_no_scoring_passes(changes, model_folder, tokenizer, tmp_path):
+    trainer = trainer_of(tmp_path, str(model_folder()), tokenizer, **changes)
+    randomize_head(trainer)
+    trainer.train()
+    assert logged(trainer, "values/std")[0] > 0.01
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_vllm_is_sent_the_policy_without_its_value_head(lora, load, model_folder, tokenizer, tmp_path, monkeypatch):
+    """vLLM knows the names of the bare model, and refuses others."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    class WithoutAnEngine(VLLMGeneration):
+        def _init_vllm(self):
+            pass
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", WithoutAnEngine)
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, lora=lora, use_vllm=True, vllm_mode="colocate", critic="model"
+    )
+    sent = {name for name, _ in trainer.vllm_generation._iter_named_params()}
+    assert sent == {name for name, _ in load().named_parameters()}
+
+
+def test_stop_tokens_of_the_generation_config_end_a_completion(load, tokenizer, tmp_path):
+    model = load()
+    stops = list(range(0, model.config.vocab_size, 3))
+    model.generation_config.eos_token_id = stops
+    trainer = trainer_of(tmp_path, model, tokenizer)
+    output = roll(trainer)
+    found = [row_ids(output, row)[1].tolist() for row in range(4)]
+    assert any(len(ids) < 6 for ids in found)
+    for ids in found:
+        assert not set(ids[:-1]) & set(stops)
+        assert ids[-1] in stops or len(ids) == 6
+    assert trainer._truncated().tolist() == [ids[-1] not in stops for ids in found]
+
+
+def test_the_processing_class_is_of_the_models_revision(model_folder, tokenizer, tmp_path, monkeypatch):
+    from transformers import AutoProcessor
+
+    asked, load_it = [], AutoProcessor.from_pretrained
+
+    def noted(path, revision=None, **kwargs):
+        asked.append(revision)
+        return load_it(path, **kwargs)
+
+    folder = str(model_folder())
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", noted)
+    trainer = trainer_of(tmp_path, folder, None, model_init_kwargs={"revision": "v2"})
+    assert asked == ["v2"]
+    assert trainer._tokenizer.padding_side == "left"
 
 
 def test_a_run_trains_evaluates_and_reports(load, model_folder, tokenizer, tmp_path):
@@ -762,6 +957,28 @@ def test_a_run_trains_evaluates_and_reports(load, model_folder, tokenizer, tmp_p
     assert "Tokens are coloured by <strong>reward</strong>" in page
 
 
+def test_the_sample_table_shows_what_was_paid(load, model_folder, tokenizer, tmp_path):
+    """Of potentials the differences, weighted: they are not the potentials' sum. None where a function said nothing."""
+
+    def sometimes(completion_ids, **kwargs):
+        return [None if len(ids) < 3 else 1.0 for ids in completion_ids]
+
+    trainer = trainer_of(
+        tmp_path, str(model_folder()), tokenizer, [Noted(make_readout(load()), shaping=True), sometimes], kl_coef=0.0,
+        reward_weights=[2.0, 3.0], gamma=0.9,
+    )  # fmt: skip
+    attach(trainer, reference=load())
+    says(trainer, COMPLETIONS)
+    trainer.train()
+    (event,) = [event for event in read_run_log(tmp_path / "interp.jsonl") if event["event"] == "samples"]
+    assert len(event["rows"]) == 4
+    for row in event["rows"]:
+        said = row["scores"]["reward: sometimes"]
+        assert said == (None if len(row["tokens"]["pieces"]) < 3 else 3.0)
+        paid = sum(row["tokens"]["scores"]["reward"])
+        assert row["scores"]["reward: concept"] + (said or 0.0) == pytest.approx(paid, abs=1e-4)
+
+
 def test_explained_variance_rises_where_the_reward_can_be_foreseen(model_folder, tokenizer, tmp_path):
     """The reward is of the prompt alone: a critic that learns explains it, and only it moves (the policy's rate is 0)."""
 
@@ -791,11 +1008,11 @@ ENGINES = {
 OF_RANKS = ("clip_ratio/low_min", "clip_ratio/high_max", "loss", "grad_norm")
 
 
-KINDS = ("full", "lora")
+KINDS = ("full", "lora", "full_model", "lora_model")  # with a value model of its own in the last two
 
 
 def launched(engine, model, out):
-    """Results and weights of `engines/ppo.py` on an engine, which is started once for both kinds."""
+    """Results and weights of `engines/ppo.py` on an engine, which is started once for all kinds."""
     config = ROOT / "recipes" / "accelerate_configs" / f"cpu{'_' + engine if engine else ''}.yaml"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -829,17 +1046,17 @@ def test_every_engine_makes_the_step_of_one_process(kind, on_engines, model_fold
     alone, expected = on_engines[""][kind]
     assert (alone["processes"], alone["model"][-16:]) == (
         1,
-        "LlamaForCausalLM" if kind == "full" else "ModelForCausalLM",
+        "ModelForCausalLM" if "lora" in kind else "LlamaForCausalLM",
     )
     start = load_file(model_folder() / "model.safetensors")
-    if kind == "full":
+    if "full" in kind:
         assert max(float((expected[n] - w).abs().max()) for n, w in start.items() if n in expected) > 1e-3
     for engine, (kind_of_engine, model_class) in ENGINES.items():
         found, weights = on_engines[engine][kind]
         assert (found["engine"], found["processes"]) == (kind_of_engine, 2)
         assert found["model"].startswith(model_class)
         weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
-        trained = [name for name in expected if kind == "full" or "lora_" in name or "modules_to_save" in name]
+        trained = [name for name in expected if "full" in kind or "lora_" in name or "modules_to_save" in name]
         assert any(VALUE_HEAD in name for name in trained)
         worst = max(float((weights[name] - expected[name]).abs().max()) for name in trained)
         assert worst < 1e-4, engine
@@ -927,6 +1144,32 @@ def test_a_completion_that_nobody_judged_teaches_nothing(model_folder, tokenizer
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"gamma": None}, "`gamma` is None – expected a number from 0 to 1"),
+        ({"num_ppo_epochs": None}, "`num_ppo_epochs` is None – expected a whole number"),
+        ({"kl_coef": None, "cliprange": None}, "`cliprange` is None .*`kl_coef` is None"),
+        ({"sample_rows": -1}, "`sample_rows` is -1 – expected a whole number of at least 0"),
+        (
+            {"critic": "none", "vf_coef": 0.5},
+            "`vf_coef` is 0.5 and `critic` `none` – expected 0.1: there is no value function",
+        ),
+        ({"critic": "none", "value_learning_rate": 0.5}, "`value_learning_rate` is 0.5 and `critic` `none`"),
+        (
+            {"critic": "model", "detach_trunk": True},
+            "`detach_trunk` is True and `critic` `model` – expected False: .* no trunk",
+        ),
+        ({"sync_ref_model": True}, "`sync_ref_model` is True and `critic` `head` – expected False"),
+        (
+            {"missing_eos_penalty": 1.0, "mask_truncated_completions": True},
+            "`missing_eos_penalty` is 1.0 and `mask_truncated_completions` True – expected one",
+        ),
+        (
+            {"generation_kwargs": {"eos_token_id": 9}},
+            "`eos_token_id` – expected none: .*`model.generation_config.eos_token_id`",
+        ),
+        (
+            {"critic": "none", "group_baseline": True, "num_generations": 2},
+            "`group_baseline` is True and `lam` 0.95 – expected `lam: 1`",
+        ),
         ({"gamma": 1.5}, "`gamma` is 1.5 – expected a number from 0 to 1"),
         ({"lam": -0.1, "vf_coef": -1.0}, "`lam` is -0.1 .*`vf_coef` is -1.0"),
         ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0 – expected a number above 0"),
@@ -999,6 +1242,39 @@ def test_data_adapters_and_saves_that_cannot_work_are_refused(load, model_folder
         trainer_of(tmp_path, model, tokenizer)
 
 
+def test_a_run_that_made_no_step_is_an_error(model_folder, tokenizer, tmp_path):
+    """The length of an iterable data set is not known beforehand."""
+    from datasets import IterableDataset
+
+    rows = rows_of("GRPO", 3)
+    trainer = PPOTrainer(
+        str(model_folder()), [by_length], config(tmp_path), IterableDataset.from_generator(lambda: iter(rows)),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="made 0 steps: `train_dataset` gave no whole rollout of 4 completions"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_terms_read_the_reference_that_the_trainer_runs_and_no_other(lora, load, model_folder, tokenizer, tmp_path):
+    from training import make_trainer
+
+    from interp_rlhf import DriftPenalty, Subspace
+
+    term = DriftPenalty(subspace=Subspace.from_readouts([make_readout(load())]), weight=1.0)
+    ppo = trainer_of(tmp_path / "ppo", str(model_folder()), tokenizer, lora=lora)
+    grpo = make_trainer("GRPO", load(), tokenizer, tmp_path / "grpo", lora={} if lora else None, beta=0.05)
+    for trainer, name in ((ppo, "kl_coef"), (grpo, "beta")):
+        with pytest.raises(ValueError, match=rf"`reference` is given with .* expected none: .*`{name}` above 0"):
+            attach(trainer, regularizers=[term], reference=load())
+        attach(trainer, regularizers=[term], reference=trainer.ref_model)
+    ppo.train()
+    assert logged(ppo, f"interp/{term.name}/loss")
+    without = trainer_of(tmp_path / "0", str(model_folder()), tokenizer, kl_coef=0.0)
+    with pytest.raises(ValueError, match=r"`kl_coef` is 0 – .*Set `kl_coef`"):
+        attach(without, regularizers=[term])
+
+
 def test_a_run_inside_a_rollout_is_not_resumed(model_folder, tokenizer, tmp_path):
     trainer = trainer_of(tmp_path, str(model_folder()), tokenizer, max_steps=3, save_strategy="steps", save_steps=2)
     trainer.train()
@@ -1037,6 +1313,7 @@ def test_the_private_names_that_are_used_still_look_the_same():
         'output["old_per_token_logps"] = old_per_token_logps',
         'output["ref_per_token_logps"] = ref_per_token_logps',
         'self._logs["advantages"].extend(all_process_advantages.tolist())',
+        "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)",
         "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(",
         "if advantages.dim() == 1:",
         'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes',

@@ -118,6 +118,9 @@ class LossTerms:
         interventions (`Sequence[TrainingIntervention]`): change the policy's training forward.
         reference (`nn.Module`, *optional*): the frozen reference, where it is a model of its own.
 
+    Raises:
+        `ValueError`: another reference than the one that a rollout trainer runs.
+
     Attributes:
         own_forwards (`int`): forwards of our own that were needed.
     """
@@ -147,6 +150,13 @@ class LossTerms:
                 m for m in self.monitors
                 if not any(runs_after(trainer.model, m.hook_point, i.hook_point) for i in self.interventions)
             ]  # fmt: skip
+        if self.source == "rollout" and wanted and reference is not None and reference is not trainer.ref_model:
+            coefficient = "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
+            raise ValueError(
+                f"`reference` is given with {', '.join(f'`{r.name}`' for r in self.regularizers if r.references)} in a "
+                f"`{type(trainer).__name__}` – expected none: their reference is read in the pass that the trainer makes of its "
+                f"own (`{coefficient}` above 0), and no other model is run. Leave `reference` out of `attach`."
+            )
         self._keys = {readout: f"{i}:{readout.name}" for i, readout in enumerate(dict.fromkeys(wanted))}
         keyed = [_Keyed(key, readout) for readout, key in self._keys.items()]
         # Interventions first: hooks run in the order in which they came, and what is read is what the loss sees.

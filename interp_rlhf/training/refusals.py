@@ -98,10 +98,10 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
         )
     if kind in ("GRPO", "RLOO") and regularizer.references:
         if trainer.beta == 0:
+            coefficient = "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"  # PPO's name of it
             raise ValueError(
-                f"`beta` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could "
-                "be held near. Set "
-                "`beta` (0.02, say), or pass `drift=` to watch without holding."
+                f"`{coefficient}` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could "
+                f"be held near. Set `{coefficient}` (0.02, say), or pass `drift=` to watch without holding."
             )
         if isinstance(regularizer, DriftPenalty) and regularizer.subspace is None:
             raise ValueError(

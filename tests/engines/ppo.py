@@ -1,6 +1,6 @@
 """PPO on one engine: four steps on a tiny model, with everything that has to be the same on every engine written to a file.
 
-    accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml tests/engines/ppo.py MODEL OUT full lora
+    accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml tests/engines/ppo.py MODEL OUT full lora_model
 
 `tests/test_ppo.py` starts it on each engine and compares. Completions are given, so that every rank scores what one process does.
 """
@@ -37,14 +37,14 @@ def by_length(completion_ids, **kwargs):
     return [float(len(ids) % 3) if len(ids) != 4 else None for ids in completion_ids]
 
 
-def make(model: str, out: Path, lora: bool):
+def make(model: str, out: Path, lora: bool, critic: str):
     from interp_rlhf import PPOConfig, PPOTrainer
 
     size = len(COMPLETIONS) // int(os.environ.get("WORLD_SIZE", "1"))
     args = PPOConfig(
         str(out / "run"), per_device_train_batch_size=size, max_steps=4, learning_rate=0.1, logging_steps=1, use_cpu=True,
         bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, seed=3, max_completion_length=6, num_ppo_epochs=2,
-        optim="sgd", lr_scheduler_type="constant", normalize_rewards=True, model_init_kwargs={"dtype": "float32"},
+        optim="sgd", lr_scheduler_type="constant", normalize_rewards=True, model_init_kwargs={"dtype": "float32"}, critic=critic,
     )  # fmt: skip
     trainer = PPOTrainer(
         model, [by_token, by_length], args, Dataset.from_list(rows_of("GRPO", len(COMPLETIONS))),
@@ -63,7 +63,7 @@ def randomize(trainer) -> None:
     """A value head and adapters that say something from the first step on; ZeRO-3 holds them in pieces already."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
-        if "value_head" not in name and "lora_" not in name:
+        if ("value_head" not in name or "trunk" in name) and "lora_" not in name:
             continue
         whole = nullcontext()
         if hasattr(parameter, "ds_id"):
@@ -77,7 +77,7 @@ def randomize(trainer) -> None:
 def train(model: str, out: Path, kind: str) -> None:
     """One run, its weights and results in a folder."""
     out.mkdir(exist_ok=True)
-    trainer = make(model, out, kind == "lora")
+    trainer = make(model, out, "lora" in kind, "model" if "model" in kind else "head")
     randomize(trainer)
     trainer.train()
     accelerator = trainer.accelerator

@@ -146,8 +146,8 @@ def shares_of_variance(
 
 
 def group_means(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean of each group of `size` neighbours, repeated for each of them, (N,)."""
-    return values.view(-1, size).mean(1).repeat_interleave(size)
+    """Mean of each group of `size` neighbours, repeated for each of them, (N,): over those that are not NaN, 0 where all are."""
+    return values.view(-1, size).nanmean(1).nan_to_num(0.0).repeat_interleave(size)
 
 
 def value_losses(

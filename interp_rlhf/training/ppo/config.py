@@ -16,8 +16,18 @@ from trl import GRPOConfig
 CRITICS = ("head", "model", "none")
 # Two names of one thing: ours, and the field of `GRPOConfig` that follows it.
 ALIASES = {"num_ppo_epochs": "num_iterations", "cliprange": "epsilon", "kl_coef": "beta"}
+# Ours that say something about a critic that is not there, or about a trunk that it does not share.
+OF_A_CRITIC = ("vf_coef", "cliprange_value", "value_learning_rate", "detach_trunk")
+MAY_BE_NONE = (
+    "num_mini_batches",
+    "num_generations",
+    "cliprange_value",
+    "missing_eos_penalty",
+    "reward_clip",
+    "value_learning_rate",
+)
 # Options of GRPO that make its advantages, or change its loss per sequence: here the advantages are made otherwise.
-WITHOUT_MEANING = {
+WITHOUT_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
     "scale_rewards": (("group", "none", True, False), "there are no groups. Use `normalize_rewards` or `whiten_rewards`"),
     "multi_objective_aggregation": (("sum_then_normalize",), "rewards are added up where they fall. Use `reward_weights`"),
     "importance_sampling_level": (("token",), "advantages are per token"),
@@ -59,7 +69,8 @@ class PPOConfig(GRPOConfig):
             function; with `gamma` = `lam` = 1 and `group_baseline` that is GRPO's advantage without its scaling.
         detach_trunk (`bool`, defaults to `False`): the value loss does not reach the policy's own weights.
         value_learning_rate (`float`, *optional*): of the value function's own parameters; `learning_rate` without it.
-        group_baseline (`bool`, defaults to `False`): subtract the mean return of a prompt's completions. Only without a critic.
+        group_baseline (`bool`, defaults to `False`): subtract the mean return of those of a prompt's completions that were
+            judged. Only without a critic, and at `lam` 1.
         sample_rows (`int`, defaults to 4): completions of a rollout that leave their tokens' rewards, values and advantages in
             the run log.
         samples_every (`int`, defaults to 10): rollouts between two that do; that of `attach` is not used.
@@ -127,17 +138,19 @@ class PPOConfig(GRPOConfig):
         def expect(name: str, holds: Any, what: str) -> None:
             value = getattr(self, name)
             number = isinstance(value, int | float) and math.isfinite(value)
-            if value is not None and not (number and holds(value)):
+            if not (name in MAY_BE_NONE if value is None else number and holds(value)):
                 wrong.append(f"`{name}` is {value!r} – expected {what}")
 
         for name in ("gamma", "lam"):
             expect(name, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-        for name in ("cliprange", "cliprange_value", "missing_eos_penalty", "reward_clip", "value_learning_rate"):
+        expect("cliprange", lambda v: v > 0, "a number above 0")
+        for name in ("cliprange_value", "missing_eos_penalty", "reward_clip", "value_learning_rate"):
             expect(name, lambda v: v > 0, "a number above 0, or none")
         for name in ("vf_coef", "kl_coef"):
             expect(name, lambda v: v >= 0, "a number of at least 0")
         for name in ("num_ppo_epochs", "num_mini_batches", "num_generations", "samples_every"):
             expect(name, lambda v: v >= 1 and int(v) == v, "a whole number of at least 1")
+        expect("sample_rows", lambda v: v >= 0 and int(v) == v, "a whole number of at least 0")
         if self.critic not in CRITICS:
             wrong.append(f"`critic` is {self.critic!r} – expected one of {', '.join(f'`{c}`' for c in CRITICS)}")
         if self.group_baseline and (self.critic != "none" or (self.num_generations or 1) < 2):
@@ -145,11 +158,17 @@ class PPOConfig(GRPOConfig):
                 f"`group_baseline` is True with `critic` `{self.critic}` and `num_generations` {self.num_generations} – expected "
                 "`critic: none` and at least 2: a value function is the baseline where there is one"
             )
+        if self.group_baseline and self.lam != 1:
+            wrong.append(
+                f"`group_baseline` is True and `lam` {self.lam} – expected `lam: 1`: the baseline is a mean of whole returns, "
+                "and λ below 1 would cut the returns that it is taken off"
+            )
         if wrong:
             raise ValueError("; ".join(wrong) + ".")
 
     def _refuse_what_has_no_meaning(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+        self._refuse_what_does_nothing()
         for ours, theirs in ALIASES.items():
             value = getattr(self, theirs)
             if value not in (defaults[theirs], getattr(self, ours)):
@@ -163,6 +182,33 @@ class PPOConfig(GRPOConfig):
                     f"`{name}` is {getattr(self, name)!r} – expected {', '.join(f'`{a}`' for a in allowed)} in PPO: {why}."
                 )
         self.scale_rewards = "none"
+
+    def _refuse_what_does_nothing(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(PPOConfig)}
+        idle = {"none": OF_A_CRITIC, "model": ("detach_trunk",)}.get(self.critic, ())
+        for name in idle:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r} and `critic` `{self.critic}` – expected {defaults[name]!r}: there is "
+                    f"{'no value function' if self.critic == 'none' else 'no trunk that it shares with the policy'}, and it "
+                    f"would do nothing. Leave `{name}` out, or set `critic: head`."
+                )
+        if self.sync_ref_model and self.critic != "none":
+            raise ValueError(
+                f"`sync_ref_model` is True and `critic` `{self.critic}` – expected False: TRL copies the policy's parameters "
+                "onto the reference's one by one, and the value head has no counterpart there. Leave it out."
+            )
+        if self.missing_eos_penalty is not None and self.mask_truncated_completions:
+            raise ValueError(
+                f"`missing_eos_penalty` is {self.missing_eos_penalty} and `mask_truncated_completions` True – expected one of "
+                "them: a completion that is masked teaches nothing, its penalty neither."
+            )
+        if "eos_token_id" in (self.generation_kwargs or {}):
+            raise ValueError(
+                "`generation_kwargs` has `eos_token_id` – expected none: TRL cuts completions at the model's own, and padding "
+                "after another stop token would be trained on. Set `model.generation_config.eos_token_id` before the trainer is "
+                "built, and pass that model."
+            )
 
     def _set_mini_batches(self) -> None:
         if self.generation_batch_size is None and self.steps_per_generation is None:

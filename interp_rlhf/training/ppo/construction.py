@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import is_peft_model, set_seed
+from transformers import AutoProcessor
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ...activations import unwrap
@@ -83,6 +84,25 @@ def with_value_head(peft_config: Any) -> Any:
     changed = copy.deepcopy(peft_config)
     changed.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
     return changed
+
+
+def processing_class_of(model: Any, args: PPOConfig) -> Any:
+    """The processing class of a path, as `GRPOTrainer` loads it where it loads the model too: of that revision."""
+    given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    return AutoProcessor.from_pretrained(
+        get_config_model_id(model.config), revision=given.get("revision"), truncation_side="left", padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+
+
+def keep_from_vllm(generation: Any) -> None:
+    """Takes the value head out of the weights that TRL sends to vLLM, which refuses names that it does not know."""
+    every = generation._iter_named_params
+
+    def without_the_head() -> Iterator[tuple[str, Any]]:
+        return ((name, weight) for name, weight in every() if f"{VALUE_HEAD}." not in name)
+
+    generation._iter_named_params = without_the_head
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,23 @@ def add_value_head(model: Any, own_trunk: bool) -> None:
     parameter = next(model.parameters())
     trunk = None
     if own_trunk:
-        trunk = copy.deepcopy(backbone(model))
+        source = backbone(model)
+        with _whole(source):
+            trunk = copy.deepcopy(source)
         trunk.requires_grad_(True)
     head = ValueHead(hidden_size(model), model.dtype, trunk)
     setattr(model, VALUE_HEAD, head.to(parameter.device) if parameter.device.type != "meta" else head)
+
+
+def _whole(module: nn.Module) -> AbstractContextManager[Any]:
+    """ZeRO-3 takes a model's parameters apart when it is loaded: a copy is made of them put together."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
 
 
 @dataclass
@@ -103,12 +116,13 @@ class Critic:
         self._base = unwrap(model)
         self._detach, self._head = detach_trunk, head
         self._adapter_layer = first_adapter_layer(model)
-        self._open = False
+        self._open = self._scoring = False
         self._current: ValuePass | None = None
         self._inputs: dict[str, Any] = {}
         self._passes: list[ValuePass] = []
         last = resolve(model, decoder_layers(model)[-1])
         self._handles = [
+            model.register_forward_pre_hook(self._called, with_kwargs=True),
             backbone(model).register_forward_pre_hook(self._begin, with_kwargs=True),
             last.register_forward_hook(self._fire),
             model.register_forward_hook(self._returned),
@@ -121,13 +135,13 @@ class Critic:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Open for the policy's scoring passes: not for generation, whose steps use a cache, and not for the reference's."""
+        """Open for the policy's scoring passes, which TRL gives `labels`: not for generation's, and not for the reference's."""
         self._passes.clear()
         self._open = True
         try:
             yield
         finally:
-            self._open = False
+            self._open = self._scoring = False
             self._current = None
 
     def take(self) -> list[ValuePass]:
@@ -135,9 +149,13 @@ class Critic:
         passes, self._passes = self._passes, []
         return passes
 
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # `use_cache` does not tell: continuous batching generates without TRL's cache.
+        self._scoring = kwargs.get("labels") is not None
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._current = None
-        if not self._open or is_reading() or kwargs.get("use_cache") is not False or adapters_off(self._adapter_layer):
+        if not self._open or not self._scoring or is_reading() or adapters_off(self._adapter_layer):
             return
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         self._current = ValuePass(torch.empty(0), input_ids)
@@ -156,7 +174,7 @@ class Critic:
         self._passes.append(current)
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
-        current, self._current = self._current, None
+        current, self._current, self._scoring = self._current, None, False
         if current is None or getattr(output, "log_probs", None) is None:
             return
         if current.values.requires_grad:

@@ -39,8 +39,8 @@ class Worked:
 def of_rollout(worked: Worked, gamma: float, has_critic: bool, reduce: adv.Reduce) -> dict[str, float]:
     """Metrics of a rollout.
 
-    Per completion `objective/…`; per token returns, values and advantages; what the critic explains, and each component's share
-    of the return's variance. `kl` is per token, by the estimate that TRL logs for GRPO (k3).
+    Per completion that was judged `objective/…`; per token returns, values and advantages; what the critic explains, and each
+    component's share of the return's variance. `kl` is per token, by the estimate that TRL logs for GRPO (k3).
     """
     mask, values = worked.counted, worked.values[:, :-1]
     nothing = torch.zeros_like(values)
@@ -59,7 +59,8 @@ def of_rollout(worked: Worked, gamma: float, has_critic: bool, reduce: adv.Reduc
         change = worked.reference - worked.log_probs
         per_completion["objective/kl"] = -(change * mask).sum(1)
         logged["kl"] = float(adv.moments(change.exp() - change - 1, mask, reduce)[0])
-    sums = reduce(torch.stack([*(v.sum() for v in per_completion.values()), values.new_tensor(len(values))]))
+    judged = mask.any(1)
+    sums = reduce(torch.stack([*((v * judged).sum() for v in per_completion.values()), judged.sum().to(values.dtype)]))
     logged |= dict(zip(per_completion, (sums[:-1] / sums[-1]).tolist(), strict=True))
     for name, tensor in tensors.items():
         mean, variance = adv.moments(tensor, mask, reduce)

@@ -27,11 +27,21 @@ from ..mixin import RolloutMixin
 from . import advantages as adv
 from . import metrics
 from .config import PPOConfig
-from .construction import bare, loaded, name_of, refuse, with_value_head, without_warning
+from .construction import (
+    bare,
+    keep_from_vllm,
+    loaded,
+    name_of,
+    processing_class_of,
+    refuse,
+    with_value_head,
+    without_warning,
+)
 from .critic import VALUE_HEAD, Critic, add_value_head
 from .samples import Rollout, write
 from .token_rewards import Returned, listened
 
+OURS = ("kl", "missing_eos")  # components of the reward that are no function's
 COMPILED = (
     "With `torch_compile`, hooks must be there before the first forward: turn it off, or build the trainer anew."
 )
@@ -92,7 +102,10 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
     ):
         args = args if args is not None else PPOConfig(f"{name_of(model)}-PPO")
         refuse(model, args, train_dataset, peft_config, more)
+        by_path = isinstance(model, str)
         model = loaded(model, args, quantization_config)
+        if by_path and processing_class is None:
+            processing_class = processing_class_of(model, args)
         self.has_critic = args.critic != "none"
         if self.has_critic:
             add_value_head(model, own_trunk=args.critic == "model")
@@ -114,6 +127,10 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             raise ValueError(
                 "The processing class is one for images – expected a tokenizer: values and token rewards are for text alone."
             )
+        if self.has_critic and self.use_vllm:
+            keep_from_vllm(self.vllm_generation)
+        if self.has_critic and optimizers[0] is not None:
+            self._add_head_to(optimizers[0], optimizers[1])
         self._critic = Critic(self.model, args.detach_trunk, self.has_critic)
         self._returned: dict[str, Returned] = {}
         self._scored: dict[str, Any] = {}
@@ -128,7 +145,14 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
     def train(self, resume_from_checkpoint: Any = None, *more: Any, **kwargs: Any) -> Any:
         """As `GRPOTrainer`; `resume_from_checkpoint=True` means the last checkpoint that is complete."""
         self.run_log = record(self)
-        return super().train(resume_from_checkpoint, *more, **kwargs)
+        found = super().train(resume_from_checkpoint, *more, **kwargs)
+        if self.state.global_step == 0:
+            raise ValueError(
+                "The run made 0 steps: `train_dataset` gave no whole rollout of "
+                f"{self.args.generation_batch_size} completions – expected at least one, since TRL leaves out incomplete ones. "
+                "Lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `num_mini_batches`, or add prompts."
+            )
+        return found
 
     def create_optimizer(self, model: Any = None) -> Any:
         """TRL's, with a group of its own for the value function where it has its own learning rate."""
@@ -137,19 +161,38 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         rate = self.args.value_learning_rate
         if rate is None or given or not self.has_critic:
             return optimizer
-        owner = self.model if model is None else model
-        named = {id(p) for name, p in owner.named_parameters() if f"{VALUE_HEAD}." in name and p.requires_grad}
-        taken = []
-        for group in optimizer.param_groups:
-            taken += [p for p in group["params"] if id(p) in named]
-            group["params"] = [p for p in group["params"] if id(p) not in named]
-        optimizer.add_param_group({"params": taken, "lr": rate, "weight_decay": 0.0})
+        named = {id(p) for p in self._own_parameters(self.model if model is None else model)}
+        for group in list(optimizer.param_groups):
+            taken = [p for p in group["params"] if id(p) in named]
+            if taken:
+                group["params"] = [p for p in group["params"] if id(p) not in named]
+                optimizer.add_param_group({**group, "params": taken, "lr": rate})
         return optimizer
+
+    @staticmethod
+    def _own_parameters(model: Any) -> list[nn.Parameter]:
+        """What the value function trains of its own."""
+        return [p for name, p in model.named_parameters() if f"{VALUE_HEAD}." in name and p.requires_grad]
+
+    def _add_head_to(self, optimizer: Any, scheduler: Any) -> None:
+        """An optimizer that was given was made before the value head was there."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in self._own_parameters(self.model) if id(p) not in held]
+        if not missing:
+            return
+        if scheduler is not None:
+            raise ValueError(
+                "`optimizers` holds an optimizer and a scheduler – expected no scheduler (`(optimizer, None)`): the value head's "
+                "parameters are added to the optimizer as a group of their own, which the scheduler would not know. Set "
+                "`lr_scheduler_type`."
+            )
+        rate = self.args.value_learning_rate
+        optimizer.add_param_group({"params": missing, "lr": self.args.learning_rate if rate is None else rate})
 
     # Rollouts
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        functions, names = self.reward_funcs, _distinct(self.reward_func_names)
+        functions, names = self.reward_funcs, _distinct(self.reward_func_names, OURS)
         self._returned = {name: Returned() for name in names}
         self.reward_funcs = [
             listened(function, name, completion_ids_list, self._returned[name])
@@ -199,7 +242,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             found = adv.whiten(found, worked.counted, reduce=self._sum)
         found = found * worked.counted
         values = worked.values[:, :-1]
-        self._leave_samples(torch.stack(list(worked.components.values())).sum(0), values, found)
+        self._leave_samples(worked.components, values, found)
         self._replace_logged_advantages(found, output["completion_mask"])
         return {
             **output,
@@ -216,8 +259,8 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         truncated = self._truncated()
         ended = self._ended(truncated)
         parts = self._rewards_of_functions(mask, ended)
-        applies = [any(row) for row in zip(*(r.applies for r in self._returned.values()), strict=True)]
-        scorable = torch.tensor(applies, device=mask.device)
+        applies = [any(row) for row in zip(*(r.applies for r in self._paid()), strict=True)]
+        scorable = torch.tensor(applies, device=mask.device) & mask.any(1)  # TRL may mask what was cut off
         parts = self._normalized(parts, scorable)
         if args.missing_eos_penalty is not None:
             parts["missing_eos"] = adv.on_last_token(truncated * -args.missing_eos_penalty, mask)
@@ -233,7 +276,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         found = adv.gae(rewards, values, mask, ended, args.gamma, args.lam)
         returns = found + values[:, :-1]
         if args.group_baseline:
-            found = (found - self._group_baseline(rewards)[:, None]) * mask
+            found = (found - self._group_baseline(rewards, scorable)[:, None]) * mask
         return metrics.Worked(parts, old, reference, values, found, returns, counted, ended)
 
     def _rollout_values(self, output: dict[str, Any]) -> torch.Tensor:
@@ -262,10 +305,15 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         if not args.bootstrap_truncated or not self.has_critic or args.missing_eos_penalty is not None:
             return torch.ones_like(truncated)
         judged = torch.tensor(
-            [any(row) for row in zip(*(r.judged for r in self._returned.values()), strict=True)],
+            [any(row) for row in zip(*(r.judged for r in self._paid()), strict=True)],
             device=truncated.device,
         )
         return ~truncated | judged
+
+    def _paid(self) -> list[Returned]:
+        """What the functions returned whose word counts: one of weight 0 is only logged, unless all are."""
+        every = list(self._returned.values())
+        return [r for weight, r in zip(self.reward_weights.tolist(), every, strict=True) if weight] or every
 
     def _rewards_of_functions(self, mask: torch.Tensor, ended: torch.Tensor) -> dict[str, torch.Tensor]:
         """Weighted rewards per token (B, T) by the function that gave them."""
@@ -286,9 +334,10 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             parts = {name: part.clamp(-args.reward_clip, args.reward_clip) for name, part in parts.items()}
         return parts
 
-    def _group_baseline(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Mean return of each prompt's completions, for this rank's rows, (B,)."""
-        returns = self.accelerator.gather(adv.returns_to_go(rewards, self.args.gamma)[:, 0].contiguous())
+    def _group_baseline(self, rewards: torch.Tensor, scorable: torch.Tensor) -> torch.Tensor:
+        """Mean return of those of each prompt's completions that were judged, for this rank's rows, (B,)."""
+        own = adv.returns_to_go(rewards, self.args.gamma)[:, 0].masked_fill(~scorable, torch.nan)
+        returns = self.accelerator.gather(own.contiguous())
         size = int(self.num_generations if self.model.training else self.num_generations_eval)
         first = self.accelerator.process_index * len(rewards)
         return adv.group_means(returns, size)[first : first + len(rewards)]
@@ -316,7 +365,8 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         self._note(metrics.of_step(log_probs[:, -width:], inputs, clip, found, self._sum))
         if found is None or not self.model.training:
             return loss
-        # A mean over the tokens of the optimizer step, on all ranks, as TRL's default loss: so accumulation leaves it unchanged.
+        # The sum over the optimizer step, on all ranks, over the rollout's tokens ÷ mini-batches, as TRL's default loss (`dapo`):
+        # so accumulation leaves it unchanged. With several mini-batches that is the mean over a step's tokens only on average.
         steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps
         return loss + self.args.vf_coef * (found[0] * inputs["value_mask"]).sum() / tokens
@@ -354,7 +404,9 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(logged)
 
-    def _leave_samples(self, rewards: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> None:
+    def _leave_samples(
+        self, components: Mapping[str, torch.Tensor], values: torch.Tensor, found: torch.Tensor
+    ) -> None:
         if not self.model.training:
             return
         due = self._carried.rollouts % self.args.samples_every == 0
@@ -363,8 +415,11 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             return
         scores = dict(self.sample_scores or {})
         for name, returned in self._returned.items():
-            pairs = zip(returned.tokens, returned.totals, strict=True)
-            scores.setdefault(f"reward: {name}", [total if own is None else sum(own) for own, total in pairs])
+            paid = components[name].sum(1).tolist()  # weighted, and normalized where that is asked for
+            scores.setdefault(
+                f"reward: {name}", [p if said else None for p, said in zip(paid, returned.applies, strict=True)]
+            )
+        rewards = torch.stack(list(components.values())).sum(0)
         scored = self._scored
         rollout = Rollout(
             scored["prompts"], scored["completions"], scored["ids"], scores, rewards, values, found
@@ -416,9 +471,17 @@ class _Resume(ResumeCallback):
     """Of a class of its own, since `attach` adds one too."""
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Names, told apart by their place where two are the same."""
-    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+def _distinct(names: Sequence[str], reserved: Sequence[str] = ()) -> list[str]:
+    """Names, told apart by their place where two are the same, or one is reserved."""
+    taken = {*names, *reserved}
+    found: list[str] = []
+    for i, name in enumerate(names):
+        if names.count(name) > 1 or name in reserved:
+            while name in taken:
+                name = f"{name}_{i}"
+            taken.add(name)
+        found.append(name)
+    return found
 
 
 def _judged(column: torch.Tensor, name: str) -> Returned:
