@@ -260,6 +260,14 @@ def test_latents_that_random_ones_equal_fail_their_gate(load, tokenizer, tmp_pat
     assert any("random dictionaries" in reason for reason in reasons), reasons
 
 
+def test_the_random_control_finds_a_concept_that_any_direction_shows(load, tokenizer, tmp_path):
+    """Warm and cold answers are far apart in these activations: random latents tell them apart too, if chosen by the labels."""
+    model = load()
+    found = load_card(latent_card(tmp_path, model, tokenizer, planted_sae(model, tokenizer))).card.evidence.held_out
+    assert found.random_dictionary.mean > found.random_direction.mean
+    assert found.random_dictionary.mean > 0.7, found
+
+
 def test_a_gate_asks_latents_for_their_control_and_for_explained_variance(load, tokenizer, tmp_path):
     model = load()
     card = load_card(latent_card(tmp_path, model, tokenizer, planted_sae(model, tokenizer))).card

@@ -403,6 +403,28 @@ def test_find_ranks_the_planted_latent_first_and_a_random_dictionary_below_it(mo
     assert again == found
 
 
+def test_find_reports_chance_where_labels_say_nothing(model, tokenizer, contrast):
+    """The best of 40 latents fits random labels; on examples that the choice did not see, nothing is left of it."""
+    texts = sorted({text for own in contrast for text in own})
+    gaps = []
+    for seed in range(4):
+        labels = [i % 2 for i in range(len(texts))]
+        random.Random(seed).shuffle(labels)
+        rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+        best = find_latents(model, tokenizer, random_sae(model, "topk"), make_examples(rows), dictionaries=1).latents[
+            0
+        ]
+        gaps.append((best.fit_auroc, best.held_out[0]))
+    fit, held_out = (sum(side) / len(gaps) for side in zip(*gaps, strict=True))
+    assert fit > 0.58, gaps
+    assert abs(held_out - 0.5) < 0.08, gaps
+
+
+def test_no_windows_are_refused_before_anything_is_read(model, tokenizer):
+    with pytest.raises(ValueError, match="`contexts` is 0 – expected at least 1"):
+        inspect_latents(model, tokenizer, named_sae(model, tokenizer), TEXTS, contexts=0)
+
+
 def test_find_gives_a_latent_of_the_other_label_its_sign(model, tokenizer, contrast):
     rows = [{"text": text, "label": label} for label, texts in zip((0, 1), contrast, strict=True) for text in texts]
     best = find_latents(model, tokenizer, planted_sae(model, tokenizer), make_examples(rows), dictionaries=1).latents[

@@ -166,6 +166,8 @@ def inspect_latents(
             "`whole` is False without `latents` – expected indices: choosing among all means to read all."
         )
     # Whatever is refused is refused before anything is read.
+    if contexts < 1:
+        raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind.")
     cosines(sae, [], readouts)
     halves = None if labelled is None else split_examples(labelled, seed)
     found: Survey | None = None
