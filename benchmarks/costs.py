@@ -181,18 +181,26 @@ def whole(s: Shape) -> Cost:
 
 
 def constraint(s: Shape) -> Cost:
-    """Of more latents than dimensions: the activation is carried."""
+    """Of more latents than dimensions: the activation is carried. Latents of more tokens than a block are made block by block,
+    and anew for the gradient."""
     n, all_, d, size = s.counted, s.tokens, s.width, s.latents
     choice, back = chosen_tokens(s)
+    block = min(n, s.block)
+    blocks = n / block
+    made = 2 if block == n else 3
     ops = [
-        *counting(s, d), choice, Op("affine", (n, d, size), 2), Op("point", (n * size,), 2),
-        Op("reduce", (s.rows, n, size), 2), Op("point", (s.rows * size,), 12), Op("topk", (s.rows, size, 32), 2),
-        Op("spread", (s.rows, n, size)), Op("pair", (n * size,)), Op("product", (n, size, d)), back,
+        *counting(s, d), choice, Op("affine", (block, d, size), made * blocks), Op("point", (block * size,), made * blocks),
+        Op("reduce", (s.rows, block, size), made * blocks), Op("point", (s.rows * size,), 12),
+        Op("topk", (s.rows, size, 32), 2), Op("spread", (s.rows, block, size), blocks), Op("pair", (block * size,), blocks),
+        Op("product", (block, size, d), blocks), back,
     ]  # fmt: skip
-    carried = 4 * all_ * d
-    held = carried + 4 * n * size + 8 * n + 12 * s.rows * size
-    peak = max(carried + 8 * n * (size + d), 12 * n * size, 4 * (all_ + n) * d)
-    return Cost(carried, held, peak, ops)
+    carried, back_again = 4 * all_ * d, 4 * (all_ + n) * d
+    if block == n:
+        held = carried + 4 * n * size + 8 * n + 5 * s.rows * size
+        return Cost(carried, held, max(carried + 8 * n * (size + d), 12 * n * size, back_again), ops)
+    held = carried + 4 * n * d + 8 * n + 5 * s.rows * size
+    reading = carried + 8 * n * d + 4 * block * size + 12 * s.rows * size
+    return Cost(carried, held, max(reading, 12 * block * size + 4 * (2 * n - block) * d, back_again), ops)
 
 
 def ablation(s: Shape) -> Cost:

@@ -230,7 +230,7 @@ def elementary(op: Op) -> Callable[[], Any]:
     if op.kind in ("gather", "scatter"):
         rows, length, counted, width = z
         values, found = torch.randn(rows, length, width), torch.randn(counted, width)
-        mask = torch.arange(length).expand(rows, length) >= length - counted // rows
+        mask = (torch.arange(rows * length) >= rows * length - counted).view(rows, length)
         if op.kind == "gather":
             return lambda: values[mask]
         return lambda: torch.zeros(rows, length, width).index_put_((mask,), found, accumulate=True)
@@ -424,8 +424,8 @@ def measured_step(sizes: Model, pairs: int, seed: int) -> dict[str, Any]:
                 piece(no_mark)
 
         parts = [measure(elementary_parts).cpu for _ in range(pairs + 1)][1:]
-        # Policy and its gradient, and the reference; the head runs over completions alone.
-        head = 8 * sizes.width * sizes.vocabulary * s.counted
+        # Policy and its gradient, and the reference; the head runs over completions alone, and once more for its gradient.
+        head = 10 * sizes.width * sizes.vocabulary * s.counted
         plain_formula = 4 * sizes.forward(s.tokens, s.length, head=False) + head
         ratio = 1 + Row("", parts).median / Row("", [b.cpu for _, b in samples]).median
         return {
