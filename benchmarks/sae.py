@@ -169,6 +169,7 @@ def main() -> None:
         from sae_training import SETTINGS, training_rows
 
         rows, settings = training_rows(arguments.cache, arguments.train, arguments.seed), SETTINGS
+        arguments.pairs = len(rows[0].values)
     else:
         rows = [*timed_rows(arguments.pairs, arguments.seed), memory_row(arguments.seed)]
         settings = {
