@@ -569,10 +569,6 @@ def named_alike(trainer):
     return {"monitors": [make_readout(trainer.model, "one"), make_readout(trainer.model, "one", seed=4)]}
 
 
-def wide(trainer):
-    return {"regularizers": [FeatureConstraint(readout=Latents("wide", LAYER, torch.ones(64, 32), torch.zeros(64)))]}
-
-
 def endless(trainer):
     return {"interventions": [PreventativeSteering(readout=make_readout(trainer.model), alpha=float("inf"))]}
 
@@ -604,7 +600,6 @@ REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"
         ("DPO", constrained, {"use_weighting": True}, "`use_weighting` is True"),
         ("DPO", anchored, {"sync_ref_model": True}, "`sync_ref_model` is True"),
         ("DPO", whole, {"precompute_ref_log_probs": True}, "expected a `subspace`"),
-        ("DPO", wide, {"precompute_ref_log_probs": True}, "expected fewer `latents` than the stream is wide"),
         ("DPO", twice, {}, "Two regularizers"),
         ("KTO", named_alike, {}, "monitors are named `one`"),
         ("DPO", both, {}, "at or above the `ConceptAblation`"),

@@ -22,7 +22,6 @@ from .regularizers import (
     ExplainAway,
     FeatureConstraint,
     Regularizer,
-    Whole,
 )
 
 
@@ -111,13 +110,10 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
                 "before batches are shuffled, and only scores travel with them. Pass "
                 "`subspace=Subspace.from_readouts([…])` or `from_pca`."
             )
-    whole = any(isinstance(readout, Whole) for readout in regularizer.references)
+    whole = isinstance(regularizer, DriftPenalty) and regularizer.subspace is None
     if kind in ("DPO", "KTO") and trainer.precompute_ref_logps and whole:
-        less = (
-            "fewer `latents` than the stream is wide" if isinstance(regularizer, FeatureConstraint) else "a `subspace`"
-        )
         raise ValueError(
-            f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected {less}, or False: scores are "
+            f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
             "computed once and kept, whole activations would not fit."
         )
     if (
