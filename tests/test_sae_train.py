@@ -672,7 +672,7 @@ def test_resuming_what_is_done_keeps_what_was_measured(tmp_path, model_folder, c
     assert again["eval"]["data"] == [str(tmp_path / "c.txt")]
     assert again["eval"]["pca"] is None
     changed = {key for key in first if first[key] != again[key]}
-    assert changed == {"eval", "seconds"}
+    assert changed - {"seconds"} == {"eval"}  # on a fast machine seconds may be the same
     assert again["seconds"]["training"] == first["seconds"]["training"]
     (out / "training.json").write_text("{")
     assert "training.json` is not JSON" in train("--resume", code=2)
