@@ -250,6 +250,9 @@ def test_the_figures_of_autoencoder_and_ppo_are_the_committed_ones():
         assert ratio("comparison", name) in ppo, name
     for name in ("separate_value_model", "four_mini_batches", "vf_coef_1", "no_critic", "detached_trunk"):
         assert f"| {ratio('comparison', f'factor_{name}')} |" in ppo, name
+    for name in ("samples_per_second_vs_trl_1_12", "peak_memory_vs_trl_1_12"):
+        for critic in ("", "_model"):
+            assert f"| {ratio('real_model', name + critic)}" in ppo, name
     for name in ("dense_samples", "dense_samples_model"):
         assert ratio("dense", name) in ppo, name
         assert measured["dense"]["ratios"][name] <= 0.6
