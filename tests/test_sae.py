@@ -203,6 +203,19 @@ def test_a_random_dictionary_has_the_shape_and_nothing_else():
 # Cards of latents: an autoencoder of the tiny model whose latent 7 is warm against cold.
 
 
+@pytest.mark.parametrize("architecture", ALL)
+def test_many_tokens_are_encoded_as_few_are(architecture):
+    """1,100 tokens × 320 latents: more than one block, and more than are masked at once."""
+    sae = random_sae(architecture, size=320)
+    activation = torch.randn(1100, 12, generator=torch.Generator().manual_seed(4))
+    found = sae.encode(activation)
+    torch.testing.assert_close(found, torch.cat([sae.encode(part) for part in activation.split(50)]))
+    assert 0 < float((found > 0).float().mean()) < 1
+    if sae.spec.k is not None:
+        values, indices = sae.latents().top(activation)
+        torch.testing.assert_close(torch.zeros_like(found).scatter_(1, indices, values), found)
+
+
 def planted_sae(model, tokenizer, architecture="standard", seed=0):
     """Random latents, but for number 7: the difference of means of warm and cold answers."""
     train = make_examples(labelled_rows(24, seed=1))

@@ -23,6 +23,10 @@ EPSILON = 1e-5
 # Where all latents must be looked at, tokens are taken in blocks: as many as give 16 MiB of pre-activations (tokens, S), and no
 # fewer than a matrix product needs to be fast.
 BLOCK_NUMBERS, BLOCK_TOKENS = 2**22, 128
+# Where nothing else is wanted of them, larger blocks are quicker: the encoder is brought into the cache less often.
+WHOLE_BLOCK_TOKENS = 512
+# From so many numbers on, a product with the mask, some rows at a time, is quicker than filling what is masked.
+MANY = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +187,8 @@ class Latents:
         assert self.columns is None
         self._move_to(activation.device)
         flat = normalize(activation, self.normalization)[0].reshape(-1, self.width)
-        found = [self._top(part) for part in blocks(flat, len(self.encoder))]
+        size = max(WHOLE_BLOCK_TOKENS, block_size(len(self.encoder)))
+        found = [self._top(part) for part in flat.split(size)] if len(flat) else []
         if not found:
             return flat.new_zeros(0, self.k), torch.zeros(0, self.k, dtype=torch.long, device=flat.device)
         values, indices = zip(*found, strict=True)
@@ -197,8 +202,13 @@ class Latents:
         before = linear(activation, self.encoder, self._offset)  # type: ignore[attr-defined]
         if self.threshold is None:
             return before.relu() if before.requires_grad else before.relu_()
-        off = before <= self.threshold
-        return before.masked_fill(off, 0.0) if before.requires_grad else before.masked_fill_(off, 0.0)
+        if before.requires_grad:
+            return before.masked_fill(before <= self.threshold, 0.0)
+        if before.numel() < MANY:
+            return before.masked_fill_(before <= self.threshold, 0.0)
+        for part in before.view(-1, before.shape[-1]).split(64):
+            part.mul_(part > self.threshold)
+        return before
 
     def _top(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before = linear(flat, self.encoder, self._offset)  # type: ignore[attr-defined]  # (n, S)
