@@ -27,10 +27,8 @@ from typing import Any
 COMPLETIONS, LENGTH, EPOCHS, ROLLOUTS = 8, 32, 4, 4
 OURS = {"head": "", "model": "_model"}
 SHARED = {
-    "per_device_train_batch_size": COMPLETIONS, "gradient_accumulation_steps": 1, "num_ppo_epochs": EPOCHS,
-    "num_mini_batches": 1, "learning_rate": 1e-6, "kl_coef": 0.02, "temperature": 1.0, "use_cpu": True, "bf16": False,
-    "report_to": "none", "seed": 0, "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
-    "disable_tqdm": True,
+    "per_device_train_batch_size": COMPLETIONS, "num_ppo_epochs": EPOCHS, "learning_rate": 1e-6, "kl_coef": 0.02,
+    "temperature": 1.0, "seed": 0,
 }  # fmt: skip
 
 
@@ -67,7 +65,8 @@ def ours(model: str, critic: str, output: str) -> tuple[Any, Any]:
 
     args = PPOConfig(
         output, max_completion_length=LENGTH, max_steps=EPOCHS * ROLLOUTS, critic=critic, bootstrap_truncated=False,
-        generation_kwargs={"min_new_tokens": LENGTH}, model_init_kwargs={"dtype": "float32"}, **SHARED,
+        generation_kwargs={"min_new_tokens": LENGTH}, model_init_kwargs={"dtype": "float32"}, use_cpu=True, bf16=False,
+        report_to="none", gradient_checkpointing=False, logging_steps=1, save_strategy="no", disable_tqdm=True, **SHARED,
     )  # fmt: skip
 
     def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -81,25 +80,10 @@ def ours(model: str, critic: str, output: str) -> tuple[Any, Any]:
 
 
 def theirs(model: str, output: str) -> tuple[Any, Any]:
-    import torch
-    from datasets import Dataset
-    from ppo_trl_1_12 import LexiconReward
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from ppo_trl_1_12 import make_trainer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    args = PPOConfig(
-        output_dir=output, total_episodes=COMPLETIONS * ROLLOUTS, response_length=LENGTH, num_sample_generations=0,
-        local_rollout_forward_batch_size=COMPLETIONS, **SHARED,
-    )  # fmt: skip
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
-    value = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
-    data = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts(model)]})
-    trainer = PPOTrainer(
-        args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=LexiconReward(),
-        value_model=value, train_dataset=data, eval_dataset=data.select(range(1)),
-    )  # fmt: skip
-    return trainer, clock(1)
+    settings = {"total_episodes": COMPLETIONS * ROLLOUTS, "response_length": LENGTH, **SHARED}
+    return make_trainer(model, texts(model), output, **settings), clock(1)
 
 
 def run(side: str, model: str) -> None:

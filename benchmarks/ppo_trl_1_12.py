@@ -47,28 +47,33 @@ class LexiconReward(nn.Module):
         self.score = nn.Identity()
 
 
+def make_trainer(folder: str, texts: list[str], output: str, **settings: Any) -> PPOTrainer:
+    """TRL 1.12's trainer on a model, a value model begun as its copy, and a reference."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    args = PPOConfig(
+        output_dir=output, gradient_accumulation_steps=1, num_mini_batches=1, num_sample_generations=0, use_cpu=True, bf16=False,
+        report_to="none", gradient_checkpointing=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        local_rollout_forward_batch_size=settings["per_device_train_batch_size"], **settings,
+    )  # fmt: skip
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    value = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    data = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts]})
+    return PPOTrainer(
+        args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=LexiconReward(),
+        value_model=value, train_dataset=data, eval_dataset=data.select(range(1)),
+    )  # fmt: skip
+
+
 def main(folder: str, seed: int, rollouts: int) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    data = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in task.prompts(seed)]})
     given = task.settings()
+    batch, epochs = given.pop("batch"), given.pop("epochs")
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as output:
-        args = PPOConfig(
-            output_dir=output, per_device_train_batch_size=given["batch"], gradient_accumulation_steps=1,
-            num_ppo_epochs=given["epochs"], num_mini_batches=1, total_episodes=rollouts * given["batch"],
-            response_length=task.LENGTH, stop_token="eos", learning_rate=given["learning_rate"], gamma=given["gamma"],
-            lam=given["lam"], kl_coef=given["kl_coef"], cliprange=given["cliprange"],
-            cliprange_value=given["cliprange_value"], vf_coef=given["vf_coef"], temperature=given["temperature"],
-            lr_scheduler_type="constant", num_sample_generations=0, use_cpu=True, bf16=False, report_to="none", seed=seed,
-            gradient_checkpointing=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
-            local_rollout_forward_batch_size=given["batch"],
-        )  # fmt: skip
-        policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-        value = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-        trainer = PPOTrainer(
-            args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=LexiconReward(),
-            value_model=value, train_dataset=data, eval_dataset=data.select(range(1)),
+        trainer = make_trainer(
+            folder, task.prompts(seed), output, per_device_train_batch_size=batch, num_ppo_epochs=epochs,
+            total_episodes=rollouts * batch, response_length=task.LENGTH, stop_token="eos", lr_scheduler_type="constant",
+            seed=seed, **given,
         )  # fmt: skip
         cpu, wall = time.process_time(), time.perf_counter()
         trainer.train()

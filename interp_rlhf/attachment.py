@@ -25,7 +25,7 @@ from .drift.recorder import record
 from .runlog import RunLog
 from .training.checkpoints import ResumeCallback, require_aligned_saves, save_multiple
 from .training.interventions import TrainingIntervention, make_intervention
-from .training.loss_terms import LossTerms, reference_source, trainer_kind
+from .training.loss_terms import LossTerms, kl_option, reference_source, trainer_kind
 from .training.mixin import LossMixin, with_mixin
 from .training.refusals import refuse_terms
 from .training.regularizers import ConceptPenalty, ExplainAway, Regularizer, make_regularizer
@@ -347,15 +347,10 @@ def _refuse(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[R
         logger.warning(
             "%s is 0: nothing holds the policy near its reference while it is paid for %s. Expect text that pleases the "
             "probe and nobody else; set `%s` (0.02 in the demo) or watch an independent measure closely.",
-            _coefficient(trainer),
+            kl_option(trainer),
             ", ".join(f"`{reward.__name__}`" for reward in rewards),
-            _coefficient(trainer),
+            kl_option(trainer),
         )
-
-
-def _coefficient(trainer: Any) -> str:
-    """What the trainer calls the price of the KL."""
-    return "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
 
 
 def _rollout(
@@ -392,10 +387,9 @@ def _reference(trainer: Any, needed: bool) -> Any:
     path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
     if not path:
         raise ValueError(
-            f"The trainer has no reference model (`{_coefficient(trainer)}` is 0, or it has none by nature), there are no "
+            f"The trainer has no reference model (`{kl_option(trainer)}` is 0, or it has none by nature), there are no "
             "adapters, and the model was built in memory, so there is no frozen reference to read – expected one. Pass "
-            "`reference=` to `attach`, "
-            f"train with PEFT, or, for a reward, set `{_coefficient(trainer)}` or use `reader: policy`."
+            f"`reference=` to `attach`, train with PEFT, or, for a reward, set `{kl_option(trainer)}` or use `reader: policy`."
         )
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
     given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say

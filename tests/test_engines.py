@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
-sys.path.insert(0, str(Path(__file__).resolve().parent / "engines"))
 
-import compare
+from engines import compare
 
 from interp_rlhf.runlog import read_run_log
 from interp_rlhf.training.checkpoints import last_complete_checkpoint

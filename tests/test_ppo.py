@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from engines import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -1013,18 +1011,9 @@ KINDS = ("full", "lora", "full_model", "lora_model")  # with a value model of it
 
 def launched(engine, model, out):
     """Results and weights of `engines/ppo.py` on an engine, which is started once for all kinds."""
-    config = ROOT / "recipes" / "accelerate_configs" / f"cpu{'_' + engine if engine else ''}.yaml"
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(config)]
-    command += ["--main_process_port", str(port)] if engine else []
     out.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "engines" / "ppo.py"), str(model), str(out), *KINDS], capture_output=True, text=True,
-        env=environment,
-    )  # fmt: skip
+    command = compare.command(engine, ROOT / "tests" / "engines" / "ppo.py", str(model), str(out), *KINDS)
+    done = subprocess.run(command, capture_output=True, text=True, env=compare.environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         kind: (json.loads((out / kind / "result.json").read_text()), load_file(out / kind / "weights.safetensors"))
@@ -1034,16 +1023,16 @@ def launched(engine, model, out):
 
 @pytest.fixture(scope="module")
 def on_engines(model_folder, tmp_path_factory):
-    """Results and weights by engine and kind; the engine `""` is one process."""
+    """Results and weights by engine and kind."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("engines")
-    return {engine: launched(engine, model_folder(), folder / (engine or "one")) for engine in ("", *ENGINES)}
+    return {engine: launched(engine, model_folder(), folder / engine) for engine in ("single", *ENGINES)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_engine_makes_the_step_of_one_process(kind, on_engines, model_folder):
-    alone, expected = on_engines[""][kind]
+    alone, expected = on_engines["single"][kind]
     assert (alone["processes"], alone["model"][-16:]) == (
         1,
         "ModelForCausalLM" if "lora" in kind else "LlamaForCausalLM",

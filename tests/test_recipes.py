@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from engines import compare
 from markdown_it import MarkdownIt
 from test_sae import latent_card, planted_sae
 from tiny import make_card
@@ -191,20 +191,16 @@ def test_recipes_run_unchanged_on_two_processes(name, recipe, section, engine, s
     if engine != "ddp":
         pytest.importorskip("deepspeed")
     card, overrides = smoke
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
-    command = [
-        str(Path(sys.executable).parent / "accelerate"), "launch", "--main_process_port", port,
-        "--config_file", str(RECIPES / f"accelerate_configs/cpu_{engine}.yaml"),
-        str(RECIPES / f"{name}.py"), "--config", str(RECIPES / recipe), *overrides, "--output_dir", str(tmp_path / "out"),
+    command = compare.command(
+        engine, RECIPES / f"{name}.py", "--config", str(RECIPES / recipe), *overrides, "--output_dir", str(tmp_path / "out"),
         "--dataset_name", str(tmp_path / f"{name}.jsonl"), "--interp", json.dumps(section).replace("CARD", str(card)),
         "--save_strategy", "steps", "--save_steps", "2",
-    ]  # fmt: skip
+    )  # fmt: skip
     if name == "grpo":
         command += ["--num_generations", "2", "--max_completion_length", "6"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=compare.environment(), cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     saved = tmp_path / "out" / "checkpoint-2"  # what the second process left there says which engine it had
     assert len(list(saved.glob("rng_state_*.pth"))) == 2

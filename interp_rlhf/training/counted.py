@@ -28,15 +28,19 @@ class Counted:
     sequence: torch.Tensor
     sequences: int
 
+    @property
+    def counts(self) -> torch.Tensor:
+        """How many tokens of each sequence count, (M,)."""
+        return torch.bincount(self.sequence, minlength=self.sequences)
+
     def means(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over each sequence's counted tokens, (M, ...), of values (N, ...); 0 where none counts."""
         sums = values.new_zeros((self.sequences, *values.shape[1:])).index_add(0, self.sequence, values)
-        counts = torch.bincount(self.sequence, minlength=self.sequences).clamp(min=1)
-        return sums / counts.view(-1, *[1] * (values.dim() - 1))
+        return sums / self.counts.clamp(min=1).view(-1, *[1] * (values.dim() - 1))
 
     def rows(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values (N, K) laid out as one row per sequence, (M, L, K), and the mask (M, L) of those that are there."""
-        counts = torch.bincount(self.sequence, minlength=self.sequences)  # (M,)
+        counts = self.counts
         longest = int(counts.max()) if self.sequences else 0
         mask = torch.arange(longest, device=values.device) < counts[:, None]
         return values.new_zeros((*mask.shape, *values.shape[1:])).masked_scatter(
@@ -46,7 +50,7 @@ class Counted:
     @property
     def any(self) -> torch.Tensor:
         """Which sequences have a counted token, (M,)."""
-        return torch.bincount(self.sequence, minlength=self.sequences) > 0
+        return self.counts > 0
 
 
 def input_ids(inputs: Mapping[str, Any]) -> torch.Tensor:

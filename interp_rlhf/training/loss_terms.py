@@ -48,6 +48,11 @@ def trainer_kind(trainer: Any) -> str | None:
     return next((kind for kind, trainer_class in classes.items() if isinstance(trainer, trainer_class)), None)
 
 
+def kl_option(trainer: Any) -> str:
+    """What the trainer's configuration calls the price of the KL: PPO's is `kl_coef`."""
+    return "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
+
+
 def reference_source(trainer: Any) -> Source:
     """Where this trainer's reference is read."""
     kind = trainer_kind(trainer)
@@ -151,11 +156,10 @@ class LossTerms:
                 if not any(runs_after(trainer.model, m.hook_point, i.hook_point) for i in self.interventions)
             ]  # fmt: skip
         if self.source == "rollout" and wanted and reference is not None and reference is not trainer.ref_model:
-            coefficient = "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
             raise ValueError(
                 f"`reference` is given with {', '.join(f'`{r.name}`' for r in self.regularizers if r.references)} in a "
                 f"`{type(trainer).__name__}` – expected none: their reference is read in the pass that the trainer makes of its "
-                f"own (`{coefficient}` above 0), and no other model is run. Leave `reference` out of `attach`."
+                f"own (`{kl_option(trainer)}` above 0), and no other model is run. Leave `reference` out of `attach`."
             )
         self._keys = {readout: f"{i}:{readout.name}" for i, readout in enumerate(dict.fromkeys(wanted))}
         keyed = [_Keyed(key, readout) for readout, key in self._keys.items()]

@@ -14,6 +14,7 @@ from ..activations import decoder_layers, embedding_point, has_adapters, resolve
 from ..concepts.latents import Latents
 from ..concepts.readout import Readout, same_artifact
 from .interventions import TRAINERS, ConceptAblation, TrainingIntervention
+from .loss_terms import kl_option
 from .regularizers import (
     LENGTH_NORMALIZED_LOSSES,
     MARGIN_LOSSES,
@@ -98,7 +99,7 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
         )
     if kind in ("GRPO", "RLOO") and regularizer.references:
         if trainer.beta == 0:
-            coefficient = "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"  # PPO's name of it
+            coefficient = kl_option(trainer)
             raise ValueError(
                 f"`{coefficient}` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could "
                 f"be held near. Set `{coefficient}` (0.02, say), or pass `drift=` to watch without holding."

@@ -545,8 +545,7 @@ def _means_of(features: Latents | Readout, activation: torch.Tensor, tokens: Cou
     total = activation.new_zeros(tokens.sequences, features.size, dtype=torch.float32)
     for rows, sequence in zip(activation.split(size), tokens.sequence.split(size), strict=True):
         total = total + checkpoint(added, rows, sequence, use_reentrant=False, preserve_rng_state=False)
-    counts = torch.bincount(tokens.sequence, minlength=tokens.sequences).clamp(min=1)
-    return total / counts[:, None]
+    return total / tokens.counts.clamp(min=1)[:, None]
 
 
 def _pooled(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Tensor:

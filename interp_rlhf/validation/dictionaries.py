@@ -104,15 +104,17 @@ def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress
     The first token of a row and tokens whose norm stands out are left out. Of a transcoder the variance is that of the output
     that it predicts.
     """
-    points = [sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point]
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for part, found in _parts(model, batch, points, "the autoencoder on the text" if progress else None):
+    point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
+    read: dict[str, list[torch.Tensor]] = {point: [], target: []}  # one, of an autoencoder
+    for part, found in _parts(model, batch, list(read), "the autoencoder on the text" if progress else None):
         real = part.attention_mask.bool()
         first = (real & (real.cumsum(1) == 1))[part.completion_mask]
-        parts.append((found[points[0]][~first], found[points[1]][~first]))
-    values, wanted = (torch.cat(side) for side in zip(*parts, strict=True))
-    kept = ~norm_outliers(values)
-    values, wanted = values[kept], wanted[kept]
+        for name, parts in read.items():
+            parts.append(found[name][~first])
+    whole = {name: torch.cat(parts) for name, parts in read.items()}
+    kept = ~norm_outliers(whole[point])
+    whole = {name: activations[kept] for name, activations in whole.items()}
+    values = whole[point]
     on = torch.zeros(sae.size, dtype=torch.bool)
     count = 0
     for block in values.split(1024):
@@ -120,7 +122,7 @@ def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress
         on |= active.any(0)
         count += int(active.sum())
     return SaeFindings(
-        explained_variance=round(1 - sae.fvu(values, wanted), 4), l0=round(count / len(values), 2),
+        explained_variance=round(1 - sae.fvu(values, whole[target]), 4), l0=round(count / len(values), 2),
         dead_fraction=round(1 - float(on.double().mean()), 4), latents=sae.size, tokens=len(values),
     )  # fmt: skip
 

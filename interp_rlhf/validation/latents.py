@@ -16,7 +16,7 @@ import torch
 from ..concepts.examples import Examples
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
-from ..concepts.sae.contexts import LatentContexts, Survey, gather, survey
+from ..concepts.sae.contexts import LatentContexts, Survey, gather, require_windows, survey
 from ..concepts.sae.effects import Promotion, cosines, promotions
 from ..concepts.sae.reading import Reading, counted_batch, pooled
 from .split import split_examples
@@ -166,8 +166,7 @@ def inspect_latents(
             "`whole` is False without `latents` – expected indices: choosing among all means to read all."
         )
     # Whatever is refused is refused before anything is read.
-    if contexts < 1:
-        raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind.")
+    require_windows(contexts)
     cosines(sae, [], readouts)
     halves = None if labelled is None else split_examples(labelled, seed)
     found: Survey | None = None

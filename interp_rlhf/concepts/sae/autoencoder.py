@@ -50,6 +50,12 @@ class SaeSpec:
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the training by this package that it came from, as its file has them; empty for another's."""
+        found = (self.source.get("metadata") or {}).get("training")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def exact_columns(self) -> bool:
         """Whether a latent depends on no other, so that reading k of them touches k rows."""
         return self.k is None

@@ -28,6 +28,7 @@ from .stream import Contexts, activations_of, in_order, order
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256
 HEAD = "cache.json"
+SHARDS = "activations-"  # files with activations begin so
 HELD_OUT = "held-out-"  # folders in a cache with the activations of other texts begin so
 # How far the activations of the first context may be from the cached model's: another CPU or library, not other weights.
 TOLERANCE = 0.01
@@ -114,7 +115,7 @@ def fill_cache(
     with bar:
         for number, start in enumerate(range(0, len(contexts), SHARD_CONTEXTS)):
             part = range(start, min(start + SHARD_CONTEXTS, len(contexts)))
-            path = folder / f"activations-{number:05}.safetensors"
+            path = folder / f"{SHARDS}{number:05}.safetensors"
             if path.exists():
                 bar.update(sum(int(contexts.starts[row + 1] - contexts.starts[row]) for row in part))
                 continue
@@ -219,4 +220,4 @@ def _activations(path: Path) -> Iterator[Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("activations-*.safetensors"))
+    return sorted(folder.glob(f"{SHARDS}*.safetensors"))

@@ -107,6 +107,12 @@ def survey(
     return totals.survey(len(texts))
 
 
+def require_windows(contexts: int) -> None:
+    """Raises `ValueError` where no window of a kind would be kept."""
+    if contexts < 1:
+        raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind per latent.")
+
+
 def gather(
     model: Any,
     tokenizer: Any,
@@ -134,8 +140,7 @@ def gather(
     Raises:
         `ValueError`: an index out of range, `contexts` below 1, or texts without two tokens that count.
     """
-    if contexts < 1:
-        raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind per latent.")
+    require_windows(contexts)
     chosen = sae.latents(indices)
     totals = _Totals(sae) if whole else None
     kept = _Chosen(sae, chosen, indices, contexts, seed, how.window)

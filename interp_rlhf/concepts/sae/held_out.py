@@ -154,7 +154,7 @@ def evaluate(
         `ValueError`: the contexts are those that it was trained on, or `cache` holds other files.
     """
     point = sae.spec.hook_point
-    training = ((sae.spec.source or {}).get("metadata") or {}).get("training") or {}
+    training = sae.spec.training
     check_other_contexts(training.get("texts"), contexts)
     if cache is None:
         found = read_held_out(model, contexts, point, "reading held-out activations" if progress else None)

@@ -28,7 +28,7 @@ from ...activations import identity, resolve
 from ...runlog import RunLog, read_run_log
 from ..artifact import library_versions
 from .autoencoder import SaeSpec, SparseAutoencoder
-from .cache import HEAD, CachedActivations, CacheType, cached_tokens, fill_cache
+from .cache import HEAD, HELD_OUT, SHARDS, CachedActivations, CacheType, cached_tokens, fill_cache
 from .checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from .sparse import Entries, keep_largest, keep_rows
 from .stream import FORWARD_TOKENS, Contexts, ModelActivations, ShuffleBuffer, Source, cut
@@ -431,7 +431,7 @@ def _of_cache(path: Path, cache: str | Path | None) -> bool:
         return False
     folder = Path(cache).resolve()
     if folder == path.parent.resolve():
-        return path.name == HEAD or path.name.startswith(("activations-", "held-out-"))
+        return path.name == HEAD or path.name.startswith((SHARDS, HELD_OUT))
     return folder.is_relative_to(path.resolve())
 
 
@@ -451,12 +451,11 @@ def _check_amount(tokens: int, config: SaeTraining, which: str = "") -> None:
 
 def _settings_of(sae: SparseAutoencoder, folder: Path) -> dict[str, Any]:
     """Settings of the training that an autoencoder came from, as its file has them."""
-    metadata = (sae.spec.source or {}).get("metadata") or {}
-    if not isinstance(settings := metadata.get("training"), dict):
+    if not sae.spec.training:
         raise ValueError(
             f"`{folder}` does not say how it was trained – expected the end of a training to resume. Name another."
         )
-    return settings
+    return sae.spec.training
 
 
 def _check_settings(before: dict[str, Any], now: dict[str, Any], besides: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from ...activations import backbone, decoder_layers, hidden_size, resolve, unwrap
 from ...activations.hook_points import output_tensor
+from ...activations.sharding import in_one_piece
 from ...activations.tap import adapters_off, first_adapter_layer, is_reading
 
 VALUE_HEAD = "value_head"
@@ -70,22 +71,11 @@ def add_value_head(model: Any, own_trunk: bool) -> None:
     trunk = None
     if own_trunk:
         source = backbone(model)
-        with _whole(source):
+        with in_one_piece(list(source.parameters())):  # ZeRO-3 takes a model apart when it is loaded
             trunk = copy.deepcopy(source)
         trunk.requires_grad_(True)
     head = ValueHead(hidden_size(model), model.dtype, trunk)
     setattr(model, VALUE_HEAD, head.to(parameter.device) if parameter.device.type != "meta" else head)
-
-
-def _whole(module: nn.Module) -> AbstractContextManager[Any]:
-    """ZeRO-3 takes a model's parameters apart when it is loaded: a copy is made of them put together."""
-    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
-    return gathered
 
 
 @dataclass
