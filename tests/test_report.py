@@ -244,7 +244,7 @@ def test_first_and_last_training_samples_stand_in_for_before_and_after(tmp_path)
 HOSTILE = [
     "<script>alert(1)</script>",
     "</textarea></p><img src=x onerror=alert(1)>",
-    "{{ 7*7 }} {% raw %}",
+    "{{ 7907*7919 }} {% raw %}",
     "```\n<b>out</b>\n````\n# heading",
     "]]> --> <!-- & &lt; \" ' `",
     "| a | b |\\| $x$ [link](javascript:alert) ![i](http://x/y.png) https://evil.example",
@@ -284,7 +284,7 @@ def test_foreign_text_arrives_as_text_wherever_it_comes_from(tmp_path, hostile):
     assert page.text.count(name) >= 12
     assert not {"img", "b", "textarea"} & set(page.tags)
     assert page.tags.count("script") == 1  # our own
-    assert "49" not in page.text.replace(name, "")
+    assert str(7907 * 7919) not in page.text  # a product that no clock shows
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     inline = [child for token in tokens for child in token.children or []]
