@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from interp_rlhf.concepts.latents import BLOCK_NUMBERS, BLOCK_TOKENS
+from interp_rlhf.concepts.latents import BLOCK_NUMBERS, BLOCK_TOKENS, MASKED_NUMBERS, MASKED_ROWS
 
 # Public shapes: width, blocks, intermediate width, key-value width, vocabulary.
 PUBLIC = {"8B": (4096, 32, 14336, 1024, 128256), "70B": (8192, 80, 28672, 1024, 128256)}
@@ -119,7 +119,8 @@ def columns(s: Shape, jump: bool = False) -> Cost:
     n, k = s.tokens, s.chosen
     on = Op("threshold", (n, k)) if jump else Op("point", (n * k,))
     ops = [Op("affine", (n, s.width, k)), on, Op("product", (n, k, 1)), Op("point", (n,))]
-    return Cost(4 * n, 4 * n, s.copy + 4 * n * k + max(8 * n, n * k if jump else 0), ops)
+    masked = 5 * min(n * k, max(MASKED_ROWS * k, MASKED_NUMBERS)) if jump else 0  # the mask, and its copy in float32
+    return Cost(4 * n, 4 * n, s.copy + 4 * n * k + max(8 * n, masked), ops)
 
 
 def topk(s: Shape) -> Cost:

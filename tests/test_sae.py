@@ -18,6 +18,7 @@ from interp_rlhf.concepts import latents as latents_module
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
+from interp_rlhf.concepts.latents import Latents
 from interp_rlhf.concepts.probe import fit_probe, mean_latents
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout, same_artifact
@@ -188,6 +189,8 @@ def test_everything_wrong_with_an_autoencoder_is_in_one_error():
         random_sae(normalization="layer_norm").decode(torch.zeros(40))
     with pytest.raises(ValueError, match=r"Latents \[40\] – expected indices from 0 to 39"):
         random_sae().latents([0, 40])
+    with pytest.raises(ValueError, match=r"has shape \(0, 12\) – expected \(S, D\), with one latent at least"):
+        Latents("none", POINT, torch.zeros(0, 12), torch.zeros(0))
 
 
 def test_a_random_dictionary_has_the_shape_and_nothing_else():

@@ -25,8 +25,8 @@ EPSILON = 1e-5
 BLOCK_NUMBERS, BLOCK_TOKENS = 2**22, 128
 # Where nothing else is wanted of them, larger blocks are quicker: the encoder is brought into the cache less often.
 WHOLE_BLOCK_TOKENS = 512
-# From so many numbers on, a product with the mask, some rows at a time, is quicker than filling what is masked.
-MANY = 2**16
+# So many numbers, and rows at least, are masked at a time: their mask stays in the cache, and is never as large as all latents.
+MASKED_NUMBERS, MASKED_ROWS = 2**16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,10 @@ class Latents:
     decoder: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.encoder.dim() != 2:
-            raise ValueError(f"`encoder` of `{self.name}` has shape {tuple(self.encoder.shape)} – expected (S, D).")
+        if self.encoder.dim() != 2 or not len(self.encoder):
+            raise ValueError(
+                f"`encoder` of `{self.name}` has shape {tuple(self.encoder.shape)} – expected (S, D), with one latent at least."
+            )
         count, width = self.encoder.shape
         expected = {"bias": count, "center": width, "threshold": count, "gate_scale": count, "gate_bias": count}
         for field, size in expected.items():
@@ -204,9 +206,8 @@ class Latents:
             return before.relu() if before.requires_grad else before.relu_()
         if before.requires_grad:
             return before.masked_fill(before <= self.threshold, 0.0)
-        if before.numel() < MANY:
-            return before.masked_fill_(before <= self.threshold, 0.0)
-        for part in before.view(-1, before.shape[-1]).split(64):
+        # A product: filling what is masked, the processor guesses at every number, which takes three times as long.
+        for part in before.view(-1, before.shape[-1]).split(max(MASKED_ROWS, MASKED_NUMBERS // before.shape[-1])):
             part.mul_(part > self.threshold)
         return before
 
