@@ -52,7 +52,8 @@ from interp_rlhf.training.regularizers import Pairs, Regularizer
 POINT = "model.layers.1"
 # Width, blocks and intermediate width of the three models; latents are 16 per dimension.
 SIZES = ((128, 4, 352), (256, 6, 704), (512, 8, 1376))
-VOCABULARY, ROWS, LENGTH, COUNTED = 4096, 8, 256, 1024
+# An activation is then larger than the cache of a core, as it is in training.
+VOCABULARY, ROWS, LENGTH, COUNTED = 4096, 8, 1024, 2048
 EVALUATED = 384  # tokens of a drift evaluation: fewer than dimensions in the largest model
 # Next to nothing: what a piece takes on it is its fixed cost.
 TINY = Shape(2, 2, 2, 8, 64, 2, 2, 2)
