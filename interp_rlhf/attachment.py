@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .activations import has_adapters, of_all_ranks, reference_pass, unwrap
+from .activations import as_list, has_adapters, of_all_ranks, reference_pass
 from .activations.batch import completion_text, prompt_text
-from .activations.sharding import is_sharded
 from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout, same_artifact
 from .drift.callback import DriftCallback, DriftConfig
@@ -25,9 +24,10 @@ from .drift.recorder import record
 from .runlog import RunLog
 from .training.checkpoints import ResumeCallback, require_aligned_saves, save_multiple
 from .training.interventions import TrainingIntervention, make_intervention
-from .training.loss_terms import LossTerms, kl_option, reference_source, trainer_kind
+from .training.loss_terms import LossTerms, reference_source, trainer_kind
 from .training.mixin import LossMixin, with_mixin
-from .training.refusals import refuse_terms
+from .training.reference import kl_option, reference_of, warn_of_other_start
+from .training.refusals import refuse_noise, refuse_terms
 from .training.regularizers import ConceptPenalty, ExplainAway, Regularizer, make_regularizer
 from .training.rewards import ConceptReward
 from .training.rollout import Reader, Rollout
@@ -130,11 +130,9 @@ def attach(
         raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
     kind = trainer_kind(trainer)
     rollouts = kind in ("GRPO", "RLOO")
-    deepspeed = getattr(trainer, "is_deepspeed_enabled", False)
-    if deepspeed and reference is not None and is_sharded(reference) and not hasattr(reference, "optimizer"):
-        reference = _on_engine(trainer, reference)  # ZeRO-3 took its parameters apart when it was loaded
-    terms_wanted = [make_regularizer(given, trainer.model) for given in regularizers]
-    changes = [make_intervention(given) for given in interventions]
+    terms_wanted = [make_regularizer(given, trainer.model) for given in as_list(regularizers)]
+    changes = [make_intervention(given) for given in as_list(interventions)]
+    monitors = as_list(monitors)
     rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
     cards = _with_holdouts([load_card(m) for m in monitors if not isinstance(m, Readout)], rewards)
     watched: dict[Readout, Reader] = {m: "reference" for m in monitors if isinstance(m, Readout)}
@@ -240,18 +238,27 @@ def _terms(
         return None
     needed = any(r.references for r in regularizers if r.weight != 0)
     source = reference_source(trainer)
-    if source in ("pass", "cache"):
-        reference = trainer.ref_model  # what its own loss compares with
-    elif reference is None:
-        reference = _reference(trainer, needed)
+    if source == "pass" and reference is not None and reference is not trainer.ref_model:
+        raise ValueError(
+            f"`reference` was given to `attach` on a `{type(trainer).__name__}` – expected none: terms compare with the reference that "
+            "its own loss runs, and no other model is run. Give it to the trainer (`ref_model`), or leave it out."
+        )
+    if source == "cache" and reference is None and trainer.ref_model is None and not has_adapters(trainer.model):
+        needed_here = False  # before training the policy is its own reference
+    else:
+        needed_here = needed
+    reference = reference_of(trainer, reference, needed_here)
     claims = [readout for regularizer in regularizers for readout in regularizer.cards_readouts]
     claims += [readout for intervention in interventions for readout in intervention.readouts]
     for readout in [*claims, *monitors]:
-        if reference is not None or has_adapters(trainer.model):
-            with reference_pass(trainer.model, reference) as model:
-                readout.check_model(model)
+        if reference is not None:
+            readout.check_model(reference)
+        elif has_adapters(trainer.model):
+            readout.check_model(trainer.model, exact=False)
         else:  # the policy is what the reference was, until training begins
             readout.check_model(trainer.model, exact=source == "cache")
+    if needed and source == "pass":
+        warn_of_other_start(trainer, reference)
     if source == "own" and needed and reference is None and _changes_already(trainer.model):
         logger.warning(
             "The model has an adapter that changes it already, and the reference is the base model without it: terms pull "
@@ -259,6 +266,7 @@ def _terms(
         )
     terms = LossTerms(trainer, regularizers, monitors, interventions, reference)
     try:
+        refuse_noise(trainer, terms.regularizers, terms.causes)
         terms.precompute()
     except BaseException:
         terms.remove()
@@ -362,50 +370,20 @@ def _rollout(
             readouts[reader].append(reward.readout)
     for monitor, reader in watched.items():
         readouts[reader].append(monitor)
-    reference = reference if reference is not None else _reference(trainer, needed=bool(readouts["reference"]))
+    reference = reference_of(trainer, reference, needed=bool(readouts["reference"]))
     for readout in readouts["policy"]:
         readout.check_model(trainer.model, exact=False)
     if readouts["reference"]:
-        if reference is None and "ref" in trainer.accelerator.unwrap_model(trainer.model).peft_config:
+        begun = reference is None and "ref" in trainer.accelerator.unwrap_model(trainer.model).peft_config
+        if begun:
             logger.warning(
                 "The reference is the base model with the adapter `ref`, a copy of what training began with. Cards are fitted "
                 "and checked on a model without adapters: their evidence is about another reading than this one."
             )
         with reference_pass(trainer.model, reference) as model:
             for readout in readouts["reference"]:
-                readout.check_model(model)
+                readout.check_model(model, exact=not begun)
     return Rollout(trainer, readouts, reference)
-
-
-def _reference(trainer: Any, needed: bool) -> Any:
-    """The trainer's own reference model; None with PEFT, where it is the policy without adapters."""
-    own = getattr(trainer, "ref_model", None)
-    if own is not None or not needed or has_adapters(trainer.model):
-        return own
-    from transformers import AutoModelForCausalLM
-
-    path = getattr(unwrap(trainer.model).config, "_name_or_path", "")
-    if not path:
-        raise ValueError(
-            f"The trainer has no reference model (`{kl_option(trainer)}` is 0, or it has none by nature), there are no "
-            "adapters, and the model was built in memory, so there is no frozen reference to read – expected one. Pass "
-            f"`reference=` to `attach`, train with PEFT, or, for a reward, set `{kl_option(trainer)}` or use `reader: policy`."
-        )
-    logger.info("There is no reference model: loading the one that is read from `%s`.", path)
-    given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say
-    model = AutoModelForCausalLM.from_pretrained(path, **{**given, "dtype": trainer.model.dtype})
-    return _on_engine(trainer, model.eval().requires_grad_(False))
-
-
-def _on_engine(trainer: Any, model: torch.nn.Module) -> Any:
-    """A frozen model where its trainer's engine can run it, as TRL does with its own reference."""
-    from trl.models import prepare_deepspeed, prepare_fsdp
-
-    if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
-        return prepare_fsdp(model, trainer.accelerator)
-    return model.to(trainer.accelerator.device)
 
 
 def _apply_weights(trainer: Any, rewards: Sequence[ConceptReward]) -> None:

@@ -23,7 +23,7 @@ from training import (
 )
 
 from interp_rlhf import ConceptAnchor, DriftPenalty, FeatureConstraint, Latents, Schedule, Subspace, attach
-from interp_rlhf.training.counted import counted
+from interp_rlhf.activations import counted
 
 LAYER = "model.layers.1"
 

@@ -27,7 +27,7 @@ from interp_rlhf.concepts.sae.files import save_sae
 from interp_rlhf.concepts.subspace import Subspace
 from interp_rlhf.drift.sparse import changed_latents
 from interp_rlhf.runlog import read_run_log
-from interp_rlhf.training.counted import Counted
+from interp_rlhf.activations import Counted
 from interp_rlhf.training.interventions import PreventativeSteering
 from interp_rlhf.training.regularizers import (
     ConceptPenalty,

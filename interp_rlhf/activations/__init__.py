@@ -4,33 +4,50 @@ A readout is anything with a `name`, a `hook_point` and a call from an activatio
 Nothing here knows what a probe is, and nothing here imports TRL.
 """
 
-from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
+from .batch import ConceptScores, TokenBatch, as_list, as_prompts, tokenize_examples
+from .canaries import Agreement, Canaries, agreement, make_canaries
+from .counted import ChatMarks, Counted, counted, end_of_turn_ids, input_ids
 from .hook_points import (
     backbone,
     decoder_layers,
     embedding_point,
     has_adapters,
     hidden_size,
+    layers_or_none,
+    predicts,
     resolve,
     runs_after,
     unwrap,
 )
 from .identity import identity, structure
 from .intervene import Intervention
+from .noise import Causes, causes, rope_reach, runs_here
 from .outliers import norm_outliers
 from .ranks import from_rank_zero, is_rank_zero, of_all_ranks, raise_on_all_ranks
-from .read import read, read_activations, read_inputs, read_means, read_predictions, reference_pass
+from .recheck import Recheck
+from .read import adapters_off_in, read, read_activations, read_inputs, read_means, read_predictions, reference_pass
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
 __all__ = [
+    "Agreement",
+    "Canaries",
+    "Causes",
+    "ChatMarks",
     "ConceptScores",
+    "Counted",
     "Intervention",
     "Pass",
     "Tap",
     "TokenBatch",
     "TokenReadout",
+    "adapters_off_in",
     "adapters_on",
+    "agreement",
+    "as_list",
+    "as_prompts",
     "backbone",
+    "causes",
+    "counted",
     "decoder_layers",
     "embedding_point",
     "end_of_turn_ids",
@@ -38,9 +55,13 @@ __all__ = [
     "has_adapters",
     "hidden_size",
     "identity",
+    "input_ids",
     "is_rank_zero",
+    "layers_or_none",
+    "make_canaries",
     "norm_outliers",
     "of_all_ranks",
+    "predicts",
     "raise_on_all_ranks",
     "read",
     "read_activations",
@@ -48,7 +69,10 @@ __all__ = [
     "read_means",
     "read_predictions",
     "reference_pass",
+    "Recheck",
+    "runs_here",
     "resolve",
+    "rope_reach",
     "runs_after",
     "structure",
     "tokenize_examples",

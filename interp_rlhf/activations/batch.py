@@ -6,13 +6,15 @@ In: texts, conversations or token ids. Out: `TokenBatch`, which says for every t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .hook_points import unwrap
+from .counted import ChatMarks, counted_in_text, counted_length, without_first
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class TokenBatch:
     Attributes:
         input_ids (`torch.LongTensor` of shape (B, T)): padded on either side or both.
         attention_mask (`torch.BoolTensor` of shape (B, T)): True on tokens that the model reads.
-        completion_mask (`torch.BoolTensor` of shape (B, T)): True on tokens that count in a score.
+        completion_mask (`torch.BoolTensor` of shape (B, T)): True on tokens that count in a score; never on a row's first token,
+            whatever is given (see `counted`).
     """
 
     input_ids: torch.Tensor
@@ -38,6 +41,7 @@ class TokenBatch:
             )
         for name in ("attention_mask", "completion_mask"):
             object.__setattr__(self, name, getattr(self, name).bool())
+        object.__setattr__(self, "completion_mask", without_first(self.completion_mask, self.attention_mask))
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -59,7 +63,8 @@ class TokenBatch:
         Args:
             prompt_ids (`list[list[int]]`): B prompts.
             completion_ids (`list[list[int]]`): B completions, exactly as they were generated.
-            end_of_turn_ids (`set[int]`): ids that do not count where they end a completion. Pass none to count them.
+            end_of_turn_ids (`set[int]`): ids of which the first ends a completion: it and what follows do not count. Pass none to
+                count all.
             counts (`list[list[bool]]`, *optional*): per completion token whether it counts, in place of that rule.
         """
         if counts is None:
@@ -79,26 +84,9 @@ class TokenBatch:
 
 def prompt_text(prompt: Any) -> str:
     """A prompt as it is shown: text as it is, messages one per line."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def end_of_turn_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a completion: the tokenizer's and the model's generation config's end-of-sequence tokens, as in TRL.
-
-    Fitting, checking, watching and rewarding all leave out just these.
-    """
-    config = getattr(unwrap(model), "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    listed = ends if isinstance(ends, list) else [ends]
-    return {token for token in [tokenizer.eos_token_id, *listed] if token is not None}
-
-
-def counted_length(completion: Sequence[int], end_of_turn_ids: Collection[int]) -> int:
-    """Tokens of a completion that count: all but the end-of-turn tokens that close it."""
-    length = len(completion)
-    while length and completion[length - 1] in end_of_turn_ids:
-        length -= 1
-    return length
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{m['role']}: {content_text(m.get('content'))}" for m in prompt)
 
 
 @dataclass(frozen=True)
@@ -139,55 +127,80 @@ class ConceptScores:
 
 
 def tokenize_examples(
-    examples: Sequence[str | Mapping[str, Any]],
+    examples: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     tokenizer: Any,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    end_of_turn_ids: Collection[int] | None = None,
+    end_of_turn_ids: Collection[int] = (),
+    include_end_of_turn: bool = False,
 ) -> TokenBatch:
     """Token batch of examples in the formats that TRL's datasets have.
 
     A `completion` is tokenized by itself and put behind its prompt, as generation puts it; where the example has
-    `completion_ids`, they are taken as they are. No end-of-turn token is added. In a plain text all tokens but the
-    special ones count.
+    `completion_ids`, they are taken as they are. No end-of-turn token is added. What counts is in `counted`. Columns that TRL
+    renders, `tools` and `chat_template_kwargs`, are rendered here too.
 
     Args:
         examples (`list`): strings, or mappings with `text`, with `messages` (the last one from the assistant), or with
-            `prompt` and `completion`, each plain or conversational.
+            `prompt` and `completion`, each plain or conversational. One of them alone is that one.
         tokenizer: the model's tokenizer.
-        chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*): as the trainer was given them.
-        end_of_turn_ids (`set[int]`, *optional*): ids that do not count at the end of a completion; the tokenizer's
-            end-of-sequence token where none are given.
+        chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*): as the trainer was given them; an example's
+            own `chat_template_kwargs` come first.
+        end_of_turn_ids (`set[int]`, *optional*): ids that end a completion, beside the tokenizer's end-of-sequence token and that
+            by which the template closes a turn.
+        include_end_of_turn (`bool`, defaults to `False`): count the end-of-turn token that closes a completion.
 
     Raises:
-        `ValueError`: an example of another form; the message names its index.
+        `ValueError`: an example of another form, one with several turns to score, or one that the template does not take; the
+            message names its index.
     """
-    if end_of_turn_ids is None:
-        end_of_turn_ids = {tokenizer.eos_token_id}
-    special = set(tokenizer.all_special_ids)
+    marks = ChatMarks.of(tokenizer, chat_template, chat_template_kwargs, end_of_turn_ids)
     prompts: list[list[int]] = []
     completions: list[list[int]] = []
     counts: list[list[bool]] = []
-    for index, example in enumerate(examples):
+    for index, example in enumerate(as_list(examples)):
         if isinstance(example, str):
             example = {"text": example}
-        if "text" in example:
-            ids = list(tokenizer(text=example["text"])["input_ids"])
+        if not isinstance(example, Mapping):
+            raise ValueError(f"Example {index} is a {type(example).__name__} – expected a string or a mapping.")
+        prompt, completion = _split(example, index)
+        if prompt is None:
+            ids = list(tokenizer(text=completion)["input_ids"])
             prompts.append([])
             completions.append(ids)
-            counts.append([token not in special for token in ids])
+            counts.append(counted_in_text(ids, marks))
             continue
-        prompt, completion = _split(example, index)
-        prompt_ids = tokenize_prompt(prompt, tokenizer, chat_template, chat_template_kwargs)
+        arguments = {**dict(chat_template_kwargs or {}), **_column_kwargs(example, index)}
+        try:
+            prompt_ids = tokenize_prompt(prompt, tokenizer, chat_template, arguments, _tools(example, index))
+        except ValueError as error:
+            raise ValueError(f"Example {index}: {error}") from None
         if example.get("completion_ids") is not None:
             completion_ids = list(example["completion_ids"])
         else:
             completion_ids = list(tokenizer(text=completion, add_special_tokens=False)["input_ids"])
-        counted = counted_length(completion_ids, end_of_turn_ids)
+        counted = counted_length(completion_ids, marks.ends, include_end_of_turn)
         prompts.append(prompt_ids)
         completions.append(completion_ids)
         counts.append([i < counted for i in range(len(completion_ids))])
     return TokenBatch.from_ids(prompts, completions, counts=counts)
+
+
+def as_list(given: Any) -> list[Any]:
+    """What a user gave where a list is expected: one text, path, card or mapping is a list of that one."""
+    if given is None:
+        return []
+    if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
+        return [given]
+    return list(given)
+
+
+def as_prompts(given: Any) -> list[Any]:
+    """Prompts of what a user gave: one text, or one conversation (a list of messages), is a list of that one."""
+    prompts = as_list(given)
+    if prompts and all(isinstance(item, Mapping) and "role" in item for item in prompts):
+        return [prompts]
+    return prompts
 
 
 def tokenize_prompt(
@@ -195,39 +208,147 @@ def tokenize_prompt(
     tokenizer: Any,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Any] | None = None,
 ) -> list[int]:
-    """Ids of one prompt, as TRL's rollout trainers make them."""
+    """Ids of one prompt, as TRL's rollout trainers make them.
+
+    Raises:
+        `ValueError`: the chat template does not take it, or there is none.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(text=prompt)["input_ids"])
-    encoded = tokenizer.apply_chat_template(
-        list(prompt),
-        chat_template=chat_template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **dict(chat_template_kwargs or {}),
-    )
+    from jinja2.exceptions import TemplateError
+
+    messages = [
+        {**message, "content": content_text(message["content"])} if "content" in message else dict(message)
+        for message in prompt
+    ]
+    if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the prompt is a conversation and the tokenizer has no chat template – expected one. Use the tokenizer of a chat "
+            "model, set `tokenizer.chat_template`, or give plain text."
+        )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_template,
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **dict(chat_template_kwargs or {}),
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(
+            f"the chat template does not take a conversation of the roles {roles}: {error} – expected one that it renders. "
+            "Where it has no system role, put those words into the first user message."
+        ) from None
     return list(encoded["input_ids"])
 
 
 def completion_text(completion: Any) -> str:
-    """Text of a completion, plain or conversational."""
+    """Text of a completion as it is shown, plain or conversational."""
     if isinstance(completion, str):
         return completion
-    return "".join(message["content"] or "" for message in completion)
+    return "".join(content_text(message.get("content")) for message in completion)
+
+
+def content_text(content: Any) -> str:
+    """Text of a message's content: a string, or a list of parts as multimodal data sets have them; nothing where there is none.
+
+    Raises:
+        `ValueError`: a part that is no text.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for part in content:
+        if isinstance(part, str):
+            pieces.append(part)
+        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"a message has a part of type `{kind}` – expected text: nothing else is read.")
+    return "".join(pieces)
+
+
+def answer_text(completion: Any) -> str:
+    """Text to score of a completion: a string, or one message of the assistant.
+
+    Raises:
+        `ValueError`: several messages, somebody else's, or one without text.
+    """
+    if isinstance(completion, str):
+        return completion
+    messages = as_list(completion)
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(f"the completion is {completion!r} – expected text, or a list with one message.")
+    roles = [str(message.get("role")) for message in messages]
+    if roles != ["assistant"]:
+        raise ValueError(
+            f"the completion has messages of {', '.join(f'`{role}`' for role in roles) or 'nobody'} – expected one, of the "
+            "`assistant`: several turns are not one answer. Make an example of each, with what comes before it as its prompt."
+        )
+    message = messages[0]
+    if message.get("content") is None:
+        calls = " and calls tools" if "tool_calls" in message else ""
+        raise ValueError(f"the assistant's message has no `content`{calls} – expected text to score. Remove it.")
+    return content_text(message["content"])
 
 
 def _split(example: Mapping[str, Any], index: int) -> tuple[Any, str]:
-    if "messages" in example:
-        messages = list(example["messages"])
-        if not messages or messages[-1].get("role") != "assistant":
-            raise ValueError(
-                f"Example {index} has `messages` that do not end with the assistant – expected the text to score as "
-                "the last message, with role `assistant`."
-            )
-        return messages[:-1], completion_text(messages[-1:])
-    if "prompt" in example and "completion" in example:
-        return example["prompt"], completion_text(example["completion"])
-    raise ValueError(
-        f"Example {index} has the keys {sorted(example)} – expected `text`, `messages`, or `prompt` and `completion`."
-    )
+    """Prompt and completion; the prompt of a plain text is None."""
+    forms = {
+        "`text`": example.get("text") is not None, "`messages`": example.get("messages") is not None,
+        "`prompt` and `completion`": example.get("completion") is not None,
+    }  # fmt: skip
+    given = [name for name, there in forms.items() if there]
+    if len(given) != 1 or (given[0].startswith("`prompt`") and example.get("prompt") is None):
+        raise ValueError(
+            f"Example {index} has the keys {sorted(example)} – expected one of `text`, `messages`, or `prompt` and `completion`: "
+            "which of them is scored must be clear."
+        )
+    if forms["`text`"]:
+        if not isinstance(example["text"], str):
+            raise ValueError(f"Example {index} has a `text` of type {type(example['text']).__name__} – expected a string.")
+        return None, example["text"]
+    try:
+        if forms["`messages`"]:
+            messages = list(example["messages"])
+            if not messages or messages[-1].get("role") != "assistant":
+                raise ValueError(
+                    "it has `messages` that do not end with the assistant – expected the text to score as the last message, with "
+                    "role `assistant`."
+                )
+            return messages[:-1], answer_text(messages[-1:])
+        return example["prompt"], answer_text(example["completion"])
+    except ValueError as error:
+        raise ValueError(f"Example {index}: {error}") from None
+
+
+def _tools(example: Mapping[str, Any], index: int) -> Any:
+    """The column `tools` as TRL takes it: a list, or JSON of one."""
+    tools = example.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"Example {index} has `tools` that are no JSON ({error}) – expected a list of tools.") from None
+    return tools or None
+
+
+def _column_kwargs(example: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The column `chat_template_kwargs`; what a data set filled up with None was not given."""
+    given = example.get("chat_template_kwargs")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"Example {index} has `chat_template_kwargs` that are no JSON ({error}).") from None
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"Example {index} has `chat_template_kwargs` {given!r} – expected a mapping.")
+    return dict(given or {})

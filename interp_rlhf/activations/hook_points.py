@@ -1,17 +1,20 @@
-"""Hook points: module paths in the unwrapped causal LM, `model.layers.15`, meaning that module's output.
+"""Hook points: module paths in the unwrapped causal LM, `model.layers.15`, meaning that module's output; `model.layers.0.input` is
+what a module is given, where no other module gives it out.
 
-In: a model in whatever wrapping (PEFT, DDP, DeepSpeed, FSDP, `torch.compile`). Out: the module itself.
+In: a model in whatever wrapping (PEFT, DDP, DeepSpeed, FSDP, `torch.compile`). Out: the module itself, or its activation in a hook.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INPUT = ".input"
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -26,10 +29,14 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT wraps the model, so that its own weights are frozen."""
+    """Whether PEFT wraps the model, so that its own weights are frozen and adapters can be switched off.
+
+    Adapters that transformers loaded itself (`model.add_adapter`, `from_pretrained(ADAPTER)`) are part of the model: TRL knows no
+    reference below them either.
+    """
     from accelerate.utils import extract_model_from_parallel
 
-    return hasattr(extract_model_from_parallel(model, keep_torch_compile=False), "peft_config")
+    return hasattr(extract_model_from_parallel(model, keep_torch_compile=False), "disable_adapter")
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -39,8 +46,17 @@ def backbone(model: nn.Module) -> nn.Module:
     return core
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model is fed on, also where accelerate keeps its weights elsewhere (CPU and disk offload)."""
+    for module in unwrap(model).modules():
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(unwrap(model).parameters()).device
+
+
 def resolve(model: nn.Module, hook_point: str) -> nn.Module:
-    """Module at a hook point.
+    """Module at a hook point; of `<module>.input`, that module.
 
     Args:
         model (`nn.Module`): a causal LM, wrapped or not.
@@ -51,39 +67,93 @@ def resolve(model: nn.Module, hook_point: str) -> nn.Module:
     """
     base = unwrap(model)
     modules: dict[str, nn.Module] = dict(base.named_modules())
-    if hook_point in modules and hook_point != "":
-        return modules[hook_point]
-    layers = decoder_layers(base)
+    for path in (hook_point, hook_point.removesuffix(INPUT)):
+        if path in modules and path != "":
+            return modules[path]
     near = difflib.get_close_matches(hook_point, [name for name in modules if name], n=3, cutoff=0.6)
-    hint = f"Nearest: {', '.join(f'`{name}`' for name in near)}. " if near else ""
+    hint = f" Nearest: {', '.join(f'`{name}`' for name in near)}." if near else ""
+    layers = layers_or_none(base)
+    known = f" Its decoder layers are `{layers[0]}` … `{layers[-1]}`." if layers else ""
     raise ValueError(
-        f"`hook_point` is `{hook_point}` – expected a module path in `{type(base).__name__}`. {hint}"
-        f"Its decoder layers are `{layers[0]}` … `{layers[-1]}`."
+        f"`hook_point` is `{hook_point}` – expected a module path in `{type(base).__name__}`.{hint}{known}"
     )
+
+
+def on_activation(
+    model: nn.Module, hook_point: str, see: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hook that shows the activation (B, T, D) at a hook point to `see` in every pass; what `see` returns takes its place.
+
+    Raises:
+        `ValueError`: no such hook point; in a pass, an activation of another shape or of a type that cannot be read.
+    """
+    module = resolve(model, hook_point)
+    if hook_point.endswith(INPUT) and module is not dict(unwrap(model).named_modules()).get(hook_point):
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = args[0] if args else kwargs.get("hidden_states")
+            changed = see(_checked(given, hook_point))
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = see(_checked(output, hook_point))
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return module.register_forward_hook(after)
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
     """Paths of the decoder layers in the order in which they run.
 
-    Source: the rule of EleutherAI/sparsify, the only `ModuleList` whose length is the config's number of layers; of
-    several, the outermost.
+    Source: the rule of EleutherAI/sparsify, the only `ModuleList` whose length is the config's number of layers; of several, the
+    outermost. Deviation: it is looked for in the text decoder where the model names one, not in a vision tower beside it.
 
     Raises:
-        `ValueError`: the model has no such list.
+        `ValueError`: the model has no such list, or is an encoder-decoder.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`{type(base).__name__}` is an encoder-decoder – expected a decoder-only model: what is read here is one stream over "
+            "prompt and completion."
+        )
     count = config.num_hidden_layers
+    inside = _decoder_path(base)
     lists = [
-        name for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and name.startswith(inside)
     ]
     if not lists:
         raise ValueError(
-            f"`{type(base).__name__}` has no `ModuleList` of {count} modules – expected its decoder layers. Name the "
-            "hook point yourself."
+            f"`{type(base).__name__}` has no `ModuleList` of {count} modules – expected its decoder layers. Name the hook points "
+            "yourself (`hook_points`, `--hook-point`)."
         )
     path = min(lists, key=lambda name: name.count("."))
     return [f"{path}.{index}" for index in range(count)]
+
+
+def layers_or_none(model: nn.Module) -> list[str]:
+    """Paths of the decoder layers; none where they cannot be told, but for an encoder-decoder, which is refused."""
+    try:
+        return decoder_layers(model)
+    except ValueError:
+        if getattr(unwrap(model).config, "is_encoder_decoder", False):
+            raise
+        return []
+
+
+def _decoder_path(base: Any) -> str:
+    """Where in the model its text decoder is; empty where it does not say, or is one."""
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return next((name for name, module in base.named_modules() if module is decoder and name), "")
 
 
 def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
@@ -94,6 +164,8 @@ def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
     names = [name for name, _ in unwrap(model).named_modules()]
 
     def done(point: str) -> tuple[int, int]:
+        if point.endswith(INPUT) and point not in names:  # all that comes before the module is done
+            return names.index(point.removesuffix(INPUT)) - 1, -point.count(".") + 1
         inside = [i for i, name in enumerate(names) if name == point or name.startswith(f"{point}.")]
         return max(inside), -point.count(".")
 
@@ -112,17 +184,39 @@ def hidden_size(model: nn.Module) -> int:
     return int(unwrap(model).config.get_text_config().hidden_size)
 
 
+def predicts(model: nn.Module) -> bool:
+    """Whether the model has a language-model head, so that it predicts next tokens: a reward model or a classifier has none."""
+    base = unwrap(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return isinstance(head, nn.Module)
+
+
 def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The activation in a module's output, which some architectures return in a tuple.
 
     Raises:
-        `ValueError`: it is not in a precision that can be read, as inside of quantized modules.
+        `ValueError`: there is none, or it is not in a precision that can be read, as inside of quantized modules.
     """
-    activation = output[0] if isinstance(output, tuple) else output
+    activation = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(activation, torch.Tensor):
+        raise ValueError(
+            f"A hook point gives out a `{type(activation).__name__}` – expected a tensor, or a tuple that begins with one. Read at "
+            "a decoder layer."
+        )
     if activation.dtype not in READABLE:
         raise ValueError(
             f"A hook point's activation is of type `{activation.dtype}` – expected "
             f"{', '.join(f'`{dtype}`' for dtype in READABLE)}: quantized numbers are no activations without their scales. Read "
             "at a decoder layer, whose output an 8-bit or 4-bit model has in its compute type."
+        )
+    return activation
+
+
+def _checked(output: Any, hook_point: str) -> torch.Tensor:
+    activation = output_tensor(output)
+    if activation.dim() != 3:
+        raise ValueError(
+            f"The activation at `{hook_point}` has shape {tuple(activation.shape)} – expected (sequences, tokens, width): this model "
+            "carries its stream in another shape there. Name a hook point that gives out one vector per token, the final norm say."
         )
     return activation

@@ -1,6 +1,6 @@
-"""Which model is this? A digest that an artifact carries and that is cheap to check, also under ZeRO-3.
+"""Which model is this? A digest that an artifact carries and that is cheap to check, also under ZeRO-3: a quick first look.
 
-In: a causal LM and a hook point. Out: `sha256:…` over the architecture and the norm weights up to the hook point.
+It tells families and checkpoints apart. It does not see small steps, merged adapters or positions: `canaries` do. In: a causal LM and a hook point. Out: `sha256:…` over the architecture and the norm weights up to the hook point.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .hook_points import resolve, unwrap
-from .sharding import in_one_piece
+from .sharding import in_one_piece, loaded
 
 # What shapes an activation. Names of files, token ids, dropout and library versions are left out on purpose: they
 # differ between copies of one model.
@@ -42,10 +42,10 @@ def structure(model: nn.Module) -> dict[str, object]:
 def identity(model: nn.Module, hook_point: str) -> str:
     """Digest of the architecture and of all norm weights up to the hook point, adapters off.
 
-    Fine-tuning all weights changes it, adding LoRA does not. Weights enter as bfloat16, so that a copy loaded in
-    float32 and one loaded in bfloat16 agree (one in float16 may not). Two models with equal norm weights, such as a
-    model and its quantized copy, share it: it tells models apart, it does not prove that weights are untouched. Where an
-    engine has sharded the weights, all ranks call it together.
+    Weights enter as bfloat16, so that a copy loaded in float32 and one loaded in bfloat16 agree (one in float16 may not). Models
+    with equal norm weights share it: a model and its quantized copy, one with a merged LoRA, one that was trained by steps too
+    small to leave bfloat16's rounding, and all models whose norms have no weights. It tells models apart, it proves nothing. Where
+    an engine has sharded the weights, all ranks call it together.
 
     Raises:
         `ValueError`: no such hook point.
@@ -54,15 +54,15 @@ def identity(model: nn.Module, hook_point: str) -> str:
     digest = hashlib.sha256(json.dumps(structure(model), sort_keys=True).encode())
     inside = {id(module) for module in target.modules()}
     reached = False
-    norms: list[torch.Tensor] = []
+    norms: list[nn.Module] = []
     for name, module in unwrap(model).named_modules():
         if id(module) in inside:
             reached = True
         elif reached:
             break
         if "norm" in type(module).__name__.lower() and "modules_to_save" not in name.split("."):
-            norms += module.parameters(recurse=False)
-    with in_one_piece(norms) as whole:
+            norms.append(module)
+    with loaded(norms), in_one_piece([p for module in norms for p in module.parameters(recurse=False)]) as whole:
         for parameter in whole:
             values = parameter.detach().to(device="cpu", dtype=torch.bfloat16)
             digest.update(values.contiguous().view(torch.int16).numpy().tobytes())

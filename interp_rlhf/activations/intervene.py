@@ -7,12 +7,10 @@ know which trainer runs it, nor when it may be open.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
-from .hook_points import output_tensor, resolve
+from .hook_points import on_activation
 from .tap import adapters_off, first_adapter_layer, is_reading
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -31,15 +29,14 @@ class Intervention:
         self.fired = 0
         self._change = change
         self._adapter_layer = first_adapter_layer(model)
-        self._handle = resolve(model, hook_point).register_forward_hook(self._run)
+        self._handle = on_activation(model, hook_point, self._run)
 
     def remove(self) -> None:
         """Take the hook off."""
         self._handle.remove()
 
-    def _run(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _run(self, activation: torch.Tensor) -> torch.Tensor | None:
         if not self.open or is_reading() or adapters_off(self._adapter_layer):
             return None
         self.fired += 1
-        changed = self._change(output_tensor(output))
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return self._change(activation)

@@ -7,6 +7,7 @@ position ids are right on every architecture.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,11 +16,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .batch import ConceptScores, TokenBatch, end_of_turn_ids, tokenize_examples
-from .hook_points import backbone, output_tensor, resolve, unwrap
+from .batch import ConceptScores, TokenBatch, tokenize_examples
+from .counted import end_of_turn_ids
+from .hook_points import backbone, device_of, on_activation, unwrap
+from .noise import rope_from_the_start, rope_reach
 from .ranks import most_of_all_ranks
 from .sharding import is_sharded, readable
 from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
+
+logger = logging.getLogger(__name__)
 
 # Sees the rows of a batch, their token positions and the activation (rows, T, D) at one hook point.
 Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -37,7 +42,7 @@ class _Done(Exception):
 
 def read(
     model: nn.Module,
-    batch: TokenBatch | Sequence[str | Mapping[str, Any]],
+    batch: TokenBatch | str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     readouts: Sequence[TokenReadout],
     *,
     tokenizer: Any = None,
@@ -75,7 +80,7 @@ def read(
             raise ValueError(
                 "`read` was given texts and no `tokenizer` – expected the model's own. Pass `tokenizer=`."
             )
-        ends = end_of_turn_ids(model, tokenizer)
+        ends = end_of_turn_ids(model, tokenizer, chat_template)
         batch = tokenize_examples(batch, tokenizer, chat_template, chat_template_kwargs, ends)
     groups = group_by_hook_point(readouts)
     scores: dict[str, torch.Tensor] = {}
@@ -134,14 +139,22 @@ def read_means(
 
 
 def read_activations(
-    model: nn.Module, batch: TokenBatch, hook_points: Sequence[str], *, batch_tokens: int = 4096
+    model: nn.Module,
+    batch: TokenBatch,
+    hook_points: Sequence[str],
+    *,
+    tokens: torch.Tensor | None = None,
+    batch_tokens: int = 4096,
 ) -> dict[str, torch.Tensor]:
     """Activations of the tokens that count, in the order of the batch: for fixed texts, of which there are few.
+
+    Args:
+        tokens (`torch.BoolTensor` of shape (B, T), *optional*): of these tokens, in place of those that count.
 
     Returns:
         `dict[str, torch.FloatTensor]`: hook point to activations (N, D), float32, N the number of counted tokens.
     """
-    found, sink = _collect(batch)
+    found, sink = _collect(batch.completion_mask if tokens is None else tokens)
     _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None)
     return found
 
@@ -158,7 +171,7 @@ def read_predictions(
         Activations by hook point; the log-prob (N,) of each counted token given what precedes it, NaN for the first token of a
         row; log-probs (K, V), float32, of the distributions that predict the kept tokens.
     """
-    found, sink = _collect(batch)
+    found, sink = _collect(batch.completion_mask)
     counted = batch.completion_mask.flatten()
     target = counted.cumsum(0) - 1
     log_probs = torch.full((int(counted.sum()),), torch.nan)
@@ -184,9 +197,9 @@ def read_predictions(
     return found, log_probs, torch.stack([rows[i] for i in range(len(kept))])
 
 
-def _collect(batch: TokenBatch) -> tuple[dict[str, torch.Tensor], Sink]:
-    """A sink that keeps the activations of counted tokens in the order of the batch, and where it keeps them."""
-    counted = batch.completion_mask.flatten()
+def _collect(tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], Sink]:
+    """A sink that keeps the activations of some tokens in the order of the batch, and where it keeps them."""
+    counted = tokens.flatten()
     target = counted.cumsum(0) - 1  # row in the result of each counted token
     found: dict[str, torch.Tensor] = {}
 
@@ -220,16 +233,16 @@ def read_inputs(
     waiting = set(groups)
     scores: dict[str, torch.Tensor] = {}
 
-    def hook(point: str) -> Callable[..., None]:
-        def run(module: nn.Module, args: Any, output: Any) -> None:
-            run_readouts(groups[point], output_tensor(output), scores)
+    def hook(point: str) -> Callable[[torch.Tensor], None]:
+        def run(activation: torch.Tensor) -> None:
+            run_readouts(groups[point], activation, scores)
             waiting.discard(point)
             if not waiting and not sharded:
                 raise _Done
 
         return run
 
-    handles = [resolve(model, point).register_forward_hook(hook(point)) for point in groups]
+    handles = [on_activation(model, point, hook(point)) for point in groups]
     try:
         prepared = readable(model, predictions=False) if sharded else nullcontext()
         with prepared, reading(), measuring(core), torch.no_grad():
@@ -242,6 +255,16 @@ def read_inputs(
     if waiting:
         raise _did_not_fire(waiting, core)
     return scores
+
+
+@contextmanager
+def adapters_off_in(model: nn.Module) -> Iterator[nn.Module]:
+    """The model below its adapters, whatever they are; as it is where it has none."""
+    from accelerate.utils import extract_model_from_parallel
+
+    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    with peft_model.disable_adapter() if hasattr(peft_model, "disable_adapter") else nullcontext():
+        yield model
 
 
 @contextmanager
@@ -295,35 +318,42 @@ def _forward(
     whole = sharded or predictions is not None
     core = unwrap(model) if whole else backbone(model)
     run = model if sharded else core
-    modules = {point: resolve(model, point) for point in hook_points}
     waiting: set[str] = set()
     places = torch.empty(0)
     idle = False  # a rank that has no rows left runs along
 
-    def hook(point: str) -> Callable[..., None]:
-        def fired(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(point: str) -> Callable[[torch.Tensor], None]:
+        def fired(activation: torch.Tensor) -> None:
             if idle:
                 return
-            sink(point, places, output_tensor(output))
+            if activation.shape[:2] != places.shape:
+                raise ValueError(
+                    f"The activation at `{point}` has shape {tuple(activation.shape)} for {tuple(places.shape)} tokens – expected "
+                    "one vector per token. Read at a decoder layer."
+                )
+            sink(point, places, activation)
             waiting.discard(point)
             if not waiting and not whole:
                 raise _Done
 
         return fired
 
-    handles = [module.register_forward_hook(hook(point)) for point, module in modules.items()]
-    device = next(core.parameters()).device
-    buckets = _buckets(batch, batch_tokens)
+    handles = [on_activation(model, point, hook(point)) for point in hook_points]
+    device = device_of(model)
+    reach = rope_reach(model)
+    buckets = _buckets(batch, batch_tokens, reach)
     prepared = readable(model, predictions is not None) if sharded else nullcontext()
+    rope = rope_from_the_start(model) if reach is not None else nullcontext(lambda: None)
     bar = tqdm(
         total=int(batch.attention_mask.sum()), desc=progress, unit="token", disable=progress is None, leave=False
     )
     try:
-        with bar, prepared, reading(), measuring(core), torch.no_grad():
+        with bar, prepared, reading(), measuring(core), torch.no_grad(), rope as forget:
             for bucket in _for_all_ranks(buckets, device) if sharded else buckets:
                 idle = bucket is None
                 input_ids, attention_mask, places = bucket or _NO_ROWS
-                waiting = set(modules)
+                waiting = set(hook_points)
+                forget()
                 try:
                     output = run(
                         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
@@ -360,10 +390,12 @@ def _did_not_fire(points: set[str], core: nn.Module) -> RuntimeError:
     )
 
 
-def _buckets(batch: TokenBatch, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _buckets(
+    batch: TokenBatch, batch_tokens: int, reach: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Right-padded (input_ids, attention_mask, places) of rows of like length, longest first.
 
-    `places` (b, t) says where in the flattened batch each token came from, -1 on padding.
+    Rows of `reach` tokens or more share a bucket with rows of their own length only. `places` (b, t) says where in the flattened batch each token came from, -1 on padding.
     """
     width = batch.input_ids.shape[1]
     lengths = batch.attention_mask.sum(1)
@@ -371,6 +403,8 @@ def _buckets(batch: TokenBatch, batch_tokens: int) -> Iterator[tuple[torch.Tenso
     while order:
         longest = int(lengths[order[0]])
         count = max(1, batch_tokens // longest)
+        if reach is not None and longest >= reach:
+            count = min(count, sum(int(lengths[row]) == longest for row in order))
         rows, order = order[:count], order[count:]
         places = torch.full((len(rows), longest), -1, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -412,7 +446,13 @@ def _check(model: nn.Module, batch: TokenBatch) -> None:
         )
     longest = int(batch.attention_mask.sum(1).max()) if len(batch) else 0
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and getattr(config, "rope_parameters", None) is None and longest > limit:
+    if limit is None or longest <= limit or rope_reach(model) is not None:
+        return
+    if getattr(config, "rope_parameters", None) is None:
         raise ValueError(
             f"A row has {longest} tokens – expected at most {limit}, the model's learned positions. Cut it."
         )
+    logger.warning(
+        "A row has %d tokens and the model was trained on %d positions: what it makes of the rest says little. Cut it.",
+        longest, limit,
+    )  # fmt: skip

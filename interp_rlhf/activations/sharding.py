@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,17 @@ def in_one_piece(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tens
     partitioned = [p for p in parameters if _in_zero3(p) and not _is_available(p)]
     with _gathered(partitioned):
         yield [p.full_tensor() if _is_dtensor(p) else p for p in parameters]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def loaded(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While open, weights of these modules are there also where accelerate keeps them on the CPU or on disk."""
+    from accelerate.utils import align_module_device
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(align_module_device(module))
+        yield
 
 
 @contextmanager

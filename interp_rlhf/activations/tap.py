@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from .hook_points import backbone, output_tensor, resolve, unwrap
+from .hook_points import backbone, on_activation, unwrap
 
 PassKind = Literal["policy", "policy_no_grad", "reference"]
 
@@ -105,9 +105,8 @@ class Tap:
         self._fired: set[str] = set()
         self._had_policy_pass = False
         core = backbone(model)
-        modules = {point: resolve(model, point) for point in self.hook_points}
         self._handles = [core.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._handles += [m.register_forward_hook(self._hook(point)) for point, m in modules.items()]
+        self._handles += [on_activation(model, point, self._hook(point)) for point in self.hook_points]
         self._handles.append(core.register_forward_hook(self._end))
         self._last: Pass | None = None
         if keep_log_probs:
@@ -176,15 +175,15 @@ class Tap:
         return kind in self._record or (kind == self.keep_kind and (bool(self._keep) or self._keep_log_probs))
 
     def _hook(self, hook_point: str) -> Any:
-        def run(module: nn.Module, args: Any, output: Any) -> None:
+        def run(activation: torch.Tensor) -> None:
             current = self._current
             if current is None:
                 return
             self._fired_now.add(hook_point)
             if current.kind in self._record:
-                run_readouts(self.hook_points[hook_point], output_tensor(output), current.scores)
+                run_readouts(self.hook_points[hook_point], activation, current.scores)
             if current.kind == self.keep_kind and hook_point in self._keep:
-                current.activations[hook_point] = output_tensor(output)
+                current.activations[hook_point] = activation
 
         return run
 

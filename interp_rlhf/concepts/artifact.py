@@ -41,6 +41,8 @@ class Header:
         calibration (`dict[str, tuple[float, float]]`): pooling to (scale, bias): what makes a pooled score a log-odds.
         include_end_of_turn (`bool`): whether end-of-turn tokens counted in the fit.
         versions (`dict[str, str]`): libraries of the fit.
+        canaries (`dict`): token sequences and what the readout gave on them, see `activations.canaries`; empty in artifacts of
+            before 0.2.
         sae (`dict`): of `sae_latents`: indices of the latents, S, k, normalization, and where the autoencoder came from.
     """
 
@@ -58,6 +60,7 @@ class Header:
     calibration: dict[str, tuple[float, float]]
     include_end_of_turn: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    canaries: dict[str, Any] = field(default_factory=dict)
     sae: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,14 +104,13 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
         `ValueError`: truncated, not one of ours, another digest, or weights that are not finite.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"`{path}` does not exist – expected an artifact written by `interp-rlhf probe fit`.")
     data = path.read_bytes()
     try:
-        tensors = load(data)
+        tensors = load_tensors(data)
     except SafetensorError as error:
         raise ValueError(
             f"`{path}` ({len(data)} bytes) is not a whole safetensors file ({error}) – expected an artifact. It may be "
@@ -141,6 +143,18 @@ def _latents(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None
         name="sae", hook_point=header.hook_point, k=said["k"], grouped=said["grouped"], normalization=said["normalization"],
         **weights,
     )  # fmt: skip
+
+
+def load_tensors(source: bytes | str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, or of its bytes, in memory of torch's own.
+
+    safetensors leaves them where they lie in the file, at addresses that are no multiple of 64. There vector loops add up in
+    another order, so that what goes on from a file would differ in its last bits from what was never saved.
+    """
+    from safetensors.torch import load, load_file
+
+    found = load(source) if isinstance(source, bytes) else load_file(source)
+    return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ from ..activations import (
     decoder_layers,
     end_of_turn_ids,
     identity,
+    make_canaries,
     read,
     read_means,
     structure,
@@ -164,8 +165,10 @@ def fit_probe(
             f"{counts.min()} examples of label `{examples.label_names[int(counts.argmin())]}` – expected at least "
             f"{FOLDS} of each, and some dozens for a probe worth having."
         )
-    skip = set() if include_end_of_turn else end_of_turn_ids(model, tokenizer)
-    batch = tokenize_examples(examples.rows, tokenizer, chat_template, chat_template_kwargs, skip)
+    ends = end_of_turn_ids(model, tokenizer, chat_template)
+    batch = tokenize_examples(
+        examples.rows, tokenizer, chat_template, chat_template_kwargs, ends, include_end_of_turn
+    )
     if not batch.completion_mask.any(1).all():
         row = int((~batch.completion_mask.any(1)).nonzero()[0])
         raise ValueError(f"Example {row} has no token that counts – expected a completion. Remove it.")
@@ -187,6 +190,7 @@ def fit_probe(
     if kind == "direction":
         weight, bias = weight / np.linalg.norm(weight), 0.0
     vector = torch.tensor(weight, dtype=torch.float32)
+    readout = Readout("fit", best, vector, bias, latents=chosen)
     header = Header(
         kind=kind,
         method=method,
@@ -199,9 +203,10 @@ def fit_probe(
         data=examples.fingerprint,
         examples=len(examples),
         seed=seed,
-        calibration=_calibrate(model, batch, examples.labels, Readout("fit", best, vector, bias, latents=chosen)),
+        calibration=_calibrate(model, batch, examples.labels, readout),
         include_end_of_turn=include_end_of_turn,
         versions=library_versions(),
+        canaries=make_canaries(model, tokenizer, best, readout.read_directions).entry(),
         sae={} if sae is None else _description(sae, latents or ()),
     )
     return Fit(Artifact(vector, bias, header, chosen), curve)

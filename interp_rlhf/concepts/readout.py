@@ -6,16 +6,32 @@ In: an activation (B, T, D). Out: scores per token (B, T, 1), and from those one
 from __future__ import annotations
 
 import hashlib
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..activations import ConceptScores, has_adapters, hidden_size, identity, resolve, structure
+from ..activations import (
+    Canaries,
+    ConceptScores,
+    adapters_off_in,
+    agreement,
+    has_adapters,
+    hidden_size,
+    identity,
+    resolve,
+    runs_here,
+    structure,
+)
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
 from .latents import Latents
 from .pooling import pool
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +95,11 @@ class Readout:
         artifact = load_artifact(loaded.artifact_path, spec.artifact.sha256)
         _require_agreement(loaded.card, artifact.header, loaded.path)
         readout = cls.from_artifact(artifact, loaded.card.name, spec.pooling, loaded.card.transform)
+        if readout.canaries is None:
+            logger.warning(
+                "The artifact of `%s` has no canaries, by which a model shows that it is the one that was fitted on: it can watch, and "
+                "not be a reward. Add them with `interp-rlhf probe canaries %s`.", loaded.path, loaded.path,
+            )  # fmt: skip
         return replace(readout, include_end_of_turn=spec.include_end_of_turn)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
@@ -102,6 +123,16 @@ class Readout:
     def directions(self) -> torch.Tensor:
         """Directions (R, D) that span it: its weight, or what each of its latents writes."""
         return self.direction[None] if self.latents is None else self.latents.written.cpu()
+
+    @property
+    def read_directions(self) -> torch.Tensor:
+        """Directions (R, D) along which it reads: its weight, or the encoder rows of its latents; what canaries are read with."""
+        return self.weight.detach().float().cpu()[None] if self.latents is None else self.latents.chosen.cpu()
+
+    @property
+    def canaries(self) -> Canaries | None:
+        """Canaries of its artifact; None where it has none."""
+        return Canaries.of(self.header.canaries) if self.header is not None else None
 
     def digest(self) -> str:
         """SHA-256 of its weights."""
@@ -137,11 +168,12 @@ class Readout:
 
         Args:
             model (`nn.Module`): the model that will be read.
-            exact (`bool`, defaults to `True`): check the weights' identity too: right for the reference model, wrong for
-                a policy whose own weights are trained. With adapters these are frozen, and it is checked all the same.
+            exact (`bool`, defaults to `True`): check that it is the very model too, by the artifact's canaries: right for the
+                reference model, wrong for a policy whose own weights are trained. With adapters these are frozen, and what is below
+                the adapters is checked all the same. Where an engine has taken the model apart, `check_canaries` comes later.
 
         Raises:
-            `ValueError`: no such hook point, another width, another architecture, or other weights.
+            `ValueError`: no such hook point, another width, another architecture, or another model.
         """
         resolve(model, self.hook_point)
         if (width := hidden_size(model)) != self.width:
@@ -160,12 +192,37 @@ class Readout:
                 f"Readout `{self.name}` was made on `{self.header.model_id}` – the model that would be read has another "
                 f"architecture: {shown}. Fit and check a probe on this model."
             )
-        if (exact or has_adapters(model)) and (own := identity(model, self.hook_point)) != self.header.identity:
+        if not exact and not has_adapters(model):
+            return
+        if self.canaries is not None and runs_here(model):
+            with nullcontext(model) if exact else adapters_off_in(model) as bare:
+                self.check_canaries(bare)
+        elif (own := identity(model, self.hook_point)) != self.header.identity:
             raise ValueError(
                 f"Readout `{self.name}` was made on `{self.header.model_id}` with identity {self.header.identity} – the "
                 f"model that would be read has {own} at `{self.hook_point}`. A probe is a claim about one model: fit "
                 "and check it on this one."
             )
+
+
+    def check_canaries(self, model: Any) -> None:
+        """Read the artifact's canaries on a model that is said to be the one it was made on; by all ranks together.
+
+        Raises:
+            `ValueError`: it is another one, or the same with coarser numbers than its readings can bear; the message has the numbers.
+        """
+        if self.canaries is None or self.header is None:
+            return
+        found = agreement(model, self.canaries, self.hook_point, self.read_directions)
+        if not found.agrees:
+            same = identity(model, self.hook_point) == self.header.identity
+            raise ValueError(
+                f"Readout `{self.name}` was made on `{self.header.model_id}` and the model that would be read is not that one: {found}"
+                f"{', with the same norm weights' if same else ''}. A probe is a claim about one model – expected the frozen one that "
+                "it was fitted on. Pass that as the reference, or fit and check a probe on this one (`interp-rlhf probe fit`)."
+            )
+        if found.precision in ("8 bits", "4 bits"):
+            logger.warning("Readout `%s` reads the same model, less precise (%s): %s.", self.name, found.coarse, found)
 
 
 def same_artifact(one: Readout, other: Readout) -> bool:

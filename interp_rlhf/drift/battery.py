@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..activations import TokenBatch, norm_outliers, read_predictions
-from ..concepts.artifact import write_atomically
+from ..concepts.artifact import load_tensors, write_atomically
 from . import metrics
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Battery:
         with safe_open(path, framework="pt") as file:
             if file.metadata() != {"fingerprint": self.fingerprint, "note": note}:
                 return None
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        found = load_tensors(path)
         activations = {point: found[f"activations/{point}"] for point in self.hook_points}
         extra = {name.removeprefix("extra/"): v for name, v in found.items() if name.startswith("extra/")}
         return Snapshot(activations, found["log_probs"], found["predictions"]), extra

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,24 +16,37 @@ import torch
 from torch import nn
 
 from ..activations import (
+    ChatMarks,
+    Counted,
     Intervention,
     Pass,
+    Recheck,
     Tap,
+    TokenBatch,
     TokenReadout,
+    causes,
+    counted,
     end_of_turn_ids,
+    from_rank_zero,
     has_adapters,
+    input_ids,
+    of_all_ranks,
+    read,
     read_inputs,
     reference_pass,
     runs_after,
 )
+from ..activations.recheck import EVERY
 from ..concepts.readout import Readout
-from .counted import Counted, counted, input_ids
 from .interventions import TrainingIntervention
-from .regularizers import ExplainAway, Pairs, Regularizer, Term
+from .reference import kl_option
+from .regularizers import ExplainAway, Pairs, Regularizer, Term, Whole
 
 # What a batch holds beside the backbone's own arguments.
 NOT_FOR_THE_MODEL = {"labels", "completion_mask", "label", "ref_chosen_logps", "ref_rejected_logps", "ref_logps"}
 REFERENCE_KEY = "interp_reference/"
+# In a rollout batch, per row: rows over rows with a token that counts, of all ranks.
+SHARE_KEY = "interp_share/"
 
 # Where the reference is read: in a pass that the trainer makes on rollouts or in its loss, in scores that were computed once at
 # `attach`, or in a pass of our own.
@@ -46,11 +59,6 @@ def trainer_kind(trainer: Any) -> str | None:
 
     classes = {"DPO": DPOTrainer, "KTO": KTOTrainer, "SFT": SFTTrainer, "GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
     return next((kind for kind, trainer_class in classes.items() if isinstance(trainer, trainer_class)), None)
-
-
-def kl_option(trainer: Any) -> str:
-    """What the trainer's configuration calls the price of the KL: PPO's is `kl_coef`."""
-    return "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
 
 
 def reference_source(trainer: Any) -> Source:
@@ -84,21 +92,20 @@ class _Batch:
     def __init__(
         self,
         inputs: Mapping[str, Any],
-        end_of_turn: set[int],
+        marks: ChatMarks,
         activations: Mapping[str, torch.Tensor],
         references: Mapping[TokenReadout, torch.Tensor],
         pairs: Pairs | None,
     ):
         self.pairs = pairs
-        self._inputs, self._end_of_turn = inputs, end_of_turn
+        self._inputs, self._marks = inputs, marks
         self._activations, self._references = activations, references
         self._tokens: dict[bool, Counted] = {}
         self._chosen: dict[tuple[str, int], torch.Tensor] = {}
 
     def tokens(self, include_end_of_turn: bool) -> Counted:
         if include_end_of_turn not in self._tokens:
-            leave_out = set() if include_end_of_turn else self._end_of_turn
-            self._tokens[include_end_of_turn] = counted(self._inputs, leave_out)
+            self._tokens[include_end_of_turn] = counted(self._inputs, self._marks, include_end_of_turn)
         return self._tokens[include_end_of_turn]
 
     def policy(self, hook_point: str, tokens: Counted) -> torch.Tensor:
@@ -119,7 +126,8 @@ class LossTerms:
     Args:
         trainer (`Trainer`): a built trainer of TRL.
         regularizers (`Sequence[Regularizer]`): those of weight 0 are left out: the run is then that of plain TRL.
-        monitors (`Sequence[Readout]`): scored on the policy's own training pass, without gradient.
+        monitors (`Sequence[Readout]`): scored on the policy's own training pass, without gradient; by `read()` where that pass is
+            another reading (`causes`), but behind an intervention, which only that pass has.
         interventions (`Sequence[TrainingIntervention]`): change the policy's training forward.
         reference (`nn.Module`, *optional*): the frozen reference, where it is a model of its own.
 
@@ -128,6 +136,7 @@ class LossTerms:
 
     Attributes:
         own_forwards (`int`): forwards of our own that were needed.
+        causes (`Causes`): what is known that makes the policy's pass another reading.
     """
 
     def __init__(
@@ -147,14 +156,15 @@ class LossTerms:
         self.own_forwards = 0
         self._reference = reference
         processing = trainer.processing_class
-        self._end_of_turn = end_of_turn_ids(trainer.model, getattr(processing, "tokenizer", processing))
+        tokenizer = getattr(processing, "tokenizer", processing)
+        template = getattr(trainer, "chat_template", None)
+        ends = end_of_turn_ids(trainer.model, tokenizer, template)
+        self.marks = ChatMarks.of(tokenizer, template, getattr(trainer, "chat_template_kwargs", None), ends)
+        self.causes = from_rank_zero(lambda: causes(trainer.model, trainer.args))
         wanted = [readout for regularizer in self.regularizers for readout in regularizer.references]
         if self.source == "pass":  # the reference runs anyway: a monitor's drift is free
             # Not behind an intervention, which only the policy's activations have seen.
-            wanted += [
-                m for m in self.monitors
-                if not any(runs_after(trainer.model, m.hook_point, i.hook_point) for i in self.interventions)
-            ]  # fmt: skip
+            wanted += [m for m in self.monitors if not self._behind(m)]
         if self.source == "rollout" and wanted and reference is not None and reference is not trainer.ref_model:
             raise ValueError(
                 f"`reference` is given with {', '.join(f'`{r.name}`' for r in self.regularizers if r.references)} in a "
@@ -183,8 +193,24 @@ class LossTerms:
         for tap in self._taps:
             tap.open = False
         self._keyed = keyed
+        terms_at = dict.fromkeys(r.policy_point for r in self.regularizers if r.policy_point is not None)
+        self._policy_recheck = Recheck(
+            [_Keyed(f"policy:{m.name}", m) for m in self.monitors if not self._behind(m)]
+            + [
+                _Keyed(f"policy:{point}", Whole(point))
+                for point in terms_at
+                if not any(runs_after(trainer.model, point, i.hook_point) for i in self.interventions)
+            ],
+            False,
+            "policy",
+        )
+        self._reference_recheck = Recheck(keyed, True, "reference")
+        self._pending = [r for r in self._claims() if r.canaries is not None]
+        self._again: dict[str, Any] = {}
+        self._checked = -1
+        self._read_monitors: dict[str, dict[Readout, list[float | None]]] = {}
         self._cache: dict[bytes, dict[str, torch.Tensor]] | None = None
-        self._units: int | None = None
+        self._units: dict[bool, int] = {}
         self._early: dict[str, torch.Tensor] = {}
         self._plain: torch.Tensor | None = None
 
@@ -193,10 +219,19 @@ class LossTerms:
         for hooks in self._hooks:
             hooks.remove()
 
+    def _behind(self, readout: Readout) -> bool:
+        """Whether a readout sees what an intervention changes."""
+        return any(runs_after(self.trainer.model, readout.hook_point, i.hook_point) for i in self.interventions)
+
+    def _claims(self) -> list[Readout]:
+        """Readouts that are claims about the reference."""
+        found = [readout for regularizer in self.regularizers for readout in regularizer.cards_readouts]
+        return list(dict.fromkeys(found)) if has_adapters(self.trainer.model) or self._reference is not None else []
+
     @property
     def reads_rollouts(self) -> bool:
-        """Whether reference scores are taken where rollouts are scored."""
-        return self.source == "rollout" and bool(self._keyed)
+        """Whether something of it travels with rollout batches."""
+        return self.source == "rollout" and bool(self.regularizers)
 
     def precompute(self) -> None:
         """Scores of every row of the trainer's data sets on the reference, once, for `precompute_ref_log_probs=True`."""
@@ -234,11 +269,12 @@ class LossTerms:
         """The micro-batches of the coming optimizer step, on this rank: sequences are counted over all of them."""
         if self.source == "rollout" or not self.regularizers:
             return
-        units = sum(int(counted(batch).any.sum()) for batch in batches)
+        flags = sorted({regularizer.include_end_of_turn for regularizer in self.regularizers})
+        units = [sum(int(counted(batch, self.marks, flag).any.sum()) for batch in batches) for flag in flags]
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
-            units = int(accelerator.reduce(torch.tensor(units, device=accelerator.device), "sum"))
-        self._units = units
+            units = accelerator.reduce(torch.tensor(units, device=accelerator.device), "sum").tolist()
+        self._units = dict(zip(flags, units, strict=True))
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
@@ -257,6 +293,9 @@ class LossTerms:
         """The rollout batch with the reference's scores in it, so that they are shuffled and split along with it."""
         passes = [p for tap in self._taps for p in tap.take() if p.kind == "reference"]
         ids = input_ids(output)
+        output = {**output, **self._shares(output)}
+        if not self._keyed:
+            return output
         if not passes or not torch.equal(torch.cat([_ids(p) for p in passes]), ids):
             raise RuntimeError(
                 "The reference's passes over this rollout batch were not found – expected TRL to compute the "
@@ -264,7 +303,62 @@ class LossTerms:
                 f"on its {len(ids)} completions, as it does with `beta` above 0. Found {len(passes)} passes."
             )
         scores = {key: torch.cat([p.scores[key] for p in passes]) for key in self._keys.values()}
+        self._check_rollout(output, scores)
         return {**output, **{REFERENCE_KEY + key: values for key, values in scores.items()}}
+
+    def _shares(self, output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Rows over rows that count, so that a mean over all rows of a rollout batch is one over those that have a token."""
+        flags = sorted({regularizer.include_end_of_turn for regularizer in self.regularizers})
+        rows = len(output["completion_ids"])
+        device = output["completion_ids"].device
+        counts = [rows, *(int(counted(output, self.marks, flag).any.sum()) for flag in flags)]
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+        return {
+            f"{SHARE_KEY}{int(flag)}": torch.full((rows,), counts[0] / max(own, 1), device=device)
+            for flag, own in zip(flags, counts[1:], strict=True)
+        }
+
+    def _check_rollout(self, output: Mapping[str, Any], scores: Mapping[str, torch.Tensor]) -> None:
+        """One row of the reference's scores, read again, at the first rollout and then every so many steps."""
+        step = self.trainer.state.global_step
+        if not self._due(step):
+            return
+        ids = input_ids(output)
+        real = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1).bool()
+        # A completion that TRL masks was read without its tokens: a row with one is none to check.
+        own = output["completion_mask"].sum(1)
+        place = int(torch.where(own > 0, real.sum(1), real.shape[1] + 1).argmin())
+        line = ids[place][real[place]].cpu()[None]
+        row = TokenBatch(line, torch.ones_like(line), torch.ones_like(line))
+        every = real.to(next(iter(scores.values())).device)
+        taken = {key: values[place][every[place]][1:] for key, values in scores.items()}
+        spread = {key: values[every].double().std(0, correction=0) for key, values in scores.items()}
+        if self.causes.padding and bool((~output["prompt_mask"].bool()).any()):
+            taken = None  # type: ignore[assignment]  # the policy's pass feels the same padding
+        with self._reference_model() as model, self.trainer.accelerator.autocast():
+            self._require_canaries(model)
+            self._reference_recheck(model, row, taken, spread, self.trainer.args)
+
+    def _due(self, step: int) -> bool:
+        """Whether a check is due at a step: at the first that is seen, and then every so many."""
+        if not self.trainer.model.training or (self._checked >= 0 and step < self._checked + EVERY):
+            return False
+        self._checked = step
+        return True
+
+    def _require_canaries(self, model: nn.Module) -> None:
+        """What could not be run when `attach` looked is looked at now."""
+        for readout in self._pending:
+            readout.check_canaries(model)
+        self._pending = []
+
+    def recheck(self) -> None:
+        """Whether the reference still reads as it did; by all ranks together."""
+        if self._keyed and self.source != "cache":
+            with self._reference_model() as model, self.trainer.accelerator.autocast():
+                self._reference_recheck.still(model)
 
     @contextmanager
     def passes(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -275,6 +369,7 @@ class LossTerms:
         trainer_inputs = inputs
         precomputed = getattr(trainer, "precompute_ref_logps", None)
         self._early = {}
+        self._look_again(inputs)
         for tap in self._taps:
             tap.clear()
             tap.open = True
@@ -316,9 +411,12 @@ class LossTerms:
                     metrics |= self._unshifted(regularizer, batch)
                     continue
                 term = terms[regularizer] = regularizer.compute(batch, weights[regularizer])
-                metrics |= {f"interp/{regularizer.name}/{key}": values for key, values in term.metrics.items()}
-                metrics[f"interp/{regularizer.name}/loss"] = term.values
-                share = term.values.sum() * self._scale(regularizer, inputs, num_items, len(term.values))
+                counts = torch.ones_like(term.values, dtype=torch.bool)
+                if not regularizer.per_pair:
+                    counts = batch.tokens(regularizer.include_end_of_turn).any.to(term.values.device)
+                found = {**term.metrics, "loss": term.values}
+                metrics |= {f"interp/{regularizer.name}/{key}": values[counts] for key, values in found.items()}
+                share = (term.values * counts).sum() * self._scale(regularizer, inputs, num_items, counts)
                 total = share if total is None else total + share
             with torch.no_grad():
                 for monitor in self.monitors:
@@ -333,26 +431,28 @@ class LossTerms:
         state = self.trainer.state
         return {r: r.weight * r.schedule.factor(state.global_step, state.max_steps) for r in self.regularizers}
 
-    def _scale(self, regularizer: Regularizer, inputs: Mapping[str, Any], num_items: Any, units: int) -> float:
-        """Factor of a micro-batch's sum, so that what all micro-batches and ranks add up to is the mean over the step.
+    def _scale(self, regularizer: Regularizer, inputs: Mapping[str, Any], num_items: Any, counts: torch.Tensor) -> float:
+        """Factor of a micro-batch's sum, so that what all micro-batches and ranks add up to is the mean over the step's sequences
+        that have a token which counts.
 
         What is per pair corrects the trainer's own loss, and weighs as that does: by the mean of the micro-batch.
         """
         trainer = self.trainer
         if not trainer.model.training or regularizer.per_pair:
-            return 1 / max(units, 1)
+            return 1 / max(int(counts.sum()), 1)
         steps, ranks = trainer.current_gradient_accumulation_steps, trainer.accelerator.num_processes
+        flag = regularizer.include_end_of_turn
         if self.source == "rollout":
-            everywhere = units * steps * ranks
+            everywhere = len(counts) * steps * ranks / float(inputs[f"{SHARE_KEY}{int(flag)}"][0])
         else:
-            assert self._units is not None, "`get_batch_samples` comes before `compute_loss`"
-            everywhere = self._units
+            assert flag in self._units, "`get_batch_samples` comes before `compute_loss`"
+            everywhere = self._units[flag]
         scaled = trainer.loss_is_scaled_for_ga
         if scaled is None:
             accepts = trainer.model_accepts_loss_kwargs and num_items is not None
             scaled = accepts or trainer.compute_loss_func is not None
         # Engines average gradients over ranks, and the trainer divides by the accumulation where the loss was not.
-        return ranks * (1 if scaled else steps) / max(everywhere, 1)
+        return ranks * (1 if scaled else steps) / everywhere if everywhere else 0.0
 
     def _batch(
         self,
@@ -394,7 +494,9 @@ class LossTerms:
             pairs = self._pairs(inputs, trainer_inputs, policy)
         activations = policy.activations if policy is not None else {}
         found = {readout: references[key] for readout, key in self._keys.items() if key in references}
-        return _Batch(inputs, self._end_of_turn, activations, found, pairs)
+        made = _Batch(inputs, self.marks, activations, found, pairs)
+        self._compare(made, activations, references)
+        return made
 
     def _pairs(self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], policy: Pass | None) -> Pairs:
         if policy is None or policy.log_probs is None:
@@ -426,7 +528,7 @@ class LossTerms:
         references = self._cached(inputs) if self.source == "cache" else self._early
         for regularizer in shifting:
             found = {r: references[self._keys[r]] for r in regularizer.references}
-            batch = _Batch(inputs, self._end_of_turn, {}, found, None)
+            batch = _Batch(inputs, self.marks, {}, found, None)
             scores = regularizer.scores(batch)
             lengths = inputs["completion_mask"].sum(1)
             log_probs = log_probs - regularizer.shift(
@@ -449,19 +551,126 @@ class LossTerms:
 
     def _monitored(self, monitor: Readout, batch: _Batch) -> dict[str, torch.Tensor]:
         tokens = batch.tokens(monitor.include_end_of_turn)
-        rows, mask = tokens.rows(monitor(batch.policy(monitor.hook_point, tokens).detach()))
-        scores = monitor.pooled(rows, mask)  # (M,)
         counts = tokens.any
+        start: torch.Tensor | None = None
+        if monitor in self._read_monitors.get("policy", {}):
+            scores, start = (
+                _tensor(self._read_monitors[side][monitor], counts) if side in self._read_monitors else None
+                for side in ("policy", "reference")
+            )
+            assert scores is not None
+        else:
+            rows, mask = tokens.rows(monitor(batch.policy(monitor.hook_point, tokens).detach()))
+            scores = monitor.pooled(rows, mask)  # (M,)
+            if monitor in batch._references:
+                before, _ = tokens.rows(batch.reference(monitor, tokens))
+                start = monitor.pooled(before, mask)
         name = f"interp/{monitor.name}"
         found = {f"{name}/mean_score": scores[counts]}
         if self.kind == "DPO":
             half = len(scores) // 2
             found[f"{name}/mean_score_chosen"] = scores[:half][counts[:half]]
             found[f"{name}/mean_score_rejected"] = scores[half:][counts[half:]]
-        if monitor in batch._references:
-            start, _ = tokens.rows(batch.reference(monitor, tokens))
-            found[f"{name}/drift"] = (scores - monitor.pooled(start, mask))[counts]
+        if start is not None:
+            found[f"{name}/drift"] = (scores - start)[counts]
         return found
+
+    def _look_again(self, inputs: dict[str, Any]) -> None:
+        """Before the trainer's passes: what has to be read by `read()`, since a pass of the trainer would be another reading, and
+        a row that is compared with what is taken from these passes."""
+        self._read_monitors, self._again = {}, {}
+        if self.source == "rollout":
+            return
+        every = self.monitors + [r for regularizer in self.regularizers for r in regularizer.references]
+        if not every:
+            return
+        training = self.trainer.model.training
+        own = [m for m in self.monitors if not self._behind(m)]
+        if own and self._must_read(inputs):
+            self._read_monitors = self._read_apart(inputs, own)
+        if not self._due(self.trainer.state.global_step):
+            return
+        tokens = counted(inputs, self.marks, True)
+        lines, counts = tokens.texts(input_ids(inputs), template=True)
+        place = max(range(len(lines)), key=lambda i: sum(counts[i]), default=None)
+        line, count = ([], []) if place is None else (lines[place], counts[place])
+        if sum(count) < 2:  # a rank without such a row runs along
+            line, count = [0, 0, 0], [False] * 3
+        row = TokenBatch.from_ids([[]], [line], counts=[count])
+        noisy = training and (self.causes.noise or self.causes.adapters)
+        taken = [r for r in self._policy_recheck.readouts if r.name.removeprefix("policy:") not in
+                 {m.name for m in self._read_monitors.get("policy", {})}]  # fmt: skip
+        self._again = {"place": place, "row": row, "count": sum(count)}
+        with self.trainer.accelerator.autocast():
+            if taken and not noisy:
+                found = read(self.trainer.model_wrapped, row, taken, reader="policy")
+                self._again["policy"] = {name: scores.scores[scores.mask] for name, scores in found.items()}
+            if self._keyed and self.source == "pass":
+                with self._reference_model() as model:
+                    self._require_canaries(model)
+                    found = read(model, row, self._keyed, reader="reference")
+                    self._again["reference"] = {name: scores.scores[scores.mask] for name, scores in found.items()}
+                    self._reference_recheck(model, row)
+
+    def _must_read(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether monitors have to be read apart from the trainer's pass over a batch; on one rank, so on all."""
+        known = self.causes
+        noisy = self.trainer.model.training and bool(known.noise or known.adapters)
+        ids = input_ids(inputs)
+        here = noisy or (known.reach is not None and ids.shape[1] >= known.reach)
+        if not here and self.marks.prefix:
+            here = bool(counted(inputs, self.marks).template.any())
+        if not noisy and (self.marks.prefix or known.reach is not None):
+            here = any(of_all_ranks([here])[0])
+        return here
+
+    def _read_apart(
+        self, inputs: Mapping[str, Any], monitors: Sequence[Readout]
+    ) -> dict[str, dict[Readout, list[float | None]]]:
+        """Monitors' scores per sequence by `read()`: of the policy, and of the reference where the trainer runs one."""
+        found: dict[str, dict[Readout, list[float | None]]] = {"policy": {}}
+        sides = [("policy", monitors)]
+        if self.source == "pass":
+            sides.append(("reference", [m for m in monitors if m in self._keys]))
+        for flag in sorted({monitor.include_end_of_turn for monitor in monitors}):
+            lines, counts = counted(inputs, self.marks, flag).texts(input_ids(inputs))
+            batch = TokenBatch.from_ids([[]] * len(lines), lines, counts=counts)
+            for side, readouts in sides:
+                mine = [m for m in readouts if m.include_end_of_turn == flag]
+                if not mine:
+                    continue
+                self.own_forwards += 1
+                with self.trainer.accelerator.autocast():
+                    with self._reference_model() if side == "reference" else nullcontext(self.trainer.model_wrapped) as model:
+                        scores = read(model, batch, mine, reader=side)
+                found.setdefault(side, {}).update({m: m.score(scores[m.name]) for m in mine})
+        return found
+
+    def _compare(
+        self, batch: _Batch, activations: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]
+    ) -> None:
+        """What was taken of a row beside what was read of it before the pass."""
+        if not self._again:
+            return
+        again, self._again = self._again, {}
+        tokens = batch.tokens(True)
+        mine = tokens.sequence == again["place"]
+        if "policy" in again:
+            taken, spread = {}, {}
+            for readout in self._policy_recheck.readouts:
+                if readout.name in again["policy"] and readout.hook_point in activations and again["count"] > 1:
+                    with torch.no_grad():
+                        scores = readout(batch.policy(readout.hook_point, tokens).detach())
+                    taken[readout.name], spread[readout.name] = scores[mine], scores.double().std(0, correction=0)
+            self._policy_recheck.require(self.trainer.model, taken, again["policy"], spread, self.trainer.args)
+        if "reference" in again:
+            taken, spread = {}, {}
+            for key, values in references.items():
+                if key in again["reference"] and again["count"] > 1:
+                    every = values.to(tokens.mask.device)[tokens.mask]
+                    taken[key], spread[key] = every[mine], every.double().std(0, correction=0)
+            model = self._reference if self._reference is not None else self.trainer.model
+            self._reference_recheck.require(model, taken, again["reference"], spread, self.trainer.args)
 
     def _read_own(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         self.own_forwards += 1
@@ -534,6 +743,10 @@ class LossTerms:
         for name, weight in weights.items():
             self.trainer._metrics[mode][f"interp/{name}/weight"].append(weight)
         return means
+
+
+def _tensor(values: Sequence[float | None], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values], device=like.device)
 
 
 def has_its_own_passes(source: Source) -> bool:

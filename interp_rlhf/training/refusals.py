@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..activations import decoder_layers, embedding_point, has_adapters, resolve, runs_after, unwrap
+from ..activations import Causes, embedding_point, has_adapters, layers_or_none, resolve, runs_after, unwrap
+from ..activations.hook_points import INPUT
 from ..concepts.latents import Latents
 from ..concepts.readout import Readout, same_artifact
 from .interventions import TRAINERS, ConceptAblation, TrainingIntervention
-from .loss_terms import kl_option
+from .reference import kl_option
 from .regularizers import (
     LENGTH_NORMALIZED_LOSSES,
     MARGIN_LOSSES,
@@ -57,6 +58,23 @@ def refuse_terms(
         _refuse_intervention(trainer, kind, intervention)
         for regularizer in regularizers:
             _refuse_both(trainer, regularizer, intervention)
+
+
+def refuse_noise(trainer: Any, regularizers: Sequence[Regularizer], causes: Causes) -> None:
+    """Raises:
+    `ValueError`: a term that compares the policy with a reference, where the training mode makes them differ at random.
+
+    Noise in adapters alone is let through: without a trained adapter it changes nothing, and the reference has none.
+    """
+    with_ref = "ref" in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+    noise = [*causes.noise, *(causes.adapters if with_ref else ())]
+    comparing = [r for r in regularizers if r.references and (r.policy_point is not None or has_adapters(trainer.model))]
+    if noise and comparing:
+        raise ValueError(
+            f"The training mode draws {'; '.join(noise)} – expected none with {', '.join(f'`{r.name}`' for r in comparing)}: a model "
+            "that has not moved would be told that it has, and be trained to undo the noise. Set `neftune_noise_alpha=None`, load the "
+            "model with its dropout and jitter at 0 (`model_init_kwargs={'attention_dropout': 0.0, …}`), or leave the term out."
+        )
 
 
 def _refuse_engine(trainer: Any, kind: str) -> None:
@@ -239,7 +257,7 @@ def _refuse_hook_point(trainer: Any, name: str, hook_point: str) -> None:
 
 
 def _layer_of(trainer: Any, hook_point: str) -> str | None:
-    layers = decoder_layers(trainer.model)
+    layers = layers_or_none(trainer.model)
     return next((layer for layer in layers if hook_point == layer or hook_point.startswith(f"{layer}.")), None)
 
 
@@ -250,9 +268,17 @@ def _inside(trainer: Any, hook_point: str) -> bool:
 def trains_below(model: Any, hook_point: str) -> bool:
     """Whether a trainable parameter takes part in the activation at a hook point."""
     base = unwrap(model)
-    layers = decoder_layers(base)
+    layers = layers_or_none(base)
+    if not layers:  # by the order in which modules are registered, which is that in which a decoder runs them
+        return any(
+            parameter.requires_grad and runs_after(base, hook_point, name.rpartition(".")[0])
+            for name, parameter in base.named_parameters()
+        )
     prefix = layers[0].rsplit(".", 1)[0] + "."
     embedding = embedding_point(base)
+    if hook_point in [f"{layer}{INPUT}" for layer in layers]:  # what the layer before gives out
+        before = layers.index(hook_point.removesuffix(INPUT)) - 1
+        hook_point = layers[before] if before >= 0 else embedding
     own = _index(hook_point, prefix)
     if own is None:  # the embedding is below all layers, a final norm above them
         own = -1 if hook_point == embedding else len(layers)

@@ -16,13 +16,12 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 from torch.utils.checkpoint import checkpoint
 
-from ..activations import TokenReadout
+from ..activations import Counted, TokenReadout
 from ..concepts.card import load_card
 from ..concepts.latents import Latents, block_size
 from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
 from ..validation.gate import require_passed
-from .counted import Counted
 from .from_mapping import from_mapping
 from .schedule import Schedule
 
@@ -142,6 +141,11 @@ class Regularizer:
         """Readouts that are claims about one model, checked against it."""
         return []
 
+    @property
+    def include_end_of_turn(self) -> bool:
+        """Whether end-of-turn tokens count in it: as its readout says, or all that close an answer where it reads none."""
+        return bool(getattr(getattr(self, "readout", None), "include_end_of_turn", True))
+
     def compute(self, batch: Batch, weight: float) -> Term:
         """Its values on a batch at the present weight."""
         raise AssertionError("every regularizer says it")
@@ -187,7 +191,7 @@ class ConceptAnchor(Regularizer):
         return [self.readout]
 
     def compute(self, batch: Batch, weight: float) -> Term:
-        tokens = batch.tokens(self.readout.include_end_of_turn)
+        tokens = batch.tokens(self.include_end_of_turn)
         now = self.readout(batch.policy(self.policy_point, tokens))  # (N, 1)
         start = batch.reference(self.readout, tokens)
         if self.pooled:
@@ -243,7 +247,7 @@ class DriftPenalty(Regularizer):
         return [self._reference]  # type: ignore[attr-defined]
 
     def compute(self, batch: Batch, weight: float) -> Term:
-        tokens = batch.tokens(True)
+        tokens = batch.tokens(self.include_end_of_turn)
         now = batch.policy(self.policy_point, tokens)  # (N, D)
         start = batch.reference(self.references[0], tokens)
         if self.subspace is None:
@@ -264,7 +268,7 @@ class FeatureConstraint(Regularizer):
 
     Source: FPO (arXiv 2411.07618, equations 8 to 10); α is `weight`. Deviations:
     1. z is the trainer's own margin: that of `sigmoid_norm` is FPO's, `sigmoid` is allowed too.
-    2. c̄ is the mean over the tokens that the trainer's loss counts.
+    2. c̄ is the mean over the answer's tokens, the end-of-turn token among them.
     3. With a probe in the place of latents there is one feature: D is the squared gap of mean scores. A card of latents gives
        its latents, not their weighed sum.
     4. α may follow a schedule.
@@ -311,7 +315,7 @@ class FeatureConstraint(Regularizer):
 
     def compute(self, batch: Batch, weight: float) -> Term:
         assert batch.pairs is not None
-        tokens = batch.tokens(getattr(self.readout, "include_end_of_turn", True))
+        tokens = batch.tokens(self.include_end_of_turn)
         features: Latents | Readout = self._features  # type: ignore[attr-defined]
         now = _means_of(features, batch.policy(self.policy_point, tokens), tokens)  # (2P, S)
         with torch.no_grad():

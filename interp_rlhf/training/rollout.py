@@ -1,8 +1,9 @@
 """The current rollout batch, read once for every reward and monitor.
 
 In: prompt and completion ids of a batch, and the passes that a tap recorded while TRL computed log-probs on it. Out: scores
-per completion. Scores are taken from a recorded pass only where its tokens are, row by row, exactly those of the batch;
-otherwise the model is read anew. It must not know how rewards are weighted.
+per completion. Scores are taken from a recorded pass only where its tokens are, row by row, exactly those of the batch, and
+where nothing is known that makes the pass another reading; otherwise the model is read again. Now and then a row of what was taken
+is read again too. It must not know how rewards are weighted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from torch import nn
 from ..activations import (
     ConceptScores,
     Pass,
+    Recheck,
     Tap,
     TokenBatch,
+    causes,
     end_of_turn_ids,
+    from_rank_zero,
     raise_on_all_ranks,
     read,
     reference_pass,
     unwrap,
 )
+from ..activations.counted import counted_length, without_first
+from ..activations.recheck import EVERY
 from ..concepts.readout import Readout
 
 Reader = Literal["reference", "policy"]
@@ -43,6 +49,7 @@ class Rollout:
     Attributes:
         own_forwards (`int`): readings that needed forward passes of our own, counted per batch and model.
         taken (`int`): readings that were taken from a pass that TRL made anyway.
+        causes (`dict[str, Causes]`): of the `reference` and the `policy`: what is known that makes a pass another reading.
     """
 
     def __init__(self, trainer: Any, readouts: dict[Reader, list[Readout]], reference: nn.Module | None):
@@ -55,7 +62,20 @@ class Rollout:
         self._batch: TokenBatch | None = None
         self._scores: dict[Reader, dict[str, ConceptScores]] = {}
         processing = trainer.processing_class
-        self._end_of_turn_ids = end_of_turn_ids(trainer.model, getattr(processing, "tokenizer", processing))
+        self._end_of_turn_ids = end_of_turn_ids(
+            trainer.model, getattr(processing, "tokenizer", processing), getattr(trainer, "chat_template", None)
+        )
+        models: dict[Reader, Any] = {"policy": trainer.model, "reference": trainer.model if reference is None else reference}
+        self.causes = {
+            reader: from_rank_zero(lambda model=model: causes(model, trainer.args))  # type: ignore[misc]
+            for reader, model in models.items()
+            if readouts[reader]
+        }
+        self._recheck = {
+            reader: Recheck(readouts[reader], reader == "reference", reader) for reader in models if readouts[reader]
+        }
+        self._opened = 0
+        self._pending = [readout for readout in readouts["reference"] if readout.canaries is not None]
         # Then an adapter runs in the reference pass too, with its dropout.
         self._reference_is_adapter = "ref" in getattr(
             trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}
@@ -84,6 +104,7 @@ class Rollout:
         self.completion_ids = completion_ids
         self._batch = TokenBatch.from_ids(prompt_ids, completion_ids, self._end_of_turn_ids)
         self._scores = {}
+        self._opened += 1
         recorded = [recorded for tap in set(self._taps.values()) for recorded in tap.take()]
         self._passes = {
             "reference": [p for p in recorded if p.kind == "reference"],
@@ -114,11 +135,11 @@ class Rollout:
         scores = self._scores[reader][readout.name]
         if readout.include_end_of_turn:
             assert self.completion_ids is not None
-            lengths = torch.tensor([len(ids) for ids in self.completion_ids])
-            ends = self._batch.attention_mask.sum(1)  # (B,)
+            counts = [counted_length(ids, self._end_of_turn_ids, True) for ids in self.completion_ids]
+            starts = self._batch.attention_mask.sum(1) - torch.tensor([len(ids) for ids in self.completion_ids])  # (B,)
             positions = torch.arange(self._batch.input_ids.shape[1])
-            mask = (positions < ends[:, None]) & (positions >= (ends - lengths)[:, None])
-            return replace(scores, mask=mask)
+            mask = (positions >= starts[:, None]) & (positions < (starts + torch.tensor(counts))[:, None])
+            return replace(scores, mask=without_first(mask, self._batch.attention_mask))
         return scores
 
     def _read(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores]:
@@ -133,15 +154,53 @@ class Rollout:
         if self._all_ranks(found is not None):
             assert found is not None
             self.taken += 1
+            if self._opened % EVERY == 1:
+                self.check(reader, batch, found)
             return found
         self.own_forwards += 1
-        context: AbstractContextManager[Any] = (
-            reference_pass(self.trainer.model_wrapped, self.reference)
-            if reader == "reference"
-            else nullcontext(self.trainer.model_wrapped)
-        )
-        with context as model, self.trainer.accelerator.autocast():
+        if reader == "reference" and self._opened % EVERY == 1:
+            self.check(reader, batch, None)
+        with self._model(reader) as model, self.trainer.accelerator.autocast():
             return read(model, batch, readouts, reader=reader)
+
+    def _model(self, reader: Reader) -> AbstractContextManager[Any]:
+        if reader == "reference":
+            return reference_pass(self.trainer.model_wrapped, self.reference)
+        return nullcontext(self.trainer.model_wrapped)
+
+    def check(self, reader: Reader, batch: TokenBatch, taken: dict[str, ConceptScores] | None) -> None:
+        """Read one row of a batch again, alone; by all ranks together.
+
+        It is the row with most padding beside it at the first time, then each one in turn.
+
+        Raises:
+            `ValueError`: it does not read as it was taken, or the reference does not read as it did.
+        """
+        lengths = batch.attention_mask.sum(1)
+        place = int(lengths.argmin()) if self._opened == 1 else self._opened // EVERY % len(batch)
+        one = batch.part(slice(place, place + 1))
+        every = one.attention_mask.clone()  # the prompt too: a completion may hold nothing that counts
+        row = TokenBatch(one.input_ids[every][None], every[every][None], every[every][None])
+        scores, spread = None, None
+        if taken is not None:
+            scores = {name: found.scores[place][one.attention_mask[0]][1:] for name, found in taken.items()}
+            spread = {name: f.scores[batch.attention_mask].double().std(0, correction=0) for name, f in taken.items()}
+        with self._model(reader) as model, self.trainer.accelerator.autocast():
+            if reader == "reference":
+                for readout in self._pending:  # an engine had taken the model apart when `attach` looked
+                    readout.check_canaries(model)
+                self._pending = []
+            self._recheck[reader](model, row, scores, spread, self.trainer.args)
+
+    def recheck(self) -> None:
+        """Whether the reference still reads as it did; by all ranks together.
+
+        Raises:
+            `ValueError`: it does not.
+        """
+        if "reference" in self._recheck:
+            with self._model("reference") as model, self.trainer.accelerator.autocast():
+                self._recheck["reference"].still(model)
 
     def _take(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores] | None:
         """Scores of the recorded passes, if they ran over exactly the tokens of the batch at the right positions."""
@@ -158,10 +217,13 @@ class Rollout:
         if not torch.equal(tokens.cpu(), batch.input_ids[batch.attention_mask]):
             return None
         model = self.reference if reader == "reference" and self.reference is not None else self.trainer.model
-        shifted = any(bool((~mask[:, 0]).any()) for mask in masks)
-        if (shifted and not _is_rotary(model)) or _drops_out(
-            model, adapters=reader == "policy" or self._reference_is_adapter
-        ):
+        known = self.causes[reader]
+        noisy = known.noise or ((reader == "policy" or self._reference_is_adapter) and known.adapters)
+        if noisy and unwrap(model).training:
+            return None
+        if known.padding and any(bool((~mask[:, 0]).any()) for mask in masks):
+            return None
+        if known.reach is not None and max(mask.shape[1] for mask in masks) >= known.reach:
             return None
         found = {}
         for readout in self.readouts[reader]:
@@ -180,27 +242,3 @@ class Rollout:
             return here
         flags = accelerator.gather(torch.tensor([int(here)], device=accelerator.device))
         return bool(flags.all())
-
-
-def _is_rotary(model: Any) -> bool:
-    """TRL passes no position ids, so left padding shifts learned positions; rotary ones only see differences."""
-    return getattr(unwrap(model).config.get_text_config(), "rope_parameters", None) is not None
-
-
-def _drops_out(model: Any, adapters: bool) -> bool:
-    """Whether a pass in the present mode draws dropout; the adapters' own counts only where they are on."""
-    base = unwrap(model)
-    if not base.training:
-        return False
-    # Attention dropout is a number in the config; those of heads that a causal LM does not have mean nothing.
-    rates = {key: rate for key, rate in vars(base.config.get_text_config()).items() if "drop" in key}
-    if any(
-        isinstance(rate, float) and rate > 0
-        for key, rate in rates.items()
-        if not key.startswith(("summary", "classifier"))
-    ):
-        return True
-    return any(
-        isinstance(module, nn.Dropout) and module.p > 0 and (adapters or "lora_" not in name)
-        for name, module in base.named_modules()
-    )

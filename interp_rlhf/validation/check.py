@@ -75,8 +75,10 @@ def check_card(
         )
 
     def tokens(rows: Examples) -> Any:
-        skip = set() if readout.include_end_of_turn else end_of_turn_ids(model, tokenizer)
-        return tokenize_examples(rows.rows, tokenizer, chat_template, chat_template_kwargs, skip)
+        ends = end_of_turn_ids(model, tokenizer, chat_template)
+        return tokenize_examples(
+            rows.rows, tokenizer, chat_template, chat_template_kwargs, ends, readout.include_end_of_turn
+        )
 
     _require_its_sae(readout, sae)
     embedding = embedding_point(model)

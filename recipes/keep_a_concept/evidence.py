@@ -33,7 +33,7 @@ from interp_rlhf.activations import Tap, adapters_on
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.demo.model import default_model
-from interp_rlhf.training.counted import counted
+from interp_rlhf.activations import ChatMarks, counted
 
 HOOK_POINT = "model.layers.15"
 SEEDS = (0, 1, 2)
@@ -109,7 +109,7 @@ def measure(trainer: DPOTrainer, dataset, readouts: list[Readout]) -> dict:
             )  # fmt: skip
             rows["log_probs"].append(output.log_probs.sum(1).chunk(2))
             (recorded,) = tap.take()
-            tokens = counted(batch, {trainer.processing_class.eos_token_id})
+            tokens = counted(batch, ChatMarks.of(trainer.processing_class))
             for readout in readouts:
                 scores, mask = tokens.rows(recorded.scores[readout.name][tokens.mask])
                 rows[readout.name].append(readout.pooled(scores, mask).chunk(2))

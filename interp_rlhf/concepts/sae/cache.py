@@ -69,7 +69,7 @@ class CachedActivations:
         path, start, stop = self._pieces[index]
         with _activations(path) as found:
             rows: torch.Tensor = found[start:stop]
-        return rows.float()
+        return rows.to(torch.float32, copy=True)  # memory of torch's own, see `load_tensors`
 
 
 def cached_tokens(folder: str | Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..artifact import folder_aside
+from ..artifact import folder_aside, load_tensors
 
 _NAME = re.compile(r"sae-checkpoint-(\d+)")  # trainers write, and delete, `checkpoint-<step>`
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -51,7 +51,6 @@ def load_checkpoint(folder: Path, keys: Collection[str] = ()) -> tuple[dict[str,
         `ValueError`: it is not whole; the message says where the training goes on without it.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     found = [path for _, path in _checkpoints(folder) if any((path / name).exists() for name in (_TENSORS, _STATE))]
     if not found:
@@ -72,7 +71,7 @@ def load_checkpoint(folder: Path, keys: Collection[str] = ()) -> tuple[dict[str,
         lacking = f"lacks the keys {missing}" if isinstance(state, dict) else f"holds a {type(state).__name__}"
         raise ValueError(f"`{path / _STATE}` {lacking} – expected the state of a training. {todo}")
     try:
-        return load_file(path / _TENSORS), state
+        return load_tensors(path / _TENSORS), state
     except SafetensorError as error:
         raise ValueError(
             f"`{path / _TENSORS}` is not a whole safetensors file ({error}) – expected the tensors of a training. {todo}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...activations import resolve
-from ..artifact import folder_aside
+from ..artifact import folder_aside, load_tensors
 from .autoencoder import SaeSpec, SparseAutoencoder
 from .format_gemma_scope import read_gemma_scope, read_gemma_scope_2
 from .format_sae_lens import read_sae_lens, write_sae_lens
@@ -148,13 +148,12 @@ def _config(weights: Path, form: str) -> dict[str, Any]:
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     import numpy
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         if path.suffix != ".npz":
-            return load_file(path)
+            return load_tensors(path)
         with numpy.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            return {name: torch.tensor(arrays[name]) for name in arrays.files}
     except (SafetensorError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"`{path}` ({path.stat().st_size} bytes) is not a whole {path.suffix[1:]} file ({error}). It may be truncated: copy "

@@ -62,18 +62,16 @@ class Block:
 
 
 def counted_batch(model: Any, tokenizer: Any, rows: Sequence[str | Mapping[str, Any]]) -> TokenBatch:
-    """Token batch of whole examples whose first token does not count.
+    """Token batch of whole examples.
 
     Raises:
         `ValueError`: an example without a token that counts.
     """
     batch = tokenize_examples(rows, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
-    counted = batch.completion_mask.clone()
-    counted[:, :1] = False
-    if not counted.any(1).all():
-        row = int((~counted.any(1)).nonzero()[0])
+    if not batch.completion_mask.any(1).all():
+        row = int((~batch.completion_mask.any(1)).nonzero()[0])
         raise ValueError(f"Example {row} has no token that counts after its first – expected two. Remove it.")
-    return TokenBatch(batch.input_ids, batch.attention_mask, counted)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,8 @@ def read_blocks(
             counted = torch.zeros_like(batch.attention_mask)
             for row, (length, (*_, counts)) in enumerate(zip(lengths, pending, strict=True)):
                 counted[row, :length] = torch.tensor(counts)
-            found = read_activations(model, batch, [point, target], batch_tokens=how.batch_tokens)
+            every = batch.attention_mask
+            found = read_activations(model, batch, [point, target], tokens=every, batch_tokens=how.batch_tokens)
             apart = torch.cat([norm_outliers(own) for own in found[point].split(lengths)])
             outliers = int((counted[batch.attention_mask] & apart).sum())
             counted[batch.attention_mask] &= ~apart

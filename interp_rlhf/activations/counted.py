@@ -1,0 +1,349 @@
+"""Which tokens count: one rule for fitting, checking, `read()`, rewards, monitors, terms, drift, subspaces and autoencoders.
+
+In: token ids, and what a chat template writes around an answer. Out: a mask. The rule:
+
+1. The first token of a row never counts. It draws attention whatever it is (an attention sink), so its activation says nothing of
+   the text.
+2. In a completion nothing counts from the end-of-turn token that closes it on, whatever follows (`include_end_of_turn` counts that
+   one token too).
+3. What the template writes is not the answer: role markers, a line break after the turn, an empty think block.
+4. In a plain text all tokens but the special ones count. Where it holds turns of an assistant in the template's own marks, only
+   those turns count.
+5. A row without a counted token is in no denominator.
+
+Tokens with an outlying norm (`outliers`) are left out where a statistic runs over many tokens: drift metrics, principal components,
+autoencoders. A score of one row keeps them: whether a token counts must not depend on the other rows. It must not know trainers,
+nor what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .hook_points import unwrap
+
+# A word that no template writes by itself: what is rendered around it is the template's.
+_ANSWER = "zqxanswer"
+
+
+@dataclass(frozen=True)
+class ChatMarks:
+    """What a chat template writes around an assistant's answer, as token ids.
+
+    Attributes:
+        header (`tuple[int, ...]`): what opens an assistant's turn: the generation prompt.
+        prefix (`tuple[int, ...]`): what it writes between that and the answer: an empty think block, in Qwen3's.
+        closing (`tuple[int, ...]`): what it writes after the answer.
+        ends (`frozenset[int]`): ids that end a turn.
+        special (`frozenset[int]`): ids that are no text.
+    """
+
+    header: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+    ends: frozenset[int] = frozenset()
+    special: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        ends: Collection[int] = (),
+    ) -> ChatMarks:
+        """Marks of a tokenizer's template, found by rendering one question and one answer; `ends` are added to its own."""
+        special = frozenset(tokenizer.all_special_ids)
+        known = {*ends} | ({tokenizer.eos_token_id} - {None})
+        around = _around(tokenizer, chat_template, dict(chat_template_kwargs or {}))
+        if around is None:
+            return cls(ends=frozenset(known), special=special)
+        header, prefix, closing = (tuple(tokenizer(text=t, add_special_tokens=False)["input_ids"]) for t in around)
+        marks = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        close = next((token for token in closing if token in marks), None)
+        return cls(header, prefix, closing, frozenset(known | ({close} - {None})), special)
+
+    @property
+    def closing_head(self) -> tuple[int, ...]:
+        """What of `closing` comes before the end-of-turn token: all of it where the template has none."""
+        return self.closing[: next((i for i, token in enumerate(self.closing) if token in self.ends), None)]
+
+
+def end_of_turn_ids(model: Any, tokenizer: Any, chat_template: str | None = None) -> set[int]:
+    """Ids that end a completion: the end-of-sequence tokens of the tokenizer and of the model's generation config, as in TRL, and
+    the token by which the chat template closes a turn.
+
+    Fitting, checking, watching and rewarding all leave out just these.
+    """
+    config = getattr(unwrap(model), "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    return set(ChatMarks.of(tokenizer, chat_template, ends=[token for token in listed if token is not None]).ends)
+
+
+def counted_length(
+    completion: Sequence[int], end_of_turn_ids: Collection[int], include_end_of_turn: bool = False
+) -> int:
+    """Tokens of a completion that count: those before the first end-of-turn token, and that one too on request."""
+    for place, token in enumerate(completion):
+        if token in end_of_turn_ids:
+            return place + int(include_end_of_turn)
+    return len(completion)
+
+
+def without_first(mask: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """A mask (B, T) without the first real token of each row."""
+    return mask & ~(real & (real.cumsum(1) == 1))
+
+
+def counted_in_text(ids: Sequence[int], marks: ChatMarks) -> list[bool]:
+    """Per token of a plain text whether it counts."""
+    line = torch.tensor([list(ids)], dtype=torch.long)
+    every = torch.ones_like(line, dtype=torch.bool)
+    starts = torch.zeros_like(every)
+    starts[:, :1] = True
+    found: list[bool] = _answers(line, every, starts, marks, texts=True).mask[0].tolist()
+    return found
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counted tokens of a training batch, N of them in M sequences, through which every term reduces: the mean over sequences of
+    the mean over that sequence's counted tokens.
+
+    One path for all trainers, so that padding, packing, accumulation and ranks cannot move a term.
+
+    Attributes:
+        mask (`torch.BoolTensor` of shape (B, T)): True on them.
+        sequence (`torch.LongTensor` of shape (N,)): which sequence each belongs to, 0 to M − 1, in order of the batch.
+        sequences (`int`): M. A row of the batch is one sequence, unless it is packed, or holds several turns of an assistant.
+        template (`torch.BoolTensor` of shape (B, T)): tokens that the template wrote between an assistant's header and its answer.
+        start (`torch.LongTensor` of shape (B, T)): where the text that a token belongs to begins in its row.
+    """
+
+    mask: torch.Tensor
+    sequence: torch.Tensor
+    sequences: int
+    template: torch.Tensor
+    start: torch.Tensor
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """How many tokens of each sequence count, (M,)."""
+        return torch.bincount(self.sequence, minlength=self.sequences)
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over each sequence's counted tokens, (M, ...), of values (N, ...); 0 where none counts."""
+        sums = values.new_zeros((self.sequences, *values.shape[1:])).index_add(0, self.sequence, values)
+        return sums / self.counts.clamp(min=1).view(-1, *[1] * (values.dim() - 1))
+
+    def rows(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (N, K) laid out as one row per sequence, (M, L, K), and the mask (M, L) of those that are there."""
+        counts = self.counts
+        longest = int(counts.max()) if self.sequences else 0
+        mask = torch.arange(longest, device=values.device) < counts[:, None]
+        return values.new_zeros((*mask.shape, *values.shape[1:])).masked_scatter(
+            mask.view(*mask.shape, *[1] * (values.dim() - 1)).expand(*mask.shape, *values.shape[1:]), values
+        ), mask
+
+    @property
+    def any(self) -> torch.Tensor:
+        """Which sequences have a counted token, (M,)."""
+        return self.counts > 0
+
+    def texts(self, ids: torch.Tensor, template: bool = False) -> tuple[list[list[int]], list[list[bool]]]:
+        """Ids and counts of each sequence as a row of its own, as `read()` would see it: without padding, without the template's
+        tokens before the answer, and up to the last token that counts. Empty where none does.
+
+        Args:
+            ids (`torch.LongTensor` of shape (B, T)): of the batch.
+            template (`bool`, defaults to `False`): leave the template's tokens in, as the trainer's own pass sees them.
+        """
+        places = self.mask.nonzero().tolist()
+        owners = self.sequence.tolist()
+        last: dict[int, tuple[int, int]] = {}
+        own: dict[int, set[int]] = {}
+        for (row, place), sequence in zip(places, owners, strict=True):
+            last[sequence] = (row, place)
+            own.setdefault(sequence, set()).add(place)
+        rows: list[list[int]] = [[] for _ in range(self.sequences)]
+        counts: list[list[bool]] = [[] for _ in range(self.sequences)]
+        for sequence, (row, end) in last.items():
+            first = int(self.start[row, end])
+            kept = [p for p in range(first, end + 1) if template or not self.template[row, p]]
+            rows[sequence] = ids[row, kept].tolist()
+            counts[sequence] = [place in own[sequence] for place in kept]
+        return rows, counts
+
+
+def input_ids(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Ids (B, T) that the policy's training pass runs over."""
+    if "prompt_ids" in inputs:  # GRPO and RLOO
+        return torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    ids: torch.Tensor = inputs["input_ids"]
+    return ids
+
+
+def counted(inputs: Mapping[str, Any], marks: ChatMarks, include_end_of_turn: bool = False) -> Counted:
+    """Counted tokens of a trainer's batch: those of the answers among the ones that its own loss counts.
+
+    Args:
+        inputs (`dict`): what `compute_loss` gets.
+        marks (`ChatMarks`): of the trainer's tokenizer and template.
+        include_end_of_turn (`bool`, defaults to `False`): count the end-of-turn token that closes an answer too.
+    """
+    ids = input_ids(inputs)
+    position_ids = None
+    if "prompt_ids" in inputs:
+        mask = inputs["completion_mask"].bool()
+        if inputs.get("tool_mask") is not None:
+            mask = mask & inputs["tool_mask"].bool()
+        mask = torch.cat([torch.zeros_like(inputs["prompt_ids"], dtype=torch.bool), mask], dim=1)
+        real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()
+        # What a policy wrote is its answer, whatever marks it writes.
+        marks = ChatMarks(ends=marks.ends, special=marks.special)
+    else:
+        mask = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"].bool()
+        # Packed or padding-free batches are one long row, and come with positions instead of an attention mask.
+        if "attention_mask" not in inputs:
+            position_ids = inputs.get("position_ids")
+        real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(mask)
+    starts = real & (real.cumsum(1) == 1) if position_ids is None else position_ids == 0
+    found = _answers(ids, mask & real, starts, marks, include_end_of_turn, texts="labels" in inputs)
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    sequences = len(ids)
+    if "labels" in inputs:
+        # A pack holds several texts, and a conversation several turns: each that has a counted token is a sequence.
+        texts = starts.flatten().cumsum(0).view_as(ids)
+        keys = texts * (int(found.turn.max()) + 1) + found.turn
+        present = keys[found.mask].unique()
+        rows = torch.searchsorted(present, keys.contiguous())
+        sequences = len(present)
+    return Counted(found.mask, rows[found.mask], sequences, found.template, found.start)
+
+
+def turns_in(ids: Sequence[int], marks: ChatMarks) -> int:
+    """How many turns of an assistant a completion holds: its own, and one for each header in it."""
+    size = len(marks.header)
+    if not size:
+        return 1
+    return 1 + sum(tuple(ids[i : i + size]) == marks.header for i in range(len(ids) - size + 1))
+
+
+@dataclass(frozen=True)
+class _Answers:
+    mask: torch.Tensor  # (B, T)
+    template: torch.Tensor  # (B, T)
+    turn: torch.Tensor  # (B, T), how many turns have begun in the row
+    start: torch.Tensor  # (B, T)
+
+
+def _answers(
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    starts: torch.Tensor,
+    marks: ChatMarks,
+    include_end_of_turn: bool = False,
+    texts: bool = False,
+) -> _Answers:
+    """The answers' own tokens among those of `mask` (B, T), in texts that begin where `starts` (B, T) says.
+
+    A turn begins after the template's header and where the mask begins, and is over at the end-of-turn token. With `texts`, a text
+    whose mask begins at its first token and which has no header is no answer to anything: all of it but special tokens counts.
+    """
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    start = torch.where(starts, place, 0).cummax(1).values
+    after_header = _after(ids, marks.header, start, place)
+    # The mask of a completion begins after the prompt. That of a text begins with it: there only headers begin a turn.
+    before = torch.zeros_like(mask)
+    before[:, 1:] = mask[:, :-1]
+    edge = mask & (~before | starts)
+    text_of = starts.flatten().cumsum(0).view_as(ids)
+    with_header = torch.isin(text_of, text_of[after_header])
+    whole = edge & starts
+    opens = after_header | (edge & ~(whole & with_header))
+    opened = torch.where(opens, place, -1).cummax(1).values
+    ends = torch.isin(ids, _tensor(marks.ends, ids))
+    ended = torch.where(ends, place, -1).cummax(1).values
+    if include_end_of_turn:
+        ended = torch.cat([torch.full_like(ended[:, :1], -1), ended[:, :-1]], dim=1)
+    inside = (opened >= start) & (ended < opened)
+    template = torch.zeros_like(mask)
+    size = len(marks.prefix)
+    if size:
+        last = _after(ids, marks.prefix, start, place, gap=0)  # at the last token of the prefix
+        for shift in range(size):  # each of its tokens, where it stands right at the beginning of the turn
+            moved = torch.zeros_like(last)
+            moved[:, : ids.shape[1] - shift] = last[:, shift:]
+            first = place - (size - 1 - shift)
+            template |= moved & (opened == first) & (first >= 0)
+    found = mask & inside & ~template
+    head = marks.closing_head
+    if head:  # the template's tokens between the answer and the end of its turn
+        closed = _after(ids, head, start, place, gap=0)
+        following = torch.ones_like(ends)
+        following[:, :-1] = ends[:, 1:] | ~mask[:, 1:]
+        closed &= following & found
+        for shift in range(len(head)):
+            moved = torch.zeros_like(closed)
+            moved[:, : ids.shape[1] - shift] = closed[:, shift:]
+            found &= ~moved
+    if texts:
+        plain = torch.isin(text_of, text_of[whole]) & ~with_header
+        found = torch.where(plain, mask & ~torch.isin(ids, _tensor(marks.special, ids)), found)
+    return _Answers(found & ~starts, template, opens.cumsum(1), start)
+
+
+def _after(
+    ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, place: torch.Tensor, gap: int = 1
+) -> torch.Tensor:
+    """Where a pattern of ids is over: at its last token with `gap` 0, at the token after it with 1; within one text."""
+    size = len(pattern)
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    if not size or size + gap > ids.shape[1]:
+        return found
+    window = ids.unfold(1, size, 1)  # (B, T − size + 1, size)
+    match = (window == _tensor(pattern, ids, ordered=True)).all(-1)
+    last = size - 1 + gap
+    found[:, last:] = match[:, : ids.shape[1] - last]
+    return found & (place - last >= start)
+
+
+def _tensor(values: Collection[int], like: torch.Tensor, ordered: bool = False) -> torch.Tensor:
+    return torch.tensor(list(values) if ordered else sorted(values), dtype=like.dtype, device=like.device)
+
+
+def _around(tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Text of header, prefix and closing; None for a tokenizer without a template, or one that takes no such conversation."""
+    if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
+        return None
+    from jinja2.exceptions import TemplateError
+
+    asked = {"role": "user", "content": "What is it?"}
+    said = {"role": "assistant", "content": _ANSWER}
+
+    def rendered(messages: list[dict[str, str]], **more: Any) -> str:
+        return str(
+            tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **{**kwargs, **more})
+        )
+
+    try:
+        bare, whole = rendered([asked]), rendered([asked, said])
+        prompt = rendered([asked], add_generation_prompt=True)
+    except (TemplateError, TypeError, KeyError):
+        return None
+    place = whole.rfind(_ANSWER)
+    if place < 0:
+        return None
+    before, closing = whole[:place], whole[place + len(_ANSWER) :]
+    shared = len(_common(prompt, before))
+    return before[len(_common(bare, before)) : shared], before[shared:], closing
+
+
+def _common(one: str, other: str) -> str:
+    size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:size]

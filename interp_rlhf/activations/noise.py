@@ -1,0 +1,190 @@
+"""What makes a trainer's pass another reading than `read()`'s: noise of the training mode, padding, and RoPE that looks at the batch.
+
+In: a model as a trainer has it. Out: causes, in words; none where a pass may be taken for a reading. Where the model can be run it is
+run: measured is what it does, not what its config says. It must not know readouts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hook_points import backbone, device_of, unwrap
+from .sharding import is_sharded
+from .tap import adapters_off, first_adapter_layer, reading
+
+# A pass that repeats in float32 does so to 1e-6 or so; in 16 bits, kernels for other shapes differ by a percent.
+FELT, FELT_IN_16_BITS = 1e-3, 5e-2
+PADS, LENGTH = 7, 12
+# Of layers that a causal LM does not run.
+_OF_OTHER_HEADS = ("summary", "classifier")
+_NOISY = ("drop", "jitter", "noise")
+
+
+@dataclass(frozen=True)
+class Causes:
+    """Why a trainer's passes over a model are no readings of it; all empty where they are.
+
+    Attributes:
+        noise (`tuple[str, ...]`): what the training mode draws at random in the model without adapters.
+        adapters (`tuple[str, ...]`): what it draws in its adapters.
+        padding (`tuple[str, ...]`): why tokens to the left of a row, which attention does not see, move it all the same.
+        reach (`int`, *optional*): tokens below which a row does not feel how long the others are; None where it never does.
+    """
+
+    noise: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    padding: tuple[str, ...] = ()
+    reach: int | None = None
+
+
+def causes(model: nn.Module, args: Any = None) -> Causes:
+    """Causes that are known before training begins.
+
+    Args:
+        model (`nn.Module`): a causal LM, wrapped or not.
+        args (`TrainingArguments`, *optional*): the trainer's: what it switches on when training begins.
+    """
+    base = unwrap(model)
+    noise, adapters = [], []
+    alpha = getattr(args, "neftune_noise_alpha", None) or _neftune(base)
+    if alpha:
+        noise.append(f"NEFTune noise on the embeddings (`neftune_noise_alpha` {alpha})")
+    for name, module in base.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            found = f"dropout {module.p} (`{name}`)"
+            if "lora_" in name:
+                adapters.append(found)
+            elif not name.rpartition(".")[2].startswith(_OF_OTHER_HEADS):
+                noise.append(found)
+    padding: list[str] = []
+    if runs_here(base):
+        drawn, moved, limit = _measured(base)
+        known = [found for found in noise if not found.startswith("dropout")]
+        if drawn > limit:
+            what = noise[len(known) :][:1] or _numbers(base)[:1] or ["something that is drawn at random"]
+            noise = known + [f"{what[0]}: in training mode activations move by {drawn:.1%}"]
+        else:
+            noise = known
+        if moved > limit:
+            padding.append(f"left padding moves activations by {moved:.1%}")
+    else:
+        noise += _numbers(base)
+        if getattr(base.config.get_text_config(), "rope_parameters", None) is None:
+            padding.append("positions are not rotary, and left padding shifts them")
+    return Causes(tuple(dict.fromkeys(noise)), tuple(dict.fromkeys(adapters))[:1], tuple(padding), rope_reach(base))
+
+
+def rope_reach(model: nn.Module) -> int | None:
+    """Tokens below which rotary positions do not depend on the longest row of the batch; None where they never do.
+
+    `longrope` takes other factors for a whole batch, `dynamic` another base, where one row is longer than what the model was
+    trained on.
+    """
+    config = unwrap(model).config.get_text_config()
+    given = getattr(config, "rope_parameters", None)
+    if not isinstance(given, Mapping):
+        return None
+    parts = [part for part in given.values() if isinstance(part, Mapping) and "rope_type" in part] or [given]
+    reaches = [
+        int(part.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for part in parts
+        if part.get("rope_type") == "longrope" or "dynamic" in str(part.get("rope_type"))
+    ]
+    return min(reaches, default=None)
+
+
+@contextmanager
+def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
+    """Gives a function that makes rotary positions forget the rows that they have seen; afterwards they are as they were."""
+    modules = [m for m in unwrap(model).modules() if hasattr(m, "original_max_seq_len")]
+    kept = [(m, dict(m._buffers), {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k}) for m in modules]
+
+    def forget() -> None:
+        for module in modules:
+            for name in [n for n in (*vars(module), *module._buffers) if n.endswith("original_inv_freq")]:
+                prefix = name.removesuffix("original_inv_freq")
+                current = getattr(module, f"{prefix}inv_freq")
+                module.register_buffer(
+                    f"{prefix}inv_freq", getattr(module, name).to(current.device).clone(), persistent=False
+                )
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    try:
+        yield forget
+    finally:
+        for module, buffers, numbers in kept:
+            module._buffers.update(buffers)
+            vars(module).update(numbers)
+
+
+def runs_here(model: nn.Module) -> bool:
+    """Whether the model can be run by this process alone, as it is: not where an engine has taken it apart or will put it together."""
+    base = unwrap(model)
+    return not is_sharded(base) and not any(p.is_meta for p in base.parameters())
+
+
+def _numbers(base: Any) -> list[str]:
+    """What the config says of noise: functional dropout, jitter of a router."""
+    return [
+        f"`{key}` {rate}"
+        for key, rate in vars(base.config.get_text_config()).items()
+        if isinstance(rate, float) and rate > 0 and any(word in key for word in _NOISY) and not key.startswith(_OF_OTHER_HEADS)
+    ]  # fmt: skip
+
+
+def _neftune(base: Any) -> float:
+    embedding = base.get_input_embeddings()
+    hooked = any("neftune" in getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
+    return float(getattr(embedding, "neftune_noise_alpha", 0.0) or 0.0) if hooked else 0.0
+
+
+@torch.no_grad()
+def _measured(base: Any) -> tuple[float, float, float]:
+    """How far activations move in training mode and behind left padding, relative to their size, and from where on it is felt."""
+    core, device = backbone(base), device_of(base)
+    vocabulary = int(base.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    padded = torch.cat([ids[:, :1].expand(1, PADS), ids], dim=1)
+    attended = torch.ones_like(padded)
+    attended[:, :PADS] = 0
+    flags = [(module, module.training) for module in base.modules()]
+
+    def last(input_ids: torch.Tensor, mask: torch.Tensor, training: bool) -> torch.Tensor:
+        for module, _ in flags:
+            module.training = training
+        found: torch.Tensor = core(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        return found[0, -LENGTH + 1 :].double()
+
+    devices = [device] if device.type == "cuda" else []
+    layer = first_adapter_layer(base)
+    was_off = adapters_off(layer)
+    try:
+        with reading(), torch.random.fork_rng(devices), warnings.catch_warnings(), rope_from_the_start(base):
+            warnings.simplefilter("ignore")  # of checkpointing without a gradient
+            if layer is not None and not was_off:  # the adapters' own noise is told by their modules
+                _switch(base, enabled=False)
+            plain = last(ids, torch.ones_like(ids), False)
+            drawn = last(ids, torch.ones_like(ids), True)
+            moved = last(padded, attended, False)
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        if layer is not None and not was_off:
+            _switch(base, enabled=True)
+    scale = plain.pow(2).mean().sqrt().clamp(min=1e-12)
+    limit = FELT if plain.numel() and next(base.parameters()).dtype in (torch.float32, torch.float64) else FELT_IN_16_BITS
+    return float((drawn - plain).pow(2).mean().sqrt() / scale), float((moved - plain).pow(2).mean().sqrt() / scale), limit
+
+
+def _switch(base: Any, enabled: bool) -> None:
+    """Adapters on or off for a pass of ours, in no other way than PEFT's flag: `enable_adapters` would touch gradients."""
+    for module in base.modules():
+        if isinstance(getattr(type(module), "disable_adapters", None), property):
+            module._disable_adapters = not enabled
