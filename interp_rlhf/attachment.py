@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .activations import as_list, has_adapters, of_all_ranks, reference_pass
-from .activations.batch import completion_text, prompt_text
+from .activations import has_adapters, of_all_ranks, reference_pass
 from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout, same_artifact
 from .drift.callback import DriftCallback, DriftConfig
+from .drift.own_text import values_of
 from .drift.recorder import record
+from .messages import as_list, completion_text, prompt_text
 from .runlog import RunLog
-from .training.checkpoints import ResumeCallback, require_aligned_saves, save_multiple
+from .training.checkpoints import ResumeCallback, prompts_of, require_aligned_saves, save_multiple
 from .training.interventions import TrainingIntervention, make_intervention
 from .training.loss_terms import LossTerms, reference_source, trainer_kind
 from .training.mixin import LossMixin, with_mixin
@@ -142,11 +143,12 @@ def attach(
         _refuse(trainer, rewards, watched)
     refuse_terms(trainer, kind, terms_wanted, list(watched), changes)
     if rollouts:
-        require_aligned_saves(trainer.args, trainer.args.save_steps)
-        if drift is not None and drift.on_verdict == "stop" and drift.every % save_multiple(trainer.args):
+        prompts = prompts_of(trainer)
+        require_aligned_saves(trainer.args, trainer.args.save_steps, prompts)
+        if drift is not None and drift.on_verdict == "stop" and drift.every % save_multiple(trainer.args, prompts):
             raise ValueError(
                 f"`on_verdict` is `stop` and `every` of the drift configuration is {drift.every} – expected a multiple of "
-                f"{save_multiple(trainer.args)}: each evaluation without an alarm saves a checkpoint, and only there can a "
+                f"{save_multiple(trainer.args, prompts)}: each evaluation without an alarm saves a checkpoint, and only there can a "
                 "run with these generation settings be resumed."
             )
     # Everything that can refuse comes before the trainer is touched, and what was done is undone where something does, so that a
@@ -169,18 +171,22 @@ def attach(
     if rollout is not None:
         watch = _Watch(trainer, rollout, rewards, watched, dict(measures or {}), log, samples_every)
         trainer.interp_rollout, trainer.interp_watchers = rollout, [watch]
+        trainer.interp_abstaining = [index for index, f in enumerate(trainer.reward_funcs) if f in rewards]
         parts["rollouts"] = watch
         if callback is not None:
             callback.batches = watch.moved
+            callback.rechecks.append(rollout.recheck)
         trainer.add_callback(_FirstPassCheck(rollout))
         for reward in rewards:
             reward.bind(rollout)
         _apply_weights(trainer, rewards)
     if callback is not None:
+        if terms is not None:
+            callback.rechecks.append(terms.recheck)
         trainer.add_callback(callback)  # before the one that keeps counters, since it uses some up
     if kind is not None:
         trainer.interp_terms, trainer.interp_attached = terms, True
-        trainer.add_callback(ResumeCallback(parts, aligned=rollouts))
+        trainer.add_callback(ResumeCallback(parts, aligned=rollouts, prompts=prompts_of(trainer)))
     added = [own for own in trainer.callback_handler.callbacks if own not in known]
     return Attachment(trainer, rollout, terms, log, stock, added)
 
@@ -437,7 +443,7 @@ class _Watch:
             self._remember(readout.name, found[readout.name], prompts, completions)
         texts = [completion_text(completion) for completion in completions]
         for name, measure in self._measures.items():
-            found[name] = [float(measure(text)) for text in texts]
+            found[name] = [None if v != v else v for v in values_of(name, measure, texts)]
             self._metric(f"interp/measure/{name}/mean", found[name], np.mean)
             self._metric(f"interp/measure/{name}/std", found[name], np.std)
         self._about_reward(rewards, found)
@@ -494,16 +500,18 @@ class _Watch:
         ids = self._rollout.completion_ids
         assert ids is not None
         weights = trainer.reward_weights.to(rewards.device)
-        total = (rewards * weights).nansum(1).double().cpu().numpy()  # of all ranks, as TRL adds them up
+        total = (rewards * weights).nansum(1).double()  # of all ranks, as TRL adds them up, which leaves out what none judged
+        total = total.masked_fill(torch.isnan(rewards).all(1), torch.nan).cpu().numpy()
         others = {"length": [float(len(own)) for own in ids]} | {name: found[name] for name in self._measures}
         mode = "train" if trainer.model.training else "eval"
         for name, values in others.items():
             if (value := correlation(total, np.array(of_all_ranks(list(values))[0], dtype=float))) is not None:
                 trainer._metrics[mode][f"interp/reward/{name}_correlation"].append(value)
         size = trainer.num_generations if mode == "train" else trainer.num_generations_eval
-        if size > 1 and len(total) % size == 0 and total.std() > 0:
-            groups = total.reshape(-1, size)
-            share = float(groups.var(1).mean() / total.var())
+        groups = total.reshape(-1, size) if size > 1 and len(total) % size == 0 else np.empty((0, 1))
+        groups = groups[np.isfinite(groups).sum(1) > 1]  # of one row alone there is no variance
+        if len(groups) and np.nanstd(groups) > 0:
+            share = float(np.nanvar(groups, axis=1).mean() / np.nanvar(groups))
             trainer._metrics[mode]["interp/reward/within_group_share"].append(share)
             if share < WITHIN_GROUP and len(groups) > 1 and not self._warned:
                 self._warned = True

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from . import __version__
 
 DATA_HELP = (
-    "JSONL or CSV file, or a `datasets` path, with `label` and one of `text`, `messages`, or `prompt` and `completion`"
+    "JSONL, CSV or Parquet file, or a `datasets` path, with `label` and one of `text`, `messages`, or `prompt` and `completion`"
 )
 MODEL_HELP = "folder or Hub id of the causal LM (default: the embedded SmolLM2-135M-Instruct)"
 
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_fit(probe)
     _add_check(probe)
+    _add_canaries(probe)
     drift = commands.add_parser("drift", help="what a training did to the inside").add_subparsers(
         title="commands", required=True, metavar="COMMAND"
     )
@@ -148,6 +149,21 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.set_defaults(run="probe_check")
 
 
+def _add_canaries(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    canaries = commands.add_parser(
+        "canaries",
+        help="add canaries to a card of before 0.2: scores by which a model shows that it is the right one",
+        description="Reads short sentences with the card's readout on the model that it was made on and writes the next version of the "
+        "card and of its artifact, with what they gave. A model that is to be read must give the same again. The new card has no "
+        "evidence: run `probe check` on it.",
+        epilog="example: interp-rlhf probe canaries reward/warmth/reward.v1.yaml",
+    )
+    canaries.add_argument("card", help="the card's YAML file; it stays as it is")
+    canaries.add_argument("--model", help=MODEL_HELP)
+    canaries.add_argument("--json", action="store_true", help="print the result as JSON")
+    canaries.set_defaults(run="probe_canaries")
+
+
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     compare = commands.add_parser(
         "compare",
@@ -159,9 +175,10 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--labelled check.jsonl --max kl=0.5 --min cosine=0.9 --fail-on 'monitor stale'",
     )
     compare.add_argument(
-        "before", metavar="A", help="folder or Hub id of a causal LM, or `SmolLM2-135M-Instruct`, the embedded one"
+        "before", metavar="A",
+        help="folder or Hub id of a causal LM, a folder with a PEFT adapter, or `SmolLM2-135M-Instruct`, the embedded one",
     )
-    compare.add_argument("after", metavar="B", help="the same, or a folder with a PEFT adapter of A")
+    compare.add_argument("after", metavar="B", help="the same; an adapter must be one of A, or of A's base")
     compare.add_argument(
         "--texts", help="JSONL or CSV file of texts, or a text file with one per line (default: 24 neutral texts)"
     )

@@ -43,7 +43,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def probe_fit(arguments: argparse.Namespace) -> int:
     """`interp-rlhf probe fit`."""
-    from .concepts.card import load_card
+    from .concepts.card import load_card, require_name
     from .concepts.examples import load_examples
     from .concepts.probe import fit_probe, sweep_points
     from .concepts.publish import plot_sweep, publish
@@ -60,6 +60,7 @@ def probe_fit(arguments: argparse.Namespace) -> int:
         )
     if latents is not None and len(set(latents)) < len(latents):
         raise ValueError(f"`--latents {arguments.latents}` names one twice – expected each once.")
+    require_name(arguments.name)
     examples = load_examples(arguments.data, arguments.positive)
     model, tokenizer, model_id = _load(arguments.model)
     points = [arguments.hook_point] if arguments.hook_point else sweep_points(model, arguments.sweep or 3)
@@ -89,6 +90,22 @@ def probe_fit(arguments: argparse.Namespace) -> int:
         print(f"curve: {figure}")
     print(f"card: {path} ({card.readout.pooling} pooling at {card.readout.hook_point}, {len(examples)} examples)")
     print(f"next: interp-rlhf probe check {path} --fit-data {arguments.data} --data HELD_OUT")
+    return 0
+
+
+def probe_canaries(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf probe canaries`."""
+    from .concepts.card import load_card
+    from .concepts.publish import with_canaries
+
+    card = load_card(arguments.card)
+    model, tokenizer, _ = _load(arguments.model)
+    path = with_canaries(card, model, tokenizer)
+    if arguments.json:
+        print(json.dumps({"card": str(path), "version": load_card(path).card.version}))
+        return 0
+    print(f"card: {path}, with canaries and without evidence")
+    print(f"next: interp-rlhf probe check {path} --fit-data FIT --data HELD_OUT")
     return 0
 
 
@@ -466,14 +483,12 @@ def _bounds(interval: tuple[float, float, float], sign: str = "") -> str:
 
 
 def _load(name: str | None) -> tuple[Any, Any, str]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from .activations.loading import adapter_base, load_model, load_tokenizer
     from .demo.model import MODEL_ID, default_model
 
     path = name or str(default_model())
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(path), name or MODEL_ID
+    base = adapter_base(path)
+    return load_model(path), load_tokenizer(path, *([base] if base else [])), name or MODEL_ID
 
 
 def _print_findings(title: str, found: Any) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from .concepts.card import locate
 from .concepts.examples import read_rows
-from .drift.callback import DriftConfig
+from .drift.callback import DriftConfig, whole_number
+from .messages import as_list
+from .training.from_mapping import yaml_numbers
 from .training.rewards import ConceptReward
 from .validation import measures
 
@@ -84,7 +86,8 @@ class InterpArguments:
 
 
 def _measures(names: Any) -> dict[str, Any]:
-    if not isinstance(names, list) or not set(names) <= set(MEASURES):
+    names = as_list(names)
+    if not all(isinstance(name, str) for name in names) or not set(names) <= set(MEASURES):
         raise ValueError(
             f"`measures` is {names!r} – expected a list of {', '.join(f'`{name}`' for name in MEASURES)}. Others are "
             "functions: pass them to `attach` in a script of your own."
@@ -93,7 +96,7 @@ def _measures(names: Any) -> dict[str, Any]:
 
 
 def _prompts(path: str) -> list[Any]:
-    rows = list(read_rows(str(locate(path))))
+    rows = read_rows(locate(path))
     without = [i for i, row in enumerate(rows) if not row.get("prompt")]
     if without or not rows:
         raise ValueError(
@@ -106,14 +109,21 @@ def _section(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ValueError(f"`interp` is {given!r} – expected a mapping with {', '.join(f'`{key}`' for key in KEYS)}.")
     _refuse_unknown("interp", given, KEYS)
-    for key in LISTS:
-        if not isinstance(given.get(key, []), list):
-            raise ValueError(f"`interp.{key}` is {given[key]!r} – expected a list, also of one.")
+    given = {key: as_list(value) if key in LISTS else value for key, value in given.items()}
     drift = given.get("drift", {})
     if not isinstance(drift, Mapping):
         raise ValueError(f"`interp.drift` is {drift!r} – expected a mapping such as `{{every: 50}}`.")
     _refuse_unknown("interp.drift", drift, [f.name for f in dataclasses.fields(DriftConfig)])
-    return dict(given)
+    section: dict[str, Any] = yaml_numbers(given)
+    for key in ("arm", "run_log"):
+        if not isinstance(section.get(key, ""), str | Path):
+            raise ValueError(
+                f"`interp.{key}` is {section[key]!r} – expected a word: YAML takes no, off, yes and on for false and true. Put it in "
+                "quotes."
+            )
+    if "samples_every" in section:
+        section["samples_every"] = whole_number("samples_every", section["samples_every"])
+    return section
 
 
 def _refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:

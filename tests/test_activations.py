@@ -224,7 +224,7 @@ def test_messages_and_prompt_with_completion_are_the_same_tokens(tokenizer):
     assert torch.equal(batch.input_ids[0], batch.input_ids[1])
     assert torch.equal(batch.input_ids[0], batch.input_ids[2])
     assert tokenizer.decode(batch.input_ids[0][batch.completion_mask[0]]) == "warm day"
-    with pytest.raises(ValueError, match=r"Example 0 has `messages` that do not end with the assistant"):
+    with pytest.raises(ValueError, match=r"Example 0: it has `messages` that do not end with the assistant"):
         tokenize_examples([{"messages": [asked]}], tokenizer)
     with pytest.raises(ValueError, match=r"Example 1 has the keys \['answer'\]"):
         tokenize_examples(["text", {"answer": "x"}], tokenizer)

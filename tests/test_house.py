@@ -17,6 +17,7 @@ PACKAGE = ROOT / "interp_rlhf"
 # In the order in which data flows: a room imports only rooms above it. The report stands apart: it reads the run log.
 ROOMS = [
     "runlog",
+    "messages",
     "activations",
     "concepts",
     "validation",

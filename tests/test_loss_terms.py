@@ -22,8 +22,9 @@ from training import (
     weights_of,
 )
 
-from interp_rlhf import ConceptAnchor, DriftPenalty, FeatureConstraint, Latents, Schedule, Subspace, attach
-from interp_rlhf.activations import counted
+import interp_rlhf
+from interp_rlhf import ConceptAnchor, DriftPenalty, FeatureConstraint, Latents, Schedule, Subspace
+from interp_rlhf.activations import ChatMarks, counted
 
 LAYER = "model.layers.1"
 
@@ -55,7 +56,15 @@ def build(kind, load, model_folder, tokenizer, folder, lora=False, moved=True, *
     trainer = make_trainer(kind, model, tokenizer, folder, lora={} if lora is True else lora or None, **changes)
     if lora and moved:
         randomize_adapters(trainer)
+    trainer.start = load() if kind == "SFT" and moved and not lora else None
     return trainer
+
+
+def attach(trainer, **asked):
+    """`attach`, with what the policy was before it moved: a reference that is missing is what it is now."""
+    if getattr(trainer, "start", None) is not None:
+        asked.setdefault("reference", trainer.start)
+    return interp_rlhf.attach(trainer, **asked)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -100,7 +109,7 @@ def test_sequences_weigh_alike_where_micro_batches_are_packed_unequally(load, mo
             attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=weight)])
             trainer.train()
             losses[weight] = logged(trainer, "loss")[0]
-        batches = [counted(trainer.data_collator([row])) for row in trainer.train_dataset] if name == "packed" else []
+        batches = [counted(trainer.data_collator([row]), ChatMarks.of(tokenizer)) for row in trainer.train_dataset] if name == "packed" else []
         sequences[name] = [batch.sequences for batch in batches]
         terms[name] = losses[3.0] - losses[0.0]
     assert len(sequences["packed"]) > 1

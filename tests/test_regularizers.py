@@ -190,6 +190,7 @@ def test_drift_penalty_is_its_formula(load, tokenizer, tmp_path):
             DriftPenalty(hook_point=LAYER, weight=1.0, name="whole"),
             DriftPenalty(subspace=subspace, weight=1.0, name="part"),
         ],
+        reference=load(),
     )
     policy, reference = snapshot(trainer, load), load()
     whole, part = [], []
@@ -297,7 +298,7 @@ def test_claims_about_another_model_are_refused_in_subspaces_too(load, tokenizer
         {"regularizers": [{"kind": "drift_penalty", "cards": [str(card)], "weight": 1.0}]},
     ):
         trainer = make_trainer("DPO", load(), tokenizer, tmp_path / "out")
-        with pytest.raises(ValueError, match="was made on `tiny` with identity"):
+        with pytest.raises(ValueError, match="was made on `tiny` and the model that would be read is not that one"):
             attach(trainer, **asked)
     narrow = Subspace(LAYER, torch.eye(16)[:1])
     for asked in (

@@ -4,7 +4,7 @@ A readout is anything with a `name`, a `hook_point` and a call from an activatio
 Nothing here knows what a probe is, and nothing here imports TRL.
 """
 
-from .batch import ConceptScores, TokenBatch, as_list, as_prompts, tokenize_examples
+from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .canaries import Agreement, Canaries, agreement, make_canaries
 from .counted import ChatMarks, Counted, counted, end_of_turn_ids, input_ids
 from .hook_points import (
@@ -25,7 +25,7 @@ from .noise import Causes, causes, rope_reach, runs_here
 from .outliers import norm_outliers
 from .ranks import from_rank_zero, is_rank_zero, of_all_ranks, raise_on_all_ranks
 from .recheck import Recheck
-from .read import adapters_off_in, read, read_activations, read_inputs, read_means, read_predictions, reference_pass
+from .read import adapters_off_in, read, read_activations, read_inputs, read_means, read_predictions, reference_pass, require_positions, stream_point
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
 __all__ = [
@@ -43,8 +43,6 @@ __all__ = [
     "adapters_off_in",
     "adapters_on",
     "agreement",
-    "as_list",
-    "as_prompts",
     "backbone",
     "causes",
     "counted",
@@ -69,11 +67,13 @@ __all__ = [
     "read_means",
     "read_predictions",
     "reference_pass",
+    "require_positions",
     "Recheck",
     "runs_here",
     "resolve",
     "rope_reach",
     "runs_after",
+    "stream_point",
     "structure",
     "tokenize_examples",
     "unwrap",

@@ -7,13 +7,13 @@ In: texts, conversations or token ids. Out: `TokenBatch`, which says for every t
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..messages import as_list, content_text, split_example
 from .counted import ChatMarks, counted_in_text, counted_length, without_first
 
 
@@ -80,13 +80,6 @@ class TokenBatch:
             attention_mask[row, : len(ids)] = True
             completion_mask[row, len(prompt) : len(ids)] = torch.tensor(counts[row], dtype=torch.bool)
         return cls(input_ids, attention_mask, completion_mask)
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as it is shown: text as it is, messages one per line."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{m['role']}: {content_text(m.get('content'))}" for m in prompt)
 
 
 @dataclass(frozen=True)
@@ -163,7 +156,7 @@ def tokenize_examples(
             example = {"text": example}
         if not isinstance(example, Mapping):
             raise ValueError(f"Example {index} is a {type(example).__name__} – expected a string or a mapping.")
-        prompt, completion = _split(example, index)
+        prompt, completion = split_example(example, f"Example {index}")
         if prompt is None:
             ids = list(tokenizer(text=completion)["input_ids"])
             prompts.append([])
@@ -184,23 +177,6 @@ def tokenize_examples(
         completions.append(completion_ids)
         counts.append([i < counted for i in range(len(completion_ids))])
     return TokenBatch.from_ids(prompts, completions, counts=counts)
-
-
-def as_list(given: Any) -> list[Any]:
-    """What a user gave where a list is expected: one text, path, card or mapping is a list of that one."""
-    if given is None:
-        return []
-    if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
-        return [given]
-    return list(given)
-
-
-def as_prompts(given: Any) -> list[Any]:
-    """Prompts of what a user gave: one text, or one conversation (a list of messages), is a list of that one."""
-    prompts = as_list(given)
-    if prompts and all(isinstance(item, Mapping) and "role" in item for item in prompts):
-        return [prompts]
-    return prompts
 
 
 def tokenize_prompt(
@@ -245,89 +221,6 @@ def tokenize_prompt(
             "Where it has no system role, put those words into the first user message."
         ) from None
     return list(encoded["input_ids"])
-
-
-def completion_text(completion: Any) -> str:
-    """Text of a completion as it is shown, plain or conversational."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(content_text(message.get("content")) for message in completion)
-
-
-def content_text(content: Any) -> str:
-    """Text of a message's content: a string, or a list of parts as multimodal data sets have them; nothing where there is none.
-
-    Raises:
-        `ValueError`: a part that is no text.
-    """
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    pieces = []
-    for part in content:
-        if isinstance(part, str):
-            pieces.append(part)
-        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            pieces.append(part["text"])
-        else:
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"a message has a part of type `{kind}` – expected text: nothing else is read.")
-    return "".join(pieces)
-
-
-def answer_text(completion: Any) -> str:
-    """Text to score of a completion: a string, or one message of the assistant.
-
-    Raises:
-        `ValueError`: several messages, somebody else's, or one without text.
-    """
-    if isinstance(completion, str):
-        return completion
-    messages = as_list(completion)
-    if not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"the completion is {completion!r} – expected text, or a list with one message.")
-    roles = [str(message.get("role")) for message in messages]
-    if roles != ["assistant"]:
-        raise ValueError(
-            f"the completion has messages of {', '.join(f'`{role}`' for role in roles) or 'nobody'} – expected one, of the "
-            "`assistant`: several turns are not one answer. Make an example of each, with what comes before it as its prompt."
-        )
-    message = messages[0]
-    if message.get("content") is None:
-        calls = " and calls tools" if "tool_calls" in message else ""
-        raise ValueError(f"the assistant's message has no `content`{calls} – expected text to score. Remove it.")
-    return content_text(message["content"])
-
-
-def _split(example: Mapping[str, Any], index: int) -> tuple[Any, str]:
-    """Prompt and completion; the prompt of a plain text is None."""
-    forms = {
-        "`text`": example.get("text") is not None, "`messages`": example.get("messages") is not None,
-        "`prompt` and `completion`": example.get("completion") is not None,
-    }  # fmt: skip
-    given = [name for name, there in forms.items() if there]
-    if len(given) != 1 or (given[0].startswith("`prompt`") and example.get("prompt") is None):
-        raise ValueError(
-            f"Example {index} has the keys {sorted(example)} – expected one of `text`, `messages`, or `prompt` and `completion`: "
-            "which of them is scored must be clear."
-        )
-    if forms["`text`"]:
-        if not isinstance(example["text"], str):
-            raise ValueError(f"Example {index} has a `text` of type {type(example['text']).__name__} – expected a string.")
-        return None, example["text"]
-    try:
-        if forms["`messages`"]:
-            messages = list(example["messages"])
-            if not messages or messages[-1].get("role") != "assistant":
-                raise ValueError(
-                    "it has `messages` that do not end with the assistant – expected the text to score as the last message, with "
-                    "role `assistant`."
-                )
-            return messages[:-1], answer_text(messages[-1:])
-        return example["prompt"], answer_text(example["completion"])
-    except ValueError as error:
-        raise ValueError(f"Example {index}: {error}") from None
 
 
 def _tools(example: Mapping[str, Any], index: int) -> Any:

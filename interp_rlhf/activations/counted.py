@@ -188,14 +188,18 @@ def input_ids(inputs: Mapping[str, Any]) -> torch.Tensor:
     return ids
 
 
-def counted(inputs: Mapping[str, Any], marks: ChatMarks, include_end_of_turn: bool = False) -> Counted:
+def counted(
+    inputs: Mapping[str, Any], marks: ChatMarks | Collection[int] = (), include_end_of_turn: bool = False
+) -> Counted:
     """Counted tokens of a trainer's batch: those of the answers among the ones that its own loss counts.
 
     Args:
         inputs (`dict`): what `compute_loss` gets.
-        marks (`ChatMarks`): of the trainer's tokenizer and template.
+        marks (`ChatMarks`): of the trainer's tokenizer and template; or only the ids that end a turn.
         include_end_of_turn (`bool`, defaults to `False`): count the end-of-turn token that closes an answer too.
     """
+    if not isinstance(marks, ChatMarks):
+        marks = ChatMarks(ends=frozenset(marks))
     ids = input_ids(inputs)
     position_ids = None
     if "prompt_ids" in inputs:

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .counted import end_of_turn_ids
-from .hook_points import backbone, device_of, on_activation, unwrap
-from .noise import rope_from_the_start, rope_reach
+from .hook_points import INPUT, backbone, decoder_layers, device_of, on_activation, unwrap
+from .noise import rope_from_the_start, rope_reach, runs_here
 from .ranks import most_of_all_ranks
 from .sharding import is_sharded, readable
 from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
@@ -257,6 +257,47 @@ def read_inputs(
     return scores
 
 
+def stream_point(model: nn.Module) -> str:
+    """Hook point of the residual stream before the first layer: what that layer is given.
+
+    The module that gives it out where there is one (the embedding in Llama, the dropout after it in GPT-2), found by running the
+    model on three tokens; else the first layer's input: some models scale or normalize the embedding outside of any module.
+    """
+    base, first = unwrap(model), decoder_layers(model)[0]
+    if not runs_here(base):
+        return f"{first}{INPUT}"
+    blocks = first.rpartition(".")[0]
+    names = [name for name, _ in base.named_modules() if name and not f"{name}.".startswith(f"{blocks}.")]
+    before = [name for name in names if not blocks.startswith(f"{name}.") and name != blocks]
+    given: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: given.__setitem__(name, output)
+
+    def stop(activation: torch.Tensor) -> None:
+        given[""] = activation
+        raise _Done
+
+    modules = dict(base.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in before]
+    handles.append(on_activation(base, f"{first}{INPUT}", stop))
+    ids = torch.arange(3, 6, device=device_of(base))[None]
+    try:
+        with reading(), measuring(backbone(base)), torch.no_grad():
+            backbone(base)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except _Done:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    same = [name for name, output in given.items() if name and _equal(output, given[""])]
+    return same[-1] if same else f"{first}{INPUT}"
+
+
+def _equal(output: Any, activation: torch.Tensor) -> bool:
+    return isinstance(output, torch.Tensor) and output.shape == activation.shape and bool(torch.equal(output, activation))
+
+
 @contextmanager
 def adapters_off_in(model: nn.Module) -> Iterator[nn.Module]:
     """The model below its adapters, whatever they are; as it is where it has none."""
@@ -431,20 +472,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check(model: nn.Module, batch: TokenBatch) -> None:
-    base = unwrap(model)
-    config = base.config.get_text_config()
-    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
-        raise ValueError(
-            "The model has a prompt-learning adapter – expected LoRA or another one without virtual tokens: they are "
-            "not fed through `read`."
-        )
-    if len(batch) and int(batch.input_ids.max()) >= config.vocab_size:
-        raise ValueError(
-            f"Token id {int(batch.input_ids.max())} – expected ids below the model's vocabulary of {config.vocab_size}. "
-            "Use the model's own tokenizer."
-        )
-    longest = int(batch.attention_mask.sum(1).max()) if len(batch) else 0
+def require_positions(model: nn.Module, batch: TokenBatch) -> None:
+    """Raises `ValueError` for rows that are longer than a model's learned positions; warns where positions are rotary."""
+    config = unwrap(model).config.get_text_config()
+    longest = int(batch.attention_mask.sum(1).max()) if batch.attention_mask.numel() else 0
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or longest <= limit or rope_reach(model) is not None:
         return
@@ -456,3 +487,19 @@ def _check(model: nn.Module, batch: TokenBatch) -> None:
         "A row has %d tokens and the model was trained on %d positions: what it makes of the rest says little. Cut it.",
         longest, limit,
     )  # fmt: skip
+
+
+def _check(model: nn.Module, batch: TokenBatch) -> None:
+    base = unwrap(model)
+    config = base.config.get_text_config()
+    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            "The model has a prompt-learning adapter – expected LoRA or another one without virtual tokens: they are "
+            "not fed through `read`."
+        )
+    if batch.input_ids.numel() and int(batch.input_ids.max()) >= config.vocab_size:
+        raise ValueError(
+            f"Token id {int(batch.input_ids.max())} – expected ids below the model's vocabulary of {config.vocab_size}. "
+            "Use the model's own tokenizer."
+        )
+    require_positions(model, batch)

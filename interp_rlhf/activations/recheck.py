@@ -119,7 +119,8 @@ class Recheck:
             values, again = values.double().cpu(), other[name].double().cpu()
             scale = values.std(0, correction=0) if spread is None else spread[name].double().cpu()
             # A score that hardly varies has no scale but its own size.
-            gap = (values - again) / scale.clamp(min=1e-3 * float(values.abs().mean()) + 1e-9)
+            both = torch.isfinite(values) | torch.isfinite(again)  # what is no number on both sides is told by who uses it
+            gap = torch.where(both, values - again, 0.0) / scale.nan_to_num(1.0).clamp(min=1e-3 * float(values.nan_to_num().abs().mean()) + 1e-9)
             error = float(gap.pow(2).mean().sqrt())
             if not error <= allowed:
                 return f"Scores of `{name.rpartition(':')[2]}` on the {self.what} are off by {error:.3g} of their standard deviation"

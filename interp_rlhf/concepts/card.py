@@ -6,6 +6,7 @@ In: a path. Out: a checked `Card`, or one error with everything that is wrong. I
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,11 +115,21 @@ class Evidence(Strict):
     versions: dict[str, str]
 
 
+NAME = r"^[a-z0-9][a-z0-9_-]*$"
+
+
+def require_name(name: str) -> None:
+    """Raises `ValueError` for what is no name of a card."""
+    if not re.fullmatch(NAME, name):
+        near = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "warmth"
+        raise ValueError(f"`name` is `{name}` – expected lower-case letters, digits, `-` and `_`: `{near}`, say.")
+
+
 class Card(Strict):
     """A reward card, schema 1."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     version: Annotated[int, Field(ge=1)]
     role: Literal["reward", "penalty", "monitor"]
     concept: str
@@ -234,6 +245,10 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-3 for a word: it wants a point in it. JSON and people write it so.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _problem(error: Any) -> str:

@@ -1,13 +1,15 @@
 """Labelled examples from a file: what a probe is fitted on and checked with.
 
-In: a JSONL or CSV file, or a folder or Hub id that `datasets` reads. Out: examples, 0/1 labels, label names and a
+In: a JSONL, CSV or Parquet file, or a folder or Hub id that `datasets` reads. Out: examples, 0/1 labels, label names and a
 fingerprint. Knows neither models nor torch.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from ..messages import split_example
+
 CONTENT = ("text", "messages", "prompt", "completion")
+# Columns that TRL renders along with them, or that hold a completion as it was generated.
+BESIDE = ("completion_ids", "tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
     """Labelled examples of a file.
 
     Args:
-        source (`str` or `Path`): a `.jsonl` or `.csv` file, or anything that `datasets.load_dataset` or
-            `load_from_disk` reads (the split `train`).
+        source (`str` or `Path`): a `.jsonl`, `.csv` or `.parquet` file, or anything that `datasets.load_dataset` or
+            `load_from_disk` reads (the split `train`, or the only one).
         positive (`str`, *optional*): which of two text labels means that the concept is present. Labels 0 and 1, or
             false and true, need none.
 
@@ -68,7 +74,7 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
         `ValueError`: no rows, a row without content or label, one class only, or labels that are not binary.
     """
     source = str(source)
-    rows = list(read_rows(source))
+    rows = read_rows(source)
     if not rows:
         raise ValueError(f"`{source}` holds no examples – expected at least two, one of each label.")
     return make_examples(rows, source=source, positive=positive)
@@ -84,14 +90,10 @@ def make_examples(
             f"`{source}`: {len(unlabelled)} of {len(rows)} rows have no `label`, the first is row {unlabelled[0]} – "
             "expected one of two labels in each."
         )
-    empty = [i for i, row in enumerate(rows) if not _has_content(row)]
-    if empty:
-        raise ValueError(
-            f"`{source}`: row {empty[0]} has the keys {sorted(rows[empty[0]])} – expected `text`, `messages`, or "
-            f"`prompt` and `completion` ({len(empty)} such rows)."
-        )
+    for i, row in enumerate(rows):
+        split_example({key: value for key, value in row.items() if value != ""}, f"`{source}`: row {i}")
     labels, names = _binary([row["label"] for row in rows], source, positive)
-    keep = (*CONTENT, "completion_ids")
+    keep = (*CONTENT, *BESIDE)
     kept = [{key: row[key] for key in keep if row.get(key) is not None} for row in rows]
     fingerprint = _digest([kept, labels.tolist()])
     return Examples(kept, labels, names, f"sha256:{fingerprint}")
@@ -104,29 +106,110 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_rows(source: str) -> Iterable[dict[str, Any]]:
+def read_rows(source: str | Path) -> list[dict[str, Any]]:
+    """Rows of a file or a data set: JSONL, JSON, CSV (also Excel's), Parquet, or what `datasets` reads.
+
+    Raises:
+        `FileNotFoundError`: no such file.
+        `ValueError`: a file of another form; the message says which line.
+    """
     path = Path(source)
-    if path.suffix in {".jsonl", ".json", ".csv"} and not path.exists():
-        raise FileNotFoundError(f"`{source}` does not exist – expected a JSONL or CSV file, or a `datasets` path.")
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix in {".jsonl", ".json", ".csv", ".tsv", ".parquet"} and not path.exists():
+        raise FileNotFoundError(
+            f"`{source}` does not exist – expected a JSONL, CSV or Parquet file, or a `datasets` path."
+        )
+    if suffix == ".jsonl":
         return _read_jsonl(path)
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(path)
+    if suffix == ".parquet":
+        return _read_parquet(path)
     import datasets
 
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        loaded = datasets.load_from_disk(source)
-    elif path.suffix == ".json":
-        loaded = datasets.load_dataset("json", data_files=source)
-    else:
-        loaded = datasets.load_dataset(source)
-    return loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(source))
+        elif suffix == ".json":
+            loaded = datasets.load_dataset("json", data_files=str(source))
+        else:
+            loaded = datasets.load_dataset(str(source))
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"`{source}` is no JSONL, CSV or Parquet file, and `datasets` does not read it ({error}) – expected one of the two."
+        ) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        splits = sorted(loaded)
+        if "train" not in splits and len(splits) != 1:
+            raise ValueError(
+                f"`{source}` has the splits {', '.join(f'`{split}`' for split in splits)} – expected `train`, or one split only. Save "
+                "the one that is meant by itself."
+            )
+        loaded = loaded["train" if "train" in splits else splits[0]]
+    return [dict(row) for row in loaded]
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"`{path}` is not a whole Parquet file ({error}) – expected one. Copy it again.") from None
+    return rows
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file: with commas, semicolons or tabs, in UTF-8 or UTF-16, with a byte-order mark or without, as Excel writes
+    them; cells that hold messages as JSON are read."""
+    csv.field_size_limit(2**31 - 1)
+    data = path.read_bytes()
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not {encoding.removesuffix('-sig').upper()} ({error}) – expected UTF-8. Save it so.") from None
+    known = {*CONTENT, *BESIDE, "label"}
+    head = text.split("\n", 1)[0]
+    marks = [",", ";", "\t"]
+    mark = max(marks, key=lambda m: (len(known & {name.strip().strip('"') for name in head.split(m)}), -marks.index(m)))
+    rows = []
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True), 2):
+            if None in row:
+                raise ValueError(
+                    f"`{path}`: row {number} has more cells than the header names – expected {len(row) - 1}. Put cells that hold "
+                    f"`{mark}` in quotes."
+                )
+            rows.append({str(key).strip(): _cell(str(key).strip(), value) for key, value in row.items()})
+    except csv.Error as error:
+        raise ValueError(f"`{path}` is not a CSV file ({error}) – expected one, with a header.") from None
+    return rows
+
+
+def _cell(name: str, value: str | None) -> Any:
+    """A cell, read as JSON where it holds messages, tools or ids."""
+    if value is None or value == "":
+        return None
+    if name in ("messages", *BESIDE) or (name in ("prompt", "completion") and value.lstrip().startswith('[{"')):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            if name in ("prompt", "completion"):
+                return value  # text that begins so
+            raise ValueError(
+                f"A cell of the column `{name}` is no JSON: {value[:60]!r} – expected a list, such as "
+                '[{"role": "user", "content": "…"}], in double quotes.'
+            ) from None
+        messages = isinstance(found, list) and all(isinstance(item, dict) and "role" in item for item in found)
+        return found if messages or name not in ("prompt", "completion") else value
+    return value
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -170,19 +253,8 @@ def _label_name(value: Any) -> str:
     return str(value)
 
 
-def _has_content(row: Mapping[str, Any]) -> bool:
-    if row.get("text") or row.get("messages"):
-        return True
-    return row.get("prompt") is not None and row.get("completion") is not None
-
-
 def _scored_text(row: Mapping[str, Any]) -> str:
-    if "text" in row:
-        return str(row["text"])
-    completion = row["messages"][-1:] if "messages" in row else row["completion"]
-    if isinstance(completion, str):
-        return completion
-    return "".join(message["content"] or "" for message in completion)
+    return split_example(row)[1]
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Any:

@@ -7,12 +7,16 @@ card is not edited, the next version is added.
 from __future__ import annotations
 
 import hashlib
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from .artifact import write_atomically
-from .card import ArtifactRef, Card, ModelRef, ReadoutSpec, Transform, dump_card
+from ..activations import make_canaries
+from .artifact import load_artifact, write_atomically
+from .card import ArtifactRef, Card, LoadedCard, ModelRef, ReadoutSpec, Transform, dump_card, require_name
 from .probe import Fit, SweepPoint
+from .readout import Readout
 
 Role = Literal["reward", "penalty", "monitor"]
 DEFAULT_POOLING = {"reward": "mean", "penalty": "ema_max", "monitor": "ema_max"}
@@ -40,6 +44,7 @@ def publish(
     Raises:
         `ValueError`: one of the files exists, or the artifact is not calibrated for this pooling.
     """
+    require_name(name)
     header = fit.artifact.header
     pooling = pooling or DEFAULT_POOLING[role]
     if pooling not in header.calibration:
@@ -79,6 +84,45 @@ def publish(
     card = card.model_copy(update={"readout": card.readout.model_copy(update={"artifact": reference})})
     write_atomically(card_path, dump_card(card).encode())
     return card_path
+
+
+def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:
+    """Write the next version of a card and of its artifact, with canaries read on the model that it was made on.
+
+    The card's evidence is not carried over: it names another artifact. Returns the new card's path.
+
+    Raises:
+        `ValueError`: it has some, another model, or a file of the next version exists.
+    """
+    readout = Readout.from_card(card)
+    if readout.canaries is not None:
+        raise ValueError(f"The artifact of `{card.path}` has canaries already – expected none. There is nothing to do.")
+    readout.check_model(model)
+    old = load_artifact(card.artifact_path, card.card.readout.artifact.sha256)
+    found = make_canaries(model, tokenizer, readout.hook_point, readout.read_directions)
+    version = card.card.version + 1
+    name = re.sub(r"\.v\d+(?=\.)", "", card.artifact_path.name).removesuffix(".safetensors")
+    card_path = card.path.with_name(f"{card.card.role}.v{version}.yaml")
+    artifact_path = card.path.with_name(f"{name}.v{version}.safetensors")
+    for path in (card_path, artifact_path):
+        if path.exists():
+            raise ValueError(f"`{path}` exists – expected a new version: a released card is never edited. Remove or rename it.")
+    sha256 = replace(old, header=replace(old.header, canaries=found.entry())).save(artifact_path)
+    reference = ArtifactRef(path=artifact_path.name, sha256=sha256)
+    made = card.card.model_copy(
+        update={
+            "version": version, "evidence": None, "holdouts": [_next(card.path.parent, name) for name in card.card.holdouts],
+            "readout": card.card.readout.model_copy(update={"artifact": reference}),
+        }
+    )  # fmt: skip
+    write_atomically(card_path, dump_card(made).encode())
+    return card_path
+
+
+def _next(folder: Path, name: str) -> str:
+    """The next version of a card beside it, where there is one."""
+    later = re.sub(r"\.v(\d+)\.yaml$", lambda found: f".v{int(found[1]) + 1}.yaml", name)
+    return later if (folder / later).exists() else name
 
 
 def plot_sweep(curve: list[SweepPoint], path: str | Path, title: str) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from ..activations import TokenBatch, end_of_turn_ids, hidden_size, read_activations, resolve, tokenize_examples
+from ..activations import (
+    TokenBatch,
+    end_of_turn_ids,
+    hidden_size,
+    norm_outliers,
+    read_activations,
+    resolve,
+    tokenize_examples,
+)
 from .latents import Latents
 from .readout import Readout
 
@@ -79,7 +87,8 @@ class Subspace:
     def from_pca(
         cls, model: Any, tokenizer: Any, examples: Sequence[Any], hook_point: str, rank: int, progress: bool = False
     ) -> Subspace:
-        """The principal components of a model's activations on examples' counted tokens, mean removed.
+        """The principal components of a model's activations on examples' counted tokens, mean removed; tokens whose norm stands out
+        are left out.
 
         Args:
             model (`nn.Module`), tokenizer: the model that is read, as its adapters stand.
@@ -92,6 +101,7 @@ class Subspace:
         """
         batch: TokenBatch = tokenize_examples(examples, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
         found = read_activations(model, batch, [hook_point])[hook_point]  # (N, D)
+        found = found[~norm_outliers(found)]
         if not 0 < rank <= min(len(found) - 1, found.shape[1]):
             raise ValueError(
                 f"`rank` is {rank} – expected 1 to {min(len(found) - 1, found.shape[1])}: there are {len(found)} counted "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..activations import TokenBatch, norm_outliers, read_predictions
+from ..activations import TokenBatch, norm_outliers, predicts, read_activations, read_predictions
 from ..concepts.artifact import load_tensors, write_atomically
 from . import metrics
 
@@ -43,6 +43,8 @@ class Snapshot:
         activations (`dict[str, torch.FloatTensor]`): hook point to (N, D).
         log_probs (`torch.FloatTensor` of shape (N,)): of each token given what precedes it.
         predictions (`torch.FloatTensor` of shape (K, V)): next-token log-probs at the kept tokens.
+
+    A model without a language-model head, a reward model or a classifier, predicts nothing: the latter two are empty.
     """
 
     activations: dict[str, torch.Tensor]
@@ -51,7 +53,7 @@ class Snapshot:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-prob of the battery's tokens."""
+        """exp of the mean negative log-prob of the battery's tokens; NaN where nothing is predicted."""
         return perplexity(self.log_probs)
 
     @property
@@ -97,10 +99,13 @@ class Battery:
 
     def read(self, model: Any) -> Snapshot:
         """One forward of the model as its adapters stand."""
+        if not predicts(model):
+            found = read_activations(model, self.batch, self.hook_points)
+            return Snapshot(found, torch.empty(0), torch.empty(0, 0))
         return Snapshot(*read_predictions(model, self.batch, self.hook_points, self.kept))
 
     def compare(self, before: Snapshot, after: Snapshot) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-        """Metrics per hook point, and those of the output.
+        """Metrics per hook point, and those of the output, none where nothing is predicted.
 
         Tokens whose norm stands out in either snapshot are left out at that hook point, and counted (`norm_outliers`).
         """
@@ -113,6 +118,8 @@ class Battery:
             first = self.first & ~outliers
             points[point]["first_tokens"] = metrics.mean_shift(pair[0][first], pair[1][first])
             points[point]["norm_outliers"] = int(outliers.sum())
+        if not len(before.predictions):
+            return points, {}
         output = {
             "kl": metrics.output_kl(before.predictions, after.predictions),
             "perplexity": after.perplexity,
@@ -167,8 +174,6 @@ def _fixed(batch: TokenBatch) -> TokenBatch:
         logger.warning(
             "Drift is measured on the first %d of %d texts: %d tokens at most.", kept, len(batch), MAX_TOKENS
         )
-    counted = batch.completion_mask[:kept].clone()
-    counted[batch.attention_mask[:kept].cumsum(1) == 1] = False
-    if not counted.any():
+    if not batch.completion_mask[:kept].any():
         raise ValueError("No token of `texts` counts – expected texts of at least two tokens.")
-    return TokenBatch(batch.input_ids[:kept], batch.attention_mask[:kept], counted)
+    return batch.part(slice(0, kept))

@@ -25,12 +25,22 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..activations import decoder_layers, end_of_turn_ids, from_rank_zero, resolve, tokenize_examples
+from ..activations import (
+    decoder_layers,
+    end_of_turn_ids,
+    from_rank_zero,
+    layers_or_none,
+    predicts,
+    require_positions,
+    resolve,
+    tokenize_examples,
+)
 from ..concepts.card import LoadedCard
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..concepts.sae.files import load_sae
+from ..messages import as_list, as_prompts
 from ..runlog import read_run_log
 from .battery import Battery, Snapshot, spread
 from .monitors import LabelledSet, Reading, concept_angle, scores_of
@@ -88,6 +98,15 @@ class DriftConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("every", "max_new_tokens", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        if self.max_overhead is not None and not isinstance(self.max_overhead, int | float):
+            raise ValueError(f"`max_overhead` is {self.max_overhead!r} – expected a share of the training time, 0.02 say.")
+        for name in ("texts", "hook_points"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_list(getattr(self, name)))
+        if self.prompts is not None:
+            object.__setattr__(self, "prompts", as_prompts(self.prompts))
         if self.every < 1:
             raise ValueError(f"`every` is {self.every} – expected a number of optimizer steps, at least 1.")
         if self.on_verdict not in ("log", "stop"):
@@ -144,8 +163,8 @@ class DriftCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        texts: Sequence[Any] | None = None,
-        monitors: Sequence[str | Path | LoadedCard | Readout] = (),
+        texts: Any = None,
+        monitors: Any = (),
         *,
         pressure: Mapping[str, int] | None = None,
         holdouts: Mapping[str, int] | None = None,
@@ -158,7 +177,7 @@ class DriftCallback(TrainerCallback):
         self.trainer, self.config = trainer, dataclasses.replace(config, texts=texts) if texts is not None else config
         config = self.config
         model: Any = trainer.model
-        self.monitors = [m if isinstance(m, Readout) else Readout.from_card(m) for m in monitors]  # type: ignore[arg-type]
+        self.monitors = [m if isinstance(m, Readout) else Readout.from_card(m) for m in as_list(monitors)]
         for monitor in self.monitors:
             monitor.check_model(model, exact=False)
         self.pressure, self.holdouts = dict(pressure or {}), dict(holdouts or {})
@@ -168,7 +187,7 @@ class DriftCallback(TrainerCallback):
                 f"{', '.join(f'`{n}`' for n in wrong)} in `monitors`, `pressure` or `holdouts` – expected each monitor once, and "
                 f"no other names than theirs: {', '.join(f'`{n}`' for n in sorted(set(names))) or 'there are none'}."
             )
-        layers = decoder_layers(model)
+        layers = layers_or_none(model) if config.hook_points else decoder_layers(model)
         chosen = list(config.hook_points) if config.hook_points else spread(layers)
         self._sae = _loaded(config.sae, model)
         watched = [monitor.hook_point for monitor in self.monitors]
@@ -188,19 +207,26 @@ class DriftCallback(TrainerCallback):
             "chat_template": getattr(trainer, "chat_template", None),
             "chat_template_kwargs": getattr(trainer, "chat_template_kwargs", None),
         }
-        ends = end_of_turn_ids(model, tokenizer)
+        ends = end_of_turn_ids(model, tokenizer, chat["chat_template"])
 
         def tokenized(rows: Sequence[Any]) -> Any:
             return tokenize_examples(list(rows), tokenizer, **chat, end_of_turn_ids=ends)
 
         self.battery = Battery(tokenized(TEXTS if config.texts is None else config.texts), chosen)
+        require_positions(model, self.battery.batch)
         self._labelled: LabelledSet | None = None
         if config.labelled is not None:
             given = config.labelled
             examples = given if isinstance(given, Examples) else load_examples(given)
             self._labelled = LabelledSet(examples, tokenized(examples.rows), config.seed)
+            require_positions(model, self._labelled.batch)
         self._own: OwnText | None = None
         if config.prompts:
+            if not predicts(model):
+                raise ValueError(
+                    f"`prompts` are given and `{type(model).__name__}` has no language-model head – expected none: it answers nothing. "
+                    "Leave them out; activations, monitors and labelled examples are read all the same."
+                )
             self._own = OwnText(
                 trainer, config.prompts, self.monitors, config.measures or {},
                 reference if reference is not None else getattr(trainer, "ref_model", None), ends, config.max_new_tokens,
@@ -208,6 +234,8 @@ class DriftCallback(TrainerCallback):
             )  # fmt: skip
         self._baseline = _shifts(config.baseline) if config.baseline is not None else {}
         self._log = record(trainer, run_log)
+        # Set by `attach`: what checks that the reference still reads as it did.
+        self.rechecks: list[Callable[[], None]] = []
         # Set by `attach`: which training batches moved each monitor most since the last call.
         self.batches: Callable[[], dict[str, Any]] | None = None
         self._start: _Start | None = None
@@ -281,6 +309,11 @@ class DriftCallback(TrainerCallback):
             self._evaluate(state.global_step, control, "after" if control.should_training_stop else "train")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = _kept_step(args, state)
+        if kept is not None:  # the best checkpoint's weights were loaded: they are what is left, and the last to be read
+            if kept != self._last_step:
+                self._evaluate(kept, control, "kept", publish=False)
+            return
         if state.global_step != self._last_step:  # stopped in a way that no step foresaw: into the run log only
             self._evaluate(state.global_step, control, "after", publish=False)
 
@@ -297,6 +330,8 @@ class DriftCallback(TrainerCallback):
     def _evaluate(self, step: int, control: Any, when: str, publish: bool = True) -> None:
         started = time.monotonic()
         model: Any = self.trainer.model_wrapped
+        for recheck in self.rechecks:
+            recheck()
         snapshot = self.battery.read(model)
         if not from_rank_zero(lambda: self._start is None or snapshot.finite):
             decision = from_rank_zero(lambda: self._broken(step, control, started))
@@ -507,6 +542,22 @@ class DriftCallback(TrainerCallback):
         labelled = {key.removeprefix("labelled/"): value for key, value in extra.items()}
         readings = {m.name: Reading.from_tensors(m.name, labelled) for m in self.monitors} if self._labelled else {}
         return _Start(snapshot, readings, Sampled.from_tensors(extra) if self._own is not None else None)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A whole number, also where YAML made a float of it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"`{name}` is {value!r} – expected a whole number.")
+    return int(value)
+
+
+def _kept_step(args: Any, state: Any) -> int | None:
+    """Step of the checkpoint that `load_best_model_at_end` has loaded; None where the last weights stay."""
+    best = getattr(state, "best_model_checkpoint", None)
+    if not getattr(args, "load_best_model_at_end", False) or not best:
+        return None
+    step = str(best).rpartition("-")[2]
+    return int(step) if step.isdigit() else getattr(state, "best_global_step", None)
 
 
 def _flat(event: Mapping[str, Any]) -> dict[str, float]:

@@ -6,19 +6,21 @@ crosses.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
-from ..activations import decoder_layers, end_of_turn_ids, resolve, tokenize_examples
+from ..activations import decoder_layers, end_of_turn_ids, layers_or_none, require_positions, resolve, tokenize_examples
+from ..activations.loading import adapter_base, has_tokenizer, load_model, load_tokenizer
 from ..concepts.card import load_card
 from ..concepts.examples import Examples, read_rows
 from ..concepts.readout import Readout
+from ..messages import as_list
 from .battery import Battery, Snapshot, spread
 from .monitors import LabelledSet, Reading, concept_angle
 from .texts import TEXTS
@@ -39,7 +41,8 @@ def compare_checkpoints(
     """Loads one model after the other, so that only one is in memory.
 
     Args:
-        before (`str`), after (`str`): folders or Hub ids; `after` may be a folder with a PEFT adapter of `before`.
+        before (`str`), after (`str`): folders or Hub ids; either may be a folder with a PEFT adapter; that of
+            `after` is one of `before`, or of its base.
         texts, hook_points, labelled, seed: as in `DriftConfig`.
         monitors (`Sequence[str]`): cards.
 
@@ -47,36 +50,30 @@ def compare_checkpoints(
         The `drift` event and its verdict. Intervals are bootstraps over the labelled examples.
 
     Raises:
-        `ValueError`: models that cannot be compared: another tokenizer, vocabulary or width; monitors of another model.
+        `ValueError`: models that cannot be compared: another tokenizer, vocabulary, width or base; a model without a
+            language-model head; monitors of another model.
     """
-    from transformers import AutoTokenizer
-
-    readouts = [Readout.from_card(load_card(path)) for path in monitors]
+    readouts = [Readout.from_card(load_card(path)) for path in as_list(monitors)]
     if readouts and labelled is None:
         raise ValueError(
             f"{len(readouts)} monitors and no `labelled` examples – expected some (`--labelled`) to read them on."
         )
-    tokenizer = AutoTokenizer.from_pretrained(before)
-    if not _is_adapter(after):
-        other = AutoTokenizer.from_pretrained(after)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"`{before}` and `{after}` have different tokenizers – expected one: tokens could not be compared."
-            )
+    _require_its_base(before, after)
+    tokenizer = _tokenizer_of(before, after)
     found: list[tuple[Snapshot, dict[str, Reading]]] = []
     battery: Battery | None = None
     examples: LabelledSet | None = None
     with tqdm(total=2, desc="Models", disable=not progress, leave=False) as bar:
         for side in (before, after):
-            model = _load(side, before)
+            model = load_model(side, before if side == after and adapter_base(before) is None else None)
             if battery is None:
-                layers = decoder_layers(model)
-                points = list(dict.fromkeys([*(hook_points or spread(layers)), *(r.hook_point for r in readouts)]))
+                layers = layers_or_none(model) if hook_points else decoder_layers(model)
+                points = list(dict.fromkeys([*(as_list(hook_points) or spread(layers)), *(r.hook_point for r in readouts)]))
                 for readout in readouts:
                     readout.check_model(model)
                 points.sort(key=lambda point: layers.index(point) if point in layers else -1)
                 ends = end_of_turn_ids(model, tokenizer)
-                rows = list(TEXTS if texts is None else texts)
+                rows = list(TEXTS if texts is None else as_list(texts))
                 battery = Battery(tokenize_examples(rows, tokenizer, end_of_turn_ids=ends), points)
                 if labelled is not None:
                     batch = tokenize_examples(labelled.rows, tokenizer, end_of_turn_ids=ends)
@@ -85,6 +82,7 @@ def compare_checkpoints(
                 resolve(model, point)
             for readout in readouts:
                 readout.check_model(model, exact=False)
+            require_positions(model, battery.batch)
             old = found[0][1] if found else None
             found.append((battery.read(model), examples.read(model, readouts, old) if examples and readouts else {}))
             del model
@@ -180,26 +178,79 @@ def crossed(event: dict[str, Any], verdict: Verdict, limits: Limits) -> list[str
 
 
 def load_texts(path: str) -> list[Any]:
-    """Texts of a file: JSONL or CSV rows as in `tokenize_examples`, or a text file with one text per line."""
-    if Path(path).suffix in (".jsonl", ".json", ".csv"):
-        rows: list[Any] = [dict(row) for row in read_rows(path)]
-    else:
-        rows = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Texts of a file: rows of JSONL, CSV or Parquet as in `tokenize_examples`, or a text file with one text per line."""
+    if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        rows: list[Any] = [{key: value for key, value in row.items() if value is not None} for row in read_rows(path)]
+    elif not Path(path).exists():
+        raise FileNotFoundError(f"`{path}` does not exist – expected a text file, or JSONL, CSV or Parquet.")
+    else:  # other marks that Unicode calls line ends stand inside of a line
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`{path}` is not UTF-8 ({error}) – expected a text file. Save it as UTF-8.") from None
+        rows = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not rows:
         raise ValueError(f"`{path}` holds no texts – expected at least one.")
     return rows
 
 
-def _is_adapter(path: str) -> bool:
-    return (Path(path) / "adapter_config.json").exists()
+def _tokenizer_of(before: str, after: str) -> Any:
+    """The one tokenizer of two checkpoints; of one that has none, the other's.
+
+    Raises:
+        `ValueError`: they have two, or none.
+    """
+    places = [[place, base] if (base := adapter_base(place)) is not None else [place] for place in (before, after)]
+    sides = [next((place for place in own if has_tokenizer(place)), None) for own in places]
+    tokenizer = load_tokenizer(*[place for place in sides if place is not None] or [before, after])
+    if sides[0] is None or sides[1] is None:
+        return tokenizer
+    mine, other = tokenizer.get_vocab(), load_tokenizer(sides[1]).get_vocab()
+    if mine == other:
+        return tokenizer
+    parts = []
+    for name, extra in ((before, mine.keys() - other.keys()), (after, other.keys() - mine.keys())):
+        if extra:
+            shown = ", ".join(f"`{token}`" for token in sorted(extra)[:5])
+            parts.append(f"only `{name}` has {len(extra)} tokens: {shown}{' …' if len(extra) > 5 else ''}")
+    moved = [token for token in mine.keys() & other.keys() if mine[token] != other[token]]
+    if moved:
+        parts.append(f"{len(moved)} tokens have other ids, `{min(moved)}` among them")
+    raise ValueError(
+        f"`{before}` and `{after}` have different tokenizers – expected one, or tokens could not be compared: {'; '.join(parts)}."
+    )
 
 
-def _load(path: str, base: str) -> Any:
-    from transformers import AutoModelForCausalLM
+def _require_its_base(before: str, after: str) -> None:
+    """Raises `ValueError` where B is an adapter of another base than A, or than A's own base."""
+    base = adapter_base(after)
+    if base is None:
+        return
+    other = adapter_base(before) or before
+    if _same_place(base, other) or _same_files(base, other):
+        return
+    raise ValueError(
+        f"The adapter `{after}` was trained on `{base}` – A is `{before}`"
+        + (f", an adapter of `{other}`" if other != before else "")
+        + ": expected one base. On another one its weights mean nothing. Name its own base as A; if that was only moved, write the new "
+        "place into its `adapter_config.json`."
+    )
 
-    model = AutoModelForCausalLM.from_pretrained(base if _is_adapter(path) else path, dtype=torch.float32).eval()
-    if not _is_adapter(path):
-        return model
-    from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, path).eval()
+def _same_place(one: str, other: str) -> bool:
+    if Path(one).exists() and Path(other).exists():
+        return Path(one).resolve() == Path(other).resolve()
+    return one.rstrip("/") == other.rstrip("/")
+
+
+def _same_files(one: str, other: str) -> bool:
+    """Whether two folders hold the same weights, by their files' digests."""
+    return bool(mine := _digests(one)) and mine == _digests(other)
+
+
+def _digests(folder: str) -> list[str]:
+    found = []
+    for file in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
+        with file.open("rb") as opened:
+            found.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return found

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..activations import TokenBatch, from_rank_zero, read_predictions, reference_pass
-from ..activations.batch import counted_length, tokenize_prompt
+from ..activations.batch import tokenize_prompt
+from ..activations.counted import counted_length
 from ..activations.read import measuring
 from ..activations.sharding import is_sharded, readable
 from ..activations.tap import reading
@@ -138,7 +139,7 @@ class OwnText:
         counted = [ids[: counted_length(ids, self._ends)] for ids in completions]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         measured = from_rank_zero(
-            lambda: {name: np.array([float(measure(t)) for t in texts]) for name, measure in self.measures.items()}
+            lambda: {name: np.array(values_of(name, measure, texts)) for name, measure in self.measures.items()}
         )
         return Sampled(
             texts,
@@ -211,6 +212,24 @@ class OwnText:
             end = next((i for i, token in enumerate(line) if token in self._ends), None)
             found.append(line if end is None else line[: end + 1])
         return found
+
+
+def values_of(name: str, measure: Callable[[str], Any], texts: Sequence[str]) -> list[float]:
+    """A measure's values of texts; NaN where it gives None: it does not apply.
+
+    Raises:
+        `ValueError`: it gives something else than a number or None; the message names it.
+    """
+    found = []
+    for text in texts:
+        value = measure(text)
+        try:
+            found.append(math.nan if value is None else float(value))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"The measure `{name}` gives {value!r} for {text[:60]!r} – expected a number, or None where it does not apply."
+            ) from None
+    return found
 
 
 def repetition(ids: Sequence[int]) -> float:

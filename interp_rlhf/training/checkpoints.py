@@ -84,34 +84,65 @@ def _absent_state(folder: Path, state: Mapping[str, Any], deepspeed: bool) -> st
     return next((pattern for pattern in needed if not list(folder.glob(pattern))), None)
 
 
-def save_multiple(args: Any) -> int:
-    """Optimizer steps between two points at which a rollout trainer holds no generated batch that it has still to use."""
+def prompts_of(trainer: Any) -> int | None:
+    """Rows of a trainer's data set; None of one that does not know."""
+    try:
+        return len(trainer.train_dataset)
+    except TypeError:
+        return None
+
+
+def _steps_per_epoch(args: Any, prompts: int | None) -> int | None:
+    """Optimizer steps of an epoch; its last one may have fewer micro-batches than the others."""
+    if prompts is None:
+        return None
+    batches = prompts // max(1, args.generation_batch_size // args.num_generations)
+    return math.ceil(batches * args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps) or None
+
+
+def is_aligned(args: Any, step: int, prompts: int | None = None) -> bool:
+    """Whether a rollout trainer holds no generated batch that it has still to use after an optimizer step.
+
+    An epoch ends with a generated batch that is used up, also where that leaves the last step short of micro-batches.
+    """
+    epoch = _steps_per_epoch(args, prompts)
+    inside = step if epoch is None else step % epoch
+    return bool(inside * args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0)
+
+
+def save_multiple(args: Any, prompts: int | None = None) -> int:
+    """Optimizer steps between two points at which `is_aligned` holds, such that it holds at all multiples."""
     every = args.steps_per_generation * args.num_iterations  # micro-steps
-    return int(every // math.gcd(args.gradient_accumulation_steps, every))
+    within = int(every // math.gcd(args.gradient_accumulation_steps, every))
+    epoch = _steps_per_epoch(args, prompts)
+    return within if epoch is None or epoch % within == 0 else epoch
 
 
-def require_aligned_saves(args: Any, save_steps: float | None) -> None:
+def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | None = None) -> None:
     """Refuse saves in the middle of a generated batch: a run resumed there draws others (TRL 1.16).
 
     Args:
         args (`GRPOConfig` or `RLOOConfig`): the trainer's.
         save_steps (`int`, *optional*): steps between saves, a share below 1 counts as not known yet.
+        prompts (`int`, *optional*): rows of the data set.
 
     Raises:
         `ValueError`: they are not aligned; the message has the number to use.
     """
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    multiple = save_multiple(args)
+    multiple = save_multiple(args, prompts)
     if multiple == 1 or strategy == "no" or (strategy == "steps" and (save_steps is None or save_steps < 1)):
         return
     if strategy == "steps" and int(save_steps or 0) % multiple == 0:
         return
+    if strategy == "epoch" and prompts is not None:
+        return
     nearest = max(multiple, round((save_steps or 0) / multiple) * multiple) if strategy == "steps" else multiple
     what = f"`save_steps` is {int(save_steps or 0)}" if strategy == "steps" else f"`save_strategy` is `{strategy}`"
     raise ValueError(
-        f"{what} – expected a multiple of {multiple} steps: one generated batch is used for {multiple} optimizer steps "
-        f"(`steps_per_generation` {args.steps_per_generation} × `num_iterations` {args.num_iterations}, accumulation "
-        f"{args.gradient_accumulation_steps}), and a run resumed in between would draw another one. Use "
+        f"{what} – expected a multiple of {multiple} steps: a generated batch is used for {args.steps_per_generation} × "
+        f"{args.num_iterations} micro-batches (`steps_per_generation` × `num_iterations`), {args.gradient_accumulation_steps} per step"
+        f"{'' if prompts is None else f', with {prompts} prompts in an epoch'}, and a run resumed in between would draw another one. Use "
         f'`save_strategy="steps", save_steps={nearest}`.'
     )
 
@@ -146,14 +177,15 @@ class ResumeCallback(TrainerCallback):
     Args:
         parts (`dict[str, Stateful]`): by name.
         aligned (`bool`): whether saves must be aligned with generated batches.
+        prompts (`int`, *optional*): rows of the data set.
     """
 
-    def __init__(self, parts: Mapping[str, Stateful], aligned: bool):
-        self._parts, self._aligned = parts, aligned
+    def __init__(self, parts: Mapping[str, Stateful], aligned: bool, prompts: int | None = None):
+        self._parts, self._aligned, self._prompts = parts, aligned, prompts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._aligned:
-            require_aligned_saves(args, state.save_steps)
+            require_aligned_saves(args, state.save_steps, self._prompts)
             self._require_aligned_start(args, state)
             if state.global_step > 0:
                 restore_order(kwargs.get("train_dataloader"), int(state.epoch or 0))
@@ -163,18 +195,17 @@ class ResumeCallback(TrainerCallback):
                 part.load_state(saved[name])
 
     def _require_aligned_start(self, args: Any, state: Any) -> None:
-        multiple = save_multiple(args)
-        if state.global_step % multiple and state.global_step < state.max_steps:
-            before = state.global_step // multiple * multiple
+        if not is_aligned(args, state.global_step, self._prompts) and state.global_step < state.max_steps:
+            before = next(step for step in range(state.global_step, -1, -1) if is_aligned(args, step, self._prompts))
             raise ValueError(
-                f"The run is to go on from step {state.global_step} – expected a multiple of {multiple}: there it was inside a "
-                f"generated batch, which is not saved. Resume from a checkpoint at step {before} or before, by its path."
+                f"The run is to go on from step {state.global_step} – expected a step after which no generated batch is half used: it "
+                f"is not saved. Resume from a checkpoint at step {before} or before, by its path."
             )
         strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-        if state.max_steps % multiple and strategy != "no":
+        if not is_aligned(args, state.max_steps, self._prompts) and strategy != "no":
             logger.warning(
-                "`max_steps` is %d, no multiple of %d: the checkpoint that is saved at the end cannot be resumed from.",
-                state.max_steps, multiple,
+                "`max_steps` is %d, inside of a generated batch: the checkpoint that is saved at the end cannot be resumed from.",
+                state.max_steps,
             )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -49,7 +49,8 @@ def per_token(
         lengths (`list[int]`): tokens of each completion, L.
         kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean.
             `ema`: e_t − e_{t−1} of the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
-            L + 1 scores, the first at the prompt's last token.
+            L + 1 scores, the first at the prompt's last token (0 where that is the
+            row's first).
 
     Returns:
         `list[list[float] | None]`: 0 at tokens that do not count; None where none does, but for potentials.
@@ -74,7 +75,8 @@ def per_token(
     for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
         own = counted[row, end - length : end].tolist()
         if kind == "potential":
-            found.append([float(values[row, end - length - 1]) if end > length else 0.0, *own])
+            # The first token of a row never counts, also where it is the whole prompt.
+            found.append([float(values[row, end - length - 1]) if end - length > 1 else 0.0, *own])
         else:
             found.append(own if bool(mask[row].any()) else None)
     return found

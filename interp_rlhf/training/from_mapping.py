@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+# Options whose value is a word, whatever it looks like.
+WORDS = ("arm", "card", "cards", "kind", "name", "run_log", "sae", "subfolder", "revision", "texts", "prompts")
 
 
 def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable[[str, dict[str, Any]], None]) -> Any:
@@ -28,7 +34,7 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
     if not isinstance(given, Mapping):
         names = ", ".join(f"`{kind.__name__}`" for kind in kinds.values())
         raise ValueError(f"{given!r} is no {what} – expected one of {names}, or a mapping with `kind`.")
-    options = dict(given)
+    options = yaml_numbers(dict(given))
     kind = options.pop("kind", None)
     if kind not in kinds:
         raise ValueError(
@@ -58,6 +64,15 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
             f"A {what} of kind `{kind}` has no {', '.join(f'`{key}`' for key in absent)} – expected it{files}."
         )
     return kinds[kind](**options)
+
+
+def yaml_numbers(given: Any) -> Any:
+    """The same with numbers in the place of words such as `1e-3`, which YAML 1.1 does not take for one."""
+    if isinstance(given, Mapping):
+        return {key: value if key in WORDS else yaml_numbers(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [yaml_numbers(value) for value in given]
+    return float(given) if isinstance(given, str) and _NUMBER.fullmatch(given) else given
 
 
 def _nearest(word: str, known: Collection[str]) -> str:

@@ -659,8 +659,8 @@ class LossTerms:
             taken, spread = {}, {}
             for readout in self._policy_recheck.readouts:
                 if readout.name in again["policy"] and readout.hook_point in activations and again["count"] > 1:
-                    with torch.no_grad():
-                        scores = readout(batch.policy(readout.hook_point, tokens).detach())
+                    # The batch keeps this selection for its terms, so it is made with its graph.
+                    scores = readout(batch.policy(readout.hook_point, tokens).detach())
                     taken[readout.name], spread[readout.name] = scores[mine], scores.double().std(0, correction=0)
             self._policy_recheck.require(self.trainer.model, taken, again["policy"], spread, self.trainer.args)
         if "reference" in again:

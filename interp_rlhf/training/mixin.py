@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..activations import from_rank_zero
 from .checkpoints import last_complete_checkpoint
 from .loss_terms import LossTerms
@@ -62,11 +64,13 @@ class RolloutMixin(LossMixin):
 
     Attributes:
         interp_rollout (`Rollout`, *optional*): reads the batches.
+        interp_abstaining (`list[int]`): which reward functions are concept rewards.
         interp_watchers (`list`): called with (prompts, completions, rewards as TRL gathered them) after the rewards.
     """
 
     interp_rollout: Rollout | None = None
     interp_watchers: list[Any]
+    interp_abstaining: list[int] = []  # noqa: RUF012
     _interp_prompt_ids: list[list[int]]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -84,7 +88,27 @@ class RolloutMixin(LossMixin):
         for watch in self.interp_watchers:
             watch(prompts, completions, rewards)
         self.interp_rollout.close()
-        return rewards
+        return self._with_neutral_abstentions(rewards)
+
+    def _with_neutral_abstentions(self, rewards: Any) -> Any:
+        """Rewards (N, F) in which a `ConceptReward` that said nothing of a completion counts as its group's mean.
+
+        TRL 1.16 adds functions up with 0 in the place of what was not said, which is a penalty wherever the mean is positive.
+        Where a completion was judged by no function, it stays left out; with `normalize_then_sum` TRL is neutral by itself.
+        """
+        trainer: Any = self
+        own = trainer.interp_abstaining
+        if getattr(trainer, "multi_objective_aggregation", "") == "normalize_then_sum" or rewards.shape[1] < 2:
+            return rewards
+        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        if size < 2 or len(rewards) % size:
+            return rewards
+        silent = torch.isnan(rewards) & ~torch.isnan(rewards).all(1, keepdim=True)
+        means = rewards.view(-1, size, rewards.shape[1]).nanmean(1).repeat_interleave(size, dim=0)
+        filled = rewards.clone()
+        for index in own:
+            filled[:, index] = torch.where(silent[:, index], means[:, index], rewards[:, index])
+        return filled
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         terms = self.interp_terms

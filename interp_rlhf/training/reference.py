@@ -107,7 +107,12 @@ def frozen_copy(base: Any) -> Any:
         if own in copy.get_submodule(parent)._buffers:
             copy.get_submodule(parent)._buffers[own] = buffer.detach().clone()
     copy.tie_weights()
-    copy.generation_config = base.generation_config
+    copy.generation_config = getattr(base, "generation_config", None)
+    stream = {p.dtype for name, p in copy.named_parameters() if p is not copy.get_input_embeddings().weight and p.dim() > 1}
+    if len(stream) == 1 and copy.get_input_embeddings().weight.dtype not in stream:
+        # A head in float32 that is tied to the embedding (`cast_lm_head_to_fp32`): TRL casts the embedding's output back.
+        (kind,) = stream
+        copy.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(kind))
     return copy.eval().requires_grad_(False)
 
 

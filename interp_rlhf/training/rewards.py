@@ -95,6 +95,11 @@ class ConceptReward:
             )
         require_passed(card, path)
         readout = Readout.from_card(loaded)
+        if readout.canaries is None:
+            raise ValueError(
+                f"The artifact of `{path}` has no canaries, by which the reference shows that it is the model that the card was fitted "
+                f"on – expected them in a {card.role}. Run `interp-rlhf probe canaries {path}`, or watch it as a monitor."
+            )
         return cls(
             readout, role=card.role, reader=card.reader, weight=card.weight, sham=sham, seed=seed, card=loaded, dense=dense,
             shaping=shaping,

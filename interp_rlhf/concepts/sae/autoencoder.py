@@ -7,6 +7,7 @@ it reads: it is never a submodule of one.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,7 +17,11 @@ from torch import nn
 from torch.nn.functional import embedding_bag
 from torch.utils.checkpoint import checkpoint
 
+from ...activations import Canaries, adapters_off_in, agreement, identity, runs_here
+from ...activations.canaries import RELATED
 from ..latents import Latents, Normalization, blocks, normalize
+
+logger = logging.getLogger(__name__)
 
 Architecture = Literal["gated", "groupmax", "jumprelu", "standard", "topk"]
 TENSORS = (
@@ -188,8 +193,38 @@ class SparseAutoencoder(nn.Module):
         return found.hexdigest()
 
     def check_model(self, model: Any) -> None:
-        """Raises `ValueError` for a model without the hook point or of another width."""
+        """Refuse a model that it was not trained on.
+
+        An autoencoder of this package carries canaries. Of a related model, one that was trained further, it is allowed with a
+        warning: its variance unexplained there says what it is worth.
+
+        Raises:
+            `ValueError`: a model without the hook point, of another width, or another model.
+        """
         self.latents().check_model(model)
+        training = self.spec.training
+        canaries = Canaries.of((self.spec.source.get("metadata") or {}).get("canaries") or {})
+        name = self.spec.model_id or "another model"
+        if canaries is None or not runs_here(model):
+            if training and training.get("model") != identity(model, self.spec.hook_point):
+                logger.warning(
+                    "The autoencoder was trained on `%s`, and this model has other norm weights: look at the variance that it leaves "
+                    "unexplained here.", name,
+                )  # fmt: skip
+            return
+        with adapters_off_in(model) as bare:
+            found = agreement(bare, canaries, self.spec.hook_point, self.encoder)
+        if found.agrees:
+            return
+        if found.correlation < RELATED:
+            raise ValueError(
+                f"The autoencoder was trained on `{name}` at `{training.get('hook_point', self.spec.hook_point)}` and this model at "
+                f"`{self.spec.hook_point}` is not that one: {found}. Its latents mean nothing here – expected the model that it was "
+                "trained on, or one that was made from it. Train one on this model (`interp-rlhf sae train`)."
+            )
+        logger.warning(
+            "The autoencoder was trained on `%s`: %s. Look at the variance that it leaves unexplained here.", name, found
+        )
 
     def _reconstruct(self, flat: torch.Tensor) -> torch.Tensor:
         readout = self.latents()

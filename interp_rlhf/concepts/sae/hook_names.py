@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...activations import decoder_layers, embedding_point
+from ...activations import decoder_layers, embedding_point, stream_point
 from ...activations.hook_points import unwrap
 
 _BLOCK = re.compile(r"(?:[\w.]*?\.)?(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)")
@@ -71,7 +71,7 @@ class Layout:
         blocks (`str`): path of the list of its layers, `model.layers`.
         children (`frozenset[str]`): names of a layer's parts.
         embedding (`str`): path of the token embedding.
-        stream (`str`, *optional*): path of what the first layer reads; None where no module gives it out.
+        stream (`str`, *optional*): hook point of what the first layer is given.
         count (`int`, *optional*): how many layers; None where no model is at hand.
         modules (`frozenset[str]`, *optional*): all paths; None where no model is at hand.
         base (`str`): path of the decoder without its LM head, to which sparsify's names are relative.
@@ -94,9 +94,7 @@ class Layout:
         blocks, embedding = layers[0].rpartition(".")[0], embedding_point(base)
         children = frozenset(name[len(layers[0]) + 1 :] for name in modules if name.startswith(f"{layers[0]}."))
         root = blocks.rpartition(".")[0]
-        learned = any(name.endswith((".wpe", ".embed_positions", ".position_embeddings")) for name in modules)
-        stream = f"{root}.drop" if f"{root}.drop" in modules else None if learned else embedding
-        return cls(blocks, children, embedding, stream, len(layers), modules, getattr(base, "base_model_prefix", root))
+        return cls(blocks, children, embedding, stream_point(base), len(layers), modules, getattr(base, "base_model_prefix", root))
 
     @classmethod
     def of_name(cls, model_id: str = "") -> Layout:

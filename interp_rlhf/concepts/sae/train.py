@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...activations import identity, resolve
+from ...activations import identity, make_canaries, resolve
 from ...runlog import RunLog, read_run_log
 from ..artifact import library_versions
 from .autoencoder import SaeSpec, SparseAutoencoder
@@ -194,6 +194,7 @@ def train_sae(
     metadata = {
         "training": given, "tokens": training.step * config.batch_tokens, "seconds": round(training.seconds, 1),
         "versions": library_versions(), **training.last,
+        "canaries": make_canaries(model, tokenizer, config.hook_point, sae.encoder).entry(),
     }  # fmt: skip
     save_sae(sae, out / "sae", metadata=metadata)
     log.append("end", step=training.step, seconds=round(training.seconds, 1))

@@ -51,7 +51,7 @@ def refuse(model: Any, args: Any, train_dataset: Any, peft_config: Any, more: di
         raise ValueError(
             "`peft_config` is of prompt learning – expected adapters such as LoRA: values are read at tokens."
         )
-    require_aligned_saves(args, args.save_steps)
+    require_aligned_saves(args, args.save_steps, len(train_dataset) if hasattr(train_dataset, "__len__") else None)
     if train_dataset is not None and hasattr(train_dataset, "__len__"):
         needed = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
         if len(train_dataset) < needed:

@@ -74,7 +74,9 @@ def add_value_head(model: Any, own_trunk: bool) -> None:
         with in_one_piece(list(source.parameters())):  # ZeRO-3 takes a model apart when it is loaded
             trunk = copy.deepcopy(source)
         trunk.requires_grad_(True)
-    head = ValueHead(hidden_size(model), model.dtype, trunk)
+    # What a trunk gives out may be narrower than its stream: OPT-350M projects it down.
+    width = getattr(model.get_output_embeddings(), "in_features", None) if own_trunk else None
+    head = ValueHead(width or hidden_size(model), model.dtype, trunk)
     setattr(model, VALUE_HEAD, head.to(parameter.device) if parameter.device.type != "meta" else head)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...activations.batch import completion_text, prompt_text
+from ...messages import completion_text, prompt_text
 from ...runlog import RunLog
 
 TITLE = "Tokens of one completion"

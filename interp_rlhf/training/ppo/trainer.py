@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from ...drift.recorder import record
 from ...runlog import RunLog
-from ..checkpoints import ResumeCallback
+from ..checkpoints import ResumeCallback, prompts_of
 from ..mixin import RolloutMixin
 from . import advantages as adv
 from . import metrics
@@ -138,7 +138,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         self._keep_head = False
         self.run_log: RunLog | None = None
         self.sample_scores: dict[str, Any] | None = None  # what an attached watcher found on the rollout
-        self.add_callback(_Resume({"ppo": self._carried}, aligned=True))
+        self.add_callback(_Resume({"ppo": self._carried}, aligned=True, prompts=prompts_of(self)))
 
     # Training
 
