@@ -18,20 +18,53 @@ TEMPLATE = (
 )
 
 
+# Templates as real models have them, shortened to what they write around turns, with the special tokens that they need: first the
+# end-of-sequence token, then padding. Gemma's turn ends with a token that is not its end of sequence.
+STYLES = {
+    "plain": (TEMPLATE, ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]),
+    "chatml": (  # SmolLM2, Qwen 2.5
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ["<|im_end|>", "<|pad|>", "<|im_start|>"],
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        ["<eos>", "<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        ["<|eot_id|>", "<|pad|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
+    ),
+    "qwen3": (  # an empty think block before the last answer, which the prompt has only where thinking is switched off
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+        ["<|im_end|>", "<|pad|>", "<|im_start|>", "<think>", "</think>"],
+    ),
+}
+
+
 def sentences(count: int, seed: int = 0, low: int = 3, high: int = 12) -> list[str]:
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(low, high))) for _ in range(count)]
 
 
-def make_tokenizer():
-    """A byte-level BPE trained on a few hundred sentences, with a chat template; `<|end|>` ends a turn."""
+def make_tokenizer(style="plain"):
+    """A byte-level BPE trained on a few hundred sentences, with a chat template of `STYLES`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    template, special = STYLES[style]
+    begin = {"bos_token": special[2]} if style in ("gemma", "llama3") else {}
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=special,
@@ -40,8 +73,8 @@ def make_tokenizer():
     )
     bpe.train_from_iterator(sentences(400), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>", chat_template=TEMPLATE, padding_side="left",
-        extra_special_tokens=special[2:],
+        tokenizer_object=bpe, eos_token=special[0], pad_token=special[1], chat_template=template, padding_side="left",
+        extra_special_tokens=special[2:], **begin,
     )  # fmt: skip
 
 

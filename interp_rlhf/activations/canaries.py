@@ -158,8 +158,8 @@ def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions:
     coarse = _coarse(model)
     precision = coarse[0] if coarse else "float32"
     why = coarse[1] if coarse else ""
-    if precision == "float32" and canaries.numbers != _numbers(model):
-        precision, why = "16 bits", "one of the two models holds numbers of 16 bits"
+    if precision == "float32" and canaries.numbers == "float32" and _numbers(model) == "16 bits":
+        precision, why = "16 bits", "its weights were rounded to 16 bits"
     ratio = float(found[:, -1].mean()) / max(canaries.mean_norm, 1e-12)
     if not torch.isfinite(found).all():
         return Agreement(float("inf"), 0.0, ratio, precision, why)

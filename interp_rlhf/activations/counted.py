@@ -233,7 +233,7 @@ def counted(
 def turns_in(ids: Sequence[int], marks: ChatMarks) -> int:
     """How many turns of an assistant a completion holds: its own, and one for each header in it."""
     size = len(marks.header)
-    if not size:
+    if not size or marks.header[0] not in ids:
         return 1
     return 1 + sum(tuple(ids[i : i + size]) == marks.header for i in range(len(ids) - size + 1))
 

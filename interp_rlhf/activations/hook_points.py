@@ -56,7 +56,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def resolve(model: nn.Module, hook_point: str) -> nn.Module:
-    """Module at a hook point; of `<module>.input`, that module.
+    """Module at a hook point.
+
+    `<module>.input` is put into the module where nobody asked for it before: without parameters or effect, it gives out what the
+    module is given.
 
     Args:
         model (`nn.Module`): a causal LM, wrapped or not.
@@ -67,9 +70,10 @@ def resolve(model: nn.Module, hook_point: str) -> nn.Module:
     """
     base = unwrap(model)
     modules: dict[str, nn.Module] = dict(base.named_modules())
-    for path in (hook_point, hook_point.removesuffix(INPUT)):
-        if path in modules and path != "":
-            return modules[path]
+    if hook_point in modules and hook_point != "":
+        return modules[hook_point]
+    if hook_point.endswith(INPUT) and (owner := hook_point.removesuffix(INPUT)) in modules:
+        return _Input.of(modules[owner])
     near = difflib.get_close_matches(hook_point, [name for name in modules if name], n=3, cutoff=0.6)
     hint = f" Nearest: {', '.join(f'`{name}`' for name in near)}." if near else ""
     layers = layers_or_none(base)
@@ -87,25 +91,13 @@ def on_activation(
     Raises:
         `ValueError`: no such hook point; in a pass, an activation of another shape or of a type that cannot be read.
     """
-    module = resolve(model, hook_point)
-    if hook_point.endswith(INPUT) and module is not dict(unwrap(model).named_modules()).get(hook_point):
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = args[0] if args else kwargs.get("hidden_states")
-            changed = see(_checked(given, hook_point))
-            if changed is None:
-                return None
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         changed = see(_checked(output, hook_point))
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    return module.register_forward_hook(after)
+    return resolve(model, hook_point).register_forward_hook(after)
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
@@ -164,7 +156,7 @@ def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
     names = [name for name, _ in unwrap(model).named_modules()]
 
     def done(point: str) -> tuple[int, int]:
-        if point.endswith(INPUT) and point not in names:  # all that comes before the module is done
+        if point.endswith(INPUT) and isinstance(resolve(model, point), _Input):  # all that comes before the module is done
             return names.index(point.removesuffix(INPUT)) - 1, -point.count(".") + 1
         inside = [i for i, name in enumerate(names) if name == point or name.startswith(f"{point}.")]
         return max(inside), -point.count(".")
@@ -210,6 +202,26 @@ def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tens
             "at a decoder layer, whose output an 8-bit or 4-bit model has in its compute type."
         )
     return activation
+
+
+class _Input(nn.Module):
+    """Gives out what the module that it is a part of is given."""
+
+    @classmethod
+    def of(cls, owner: nn.Module) -> _Input:
+        made = cls()
+        owner.add_module(INPUT.removeprefix("."), made)
+        owner.register_forward_pre_hook(made.before, with_kwargs=True)
+        return made
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        return activation
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook before the owner: what it is given goes through this module, and may be changed there."""
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
 
 
 def _checked(output: Any, hook_point: str) -> torch.Tensor:

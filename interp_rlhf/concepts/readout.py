@@ -49,6 +49,7 @@ class Readout:
         include_end_of_turn (`bool`): whether end-of-turn tokens at the end of a completion count.
         header (`Header`, *optional*): the artifact's own description, checked against models.
         latents (`Latents`, *optional*): latents of a sparse autoencoder, K of them.
+        made_of (`Readout`, *optional*): the artifact's own readout, whose canaries hold, where this one reads other directions.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Readout:
     include_end_of_turn: bool = False
     header: Header | None = None
     latents: Latents | None = None
+    made_of: Readout | None = None
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, name: str, pooling: str, transform: Transform | None = None) -> Readout:
@@ -213,7 +215,7 @@ class Readout:
         """
         if self.canaries is None or self.header is None:
             return
-        found = agreement(model, self.canaries, self.hook_point, self.read_directions)
+        found = agreement(model, self.canaries, self.hook_point, (self.made_of or self).read_directions)
         if not found.agrees:
             same = identity(model, self.hook_point) == self.header.identity
             raise ValueError(

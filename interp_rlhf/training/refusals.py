@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..activations import Causes, embedding_point, has_adapters, layers_or_none, resolve, runs_after, unwrap
+from ..activations import Causes, ChatMarks, embedding_point, has_adapters, layers_or_none, resolve, runs_after, unwrap
+from ..activations.counted import turns_in
 from ..activations.hook_points import INPUT
 from ..concepts.latents import Latents
 from ..concepts.readout import Readout, same_artifact
@@ -58,6 +59,26 @@ def refuse_terms(
         _refuse_intervention(trainer, kind, intervention)
         for regularizer in regularizers:
             _refuse_both(trainer, regularizer, intervention)
+
+
+def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
+    """Raises:
+    `ValueError`: completions of a preference data set that hold several turns of the assistant: they are not one answer.
+    """
+    columns = [c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in (trainer.train_dataset.column_names or [])]
+    several, every, first = 0, 0, None
+    for column in columns:
+        for row, ids in enumerate(trainer.train_dataset[column]):
+            every += 1
+            if turns_in(ids, marks) > 1:
+                several += 1
+                first = row if first is None else first
+    if several:
+        raise ValueError(
+            f"{several} of {every} completions hold several turns of the assistant, the first in row {first} – expected one turn in each: "
+            "what others say in between is no answer, and several answers have several scores. Put what comes before the last turn into "
+            "the prompt."
+        )
 
 
 def refuse_noise(trainer: Any, regularizers: Sequence[Regularizer], causes: Causes) -> None:

@@ -478,10 +478,10 @@ def random_like(readout: Readout, seed: int) -> Readout:
         own = readout.latents.chosen.cpu()
         drawn = torch.randn(own.shape, generator=generator)
         rows = drawn * (own.norm(dim=1) / drawn.norm(dim=1))[:, None]
-        return replace(readout, latents=readout.latents.with_rows(rows), transform=None, name=name)
+        return replace(readout, latents=readout.latents.with_rows(rows), transform=None, name=name, made_of=readout)
     drawn = torch.randn(readout.weight.shape, generator=generator)
     weight = drawn / drawn.norm() * readout.weight.detach().cpu().float().norm()
-    return replace(readout, weight=weight, bias=0.0, offset=0.0, transform=None, name=name)
+    return replace(readout, weight=weight, bias=0.0, offset=0.0, transform=None, name=name, made_of=readout)
 
 
 def _without_transform(term: ConceptAnchor | ConceptPenalty) -> None:
