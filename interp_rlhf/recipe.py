@@ -77,7 +77,7 @@ class InterpArguments:
         if not cards:
             raise ValueError(
                 "`interp.rewards` names no card – expected at least one: rollouts are trained on rewards. Add "
-                "`rewards: [reward/warmth/reward.v1.yaml]`."
+                "`rewards: [reward/warmth/reward.v2.yaml]`."
             )
         return [
             ConceptReward.from_card(**card) if isinstance(card, Mapping) else ConceptReward.from_card(card)

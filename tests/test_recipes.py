@@ -217,7 +217,7 @@ def test_recipes_run_unchanged_on_two_processes(name, recipe, section, engine, s
     ("arguments", "message"),
     [
         (["--interp", '{"monitorz": []}'], "Did you mean `monitors`"),
-        (["--interp", '{"regularizers": "x"}'], "expected a list"),
+        (["--interp", '{"arm": false}'], "YAML takes no, off, yes and on"),
         (["--interp", '{"drift": {"evry": 1}}'], "Did you mean `every`"),
         (["--interp", "[]"], "expected a mapping"),
     ],

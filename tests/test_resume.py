@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tiny import make_readout
-from training import make_trainer
+from training import distance, make_trainer, rows_of, weights_of
 
 from interp_rlhf import ConceptAnchor, attach
 from interp_rlhf.runlog import RunLog, read_run_log
@@ -213,8 +213,7 @@ def test_saves_inside_a_generated_batch_are_refused_with_the_number_to_use(kind,
     assert save_multiple(trainer.args) == 4
     with pytest.raises(ValueError, match=r"`save_steps` is 6 – expected a multiple of 4 .*save_steps=8"):
         call()
-    with pytest.raises(ValueError, match=r"`save_strategy` is `epoch`.*save_steps=4"):
-        attached(save_strategy="epoch")[1]()
+    attached(save_strategy="epoch")[1]()  # an epoch ends with a generated batch that is used up
     attached(save_strategy="steps", save_steps=8)[1]()
     trainer, call = attached(
         save_strategy="steps", save_steps=0.25
@@ -222,6 +221,26 @@ def test_saves_inside_a_generated_batch_are_refused_with_the_number_to_use(kind,
     call()
     with pytest.raises(ValueError, match="`save_steps` is 2 – expected a multiple of 4"):
         trainer.train()
+
+
+def test_where_an_epoch_ends_short_of_micro_batches_its_end_is_the_place_to_save(load, tokenizer, tmp_path):
+    """Three micro-batches an epoch, two a step: steps of 2 and of 1. After step 3 the second generated batch is in use."""
+    changes = {
+        "per_device_train_batch_size": 2, "steps_per_generation": 3, "gradient_accumulation_steps": 2, "beta": 0.0, "optim": "sgd",
+        "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 2, "max_steps": 6,
+    }  # fmt: skip
+
+    def run(out, resume=None, **more):
+        trainer = make_trainer("GRPO", load(), tokenizer, out, rows=rows_of("GRPO", 3), **{**changes, **more})
+        attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights_of(trainer)
+
+    with pytest.raises(ValueError, match=r"`save_steps` is 3 – expected a multiple of 2 .*with 3 prompts in an epoch.*save_steps=4"):
+        run(tmp_path / "refused", save_steps=3)
+    whole = run(tmp_path / "whole")
+    for step in (2, 4):
+        assert distance(whole, run(tmp_path / f"from{step}", str(tmp_path / "whole" / f"checkpoint-{step}"))) == 0.0
 
 
 def test_a_run_is_not_resumed_inside_a_generated_batch(load, tokenizer, tmp_path, caplog):
@@ -243,8 +262,8 @@ def test_a_run_is_not_resumed_inside_a_generated_batch(load, tokenizer, tmp_path
         return trainer
 
     trainer_of(3).train()
-    assert "`max_steps` is 3, no multiple of 2" in caplog.text
-    with pytest.raises(ValueError, match=r"from step 3 – expected a multiple of 2.*at step 2 or before"):
+    assert "`max_steps` is 3, inside of a generated batch" in caplog.text
+    with pytest.raises(ValueError, match=r"from step 3 – expected a step after which no generated batch is half used.*at step 2 or before"):
         trainer_of(6).train(resume_from_checkpoint=True)
     again = trainer_of(6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

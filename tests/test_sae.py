@@ -391,7 +391,7 @@ def test_penalties_have_gradients_to_the_policy_and_none_to_the_autoencoder(load
     ]
     before = sae.digest()
     trainer = make_trainer("DPO", model, tokenizer, tmp_path / "run")
-    trainer.ref_model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)  # so that terms are not at their minimum
+    trainer.model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)  # so that terms are not at their minimum
     monitor = Readout("other", POINT, torch.ones(32))
     attach(trainer, regularizers=terms, monitors=[monitor], interventions=[])
     assert not any(module is sae for module in trainer.model.modules())
@@ -410,7 +410,8 @@ def test_mean_latents_of_a_term_hold_no_latents_of_all_tokens(architecture, monk
     monkeypatch.setattr(latents_module, "BLOCK_TOKENS", 16)
     readout = random_sae(architecture, size=160, k=8).latents()
     activation = torch.randn(100, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    tokens = Counted(torch.ones(3, 40, dtype=torch.bool), torch.arange(100) // 40, 3)
+    every = torch.ones(3, 40, dtype=torch.bool)
+    tokens = Counted(every, torch.arange(100) // 40, 3, ~every, ~every)
     wanted = tokens.means(readout(activation))
     (wanted_gradient,) = torch.autograd.grad(wanted.pow(2).sum(), activation)
     kept = []

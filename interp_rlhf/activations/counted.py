@@ -122,14 +122,14 @@ class Counted:
         sequence (`torch.LongTensor` of shape (N,)): which sequence each belongs to, 0 to M − 1, in order of the batch.
         sequences (`int`): M. A row of the batch is one sequence, unless it is packed, or holds several turns of an assistant.
         template (`torch.BoolTensor` of shape (B, T)): tokens that the template wrote between an assistant's header and its answer.
-        start (`torch.LongTensor` of shape (B, T)): where the text that a token belongs to begins in its row.
+        starts (`torch.BoolTensor` of shape (B, T)): where a text begins.
     """
 
     mask: torch.Tensor
     sequence: torch.Tensor
     sequences: int
     template: torch.Tensor
-    start: torch.Tensor
+    starts: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
@@ -173,7 +173,7 @@ class Counted:
         rows: list[list[int]] = [[] for _ in range(self.sequences)]
         counts: list[list[bool]] = [[] for _ in range(self.sequences)]
         for sequence, (row, end) in last.items():
-            first = int(self.start[row, end])
+            first = int(self.starts[row, : end + 1].nonzero()[-1])
             kept = [p for p in range(first, end + 1) if template or not self.template[row, p]]
             rows[sequence] = ids[row, kept].tolist()
             counts[sequence] = [place in own[sequence] for place in kept]
@@ -227,7 +227,7 @@ def counted(
         present = keys[found.mask].unique()
         rows = torch.searchsorted(present, keys.contiguous())
         sequences = len(present)
-    return Counted(found.mask, rows[found.mask], sequences, found.template, found.start)
+    return Counted(found.mask, rows[found.mask], sequences, found.template, starts)
 
 
 def turns_in(ids: Sequence[int], marks: ChatMarks) -> int:
@@ -243,7 +243,6 @@ class _Answers:
     mask: torch.Tensor  # (B, T)
     template: torch.Tensor  # (B, T)
     turn: torch.Tensor  # (B, T), how many turns have begun in the row
-    start: torch.Tensor  # (B, T)
 
 
 def _answers(
@@ -299,7 +298,7 @@ def _answers(
     if texts:
         plain = torch.isin(text_of, text_of[whole]) & ~with_header
         found = torch.where(plain, mask & ~torch.isin(ids, _tensor(marks.special, ids)), found)
-    return _Answers(found & ~starts, template, opens.cumsum(1), start)
+    return _Answers(found & ~starts, template, opens.cumsum(1))
 
 
 def _after(

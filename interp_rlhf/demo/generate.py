@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..activations.batch import end_of_turn_ids, tokenize_prompt
+from ..activations import end_of_turn_ids
+from ..activations.batch import tokenize_prompt
 from .prompts import FOLLOWS, VIOLATES
 
 Message = dict[str, str]

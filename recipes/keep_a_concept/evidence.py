@@ -87,9 +87,9 @@ def probes_of(data: Path, model, tokenizer, folder: Path) -> tuple[list[Readout]
         found = check_card(load_card(path), model, tokenizer, make_examples(train), make_examples(test))
         readouts.append(Readout.from_card(path))
         evidence[name] = {"auroc": found.held_out.probe.auroc, "text_baseline_auroc": found.held_out.tfidf.auroc}
-    warmth = load_card("reward/warmth/reward.v1.yaml")
+    warmth = load_card("reward/warmth/reward.v2.yaml")
     readouts.append(Readout.from_card(warmth))
-    evidence["warmth"] = {"auroc": warmth.card.evidence.held_out.probe.auroc, "card": "reward/warmth/reward.v1.yaml"}
+    evidence["warmth"] = {"auroc": warmth.card.evidence.held_out.probe.auroc, "card": "reward/warmth/reward.v2.yaml"}
     return readouts, evidence
 
 

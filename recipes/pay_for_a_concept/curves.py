@@ -121,7 +121,7 @@ def main() -> None:
     names = ("interp-rlhf", "torch", "transformers", "trl", "peft")
     result = {
         "command": "python recipes/pay_for_a_concept/curves.py --out recipes/pay_for_a_concept/curves.json",
-        "model": "SmolLM2-135M-Instruct", "card": "reward/warmth/reward.v1.yaml", "completions_per_rollout": SAMPLES,
+        "model": "SmolLM2-135M-Instruct", "card": "reward/warmth/reward.v2.yaml", "completions_per_rollout": SAMPLES,
         "versions": {name: importlib.metadata.version(name) for name in names}, "runs": runs,
     }  # fmt: skip
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
