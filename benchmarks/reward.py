@@ -6,6 +6,8 @@ different lengths, one linear readout at the middle block, read on the frozen re
 
   reward_share                     β > 0: CPU time in this package's code over the whole step's (one value per step)
   own_forwards                     β > 0: readings that needed a forward pass of our own, a count
+  check_share                      β > 0: CPU time of reading a row and the first row again, which one rollout in 50 does, over 50
+                                   steps (one value per step)
   wall_vs_constant_reward          β > 0: a step with a concept reward over a step with a constant reward, by the clock
   cpu_vs_constant_reward           the same by CPU time
   beta0_reading_vs_forward_share   β = 0: one `read()` of the batch over (blocks read / all blocks) of a no-grad forward of TRL's
@@ -37,6 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 from interp_rlhf import ConceptReward, attach
 from interp_rlhf.activations import TokenBatch, backbone, read, reference_pass
 from interp_rlhf.concepts.readout import Readout
+from interp_rlhf.training import rollout as rollout_module
 
 VOCABULARY = 16_384
 COMPLETIONS, GENERATIONS, TOKENS = 16, 8, 32
@@ -105,6 +108,38 @@ def share_rows(make: Make, readout: Readout, steps: int) -> tuple[list[Row], dic
         Row("own_forwards", [float(rollout.own_forwards)], "0", f"{rollout.taken} readings taken from TRL's passes"),
     ]
     return rows, millis
+
+
+def check_rows(make: Make, readout: Readout, steps: int) -> list[Row]:
+    """What checking that a taken pass is a reading costs: one row read again alone, and the first row of the run."""
+    trainer = make(ConceptReward(readout), BETA)
+    rollout = attach(trainer).rollout
+    assert rollout is not None
+    checks: list[float] = []
+    marks: list[float] = []
+    check = rollout.check
+
+    def timed(*given: Any) -> None:
+        started = time.process_time()
+        check(*given)
+        checks.append(time.process_time() - started)
+
+    rollout.check = timed  # type: ignore[method-assign]
+    trainer.add_callback(StepClock(lambda: marks.append(time.process_time())))
+    trainer.args.max_steps = steps + 2
+    every, rollout_module.EVERY = rollout_module.EVERY, 1  # at every step, to time it
+    try:
+        trainer.train()
+    finally:
+        rollout_module.EVERY = every
+    assert len(checks) == steps + 2
+    spent = [after - before for before, after in itertools.pairwise(marks)][-steps:]
+    values = [own / (every * (step - own)) for own, step in zip(checks[-steps:], spent, strict=True)]
+    return [
+        Row(
+            "check_share", values, "≤ 0.005", f"{1000 * sum(checks[-steps:]) / steps:.0f} ms, once in {every} rollouts"
+        )
+    ]
 
 
 def constant_rows(make: Make, readout: Readout, pairs: int, seed: int) -> list[Row]:
@@ -192,6 +227,7 @@ def main() -> None:
             return make_trainer(folder, f"{name}/{time.monotonic_ns()}", reward, beta, real, seed)
 
         rows, millis = share_rows(make, readout, pairs)
+        rows += check_rows(make, readout, pairs)
         rows += constant_rows(make, readout, pairs, seed)
         rows += beta0_rows(make, readout, share, pairs)
     print("\nms per step by owner:", ", ".join(f"{owner} {ms:.2f}" for owner, ms in sorted(millis.items())))

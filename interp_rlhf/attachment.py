@@ -148,7 +148,8 @@ def attach(
         if drift is not None and drift.on_verdict == "stop" and drift.every % save_multiple(trainer.args, prompts):
             raise ValueError(
                 f"`on_verdict` is `stop` and `every` of the drift configuration is {drift.every} – expected a multiple of "
-                f"{save_multiple(trainer.args, prompts)}: each evaluation without an alarm saves a checkpoint, and only there can a "
+                f"{save_multiple(trainer.args, prompts)}: each evaluation without an alarm saves a checkpoint, and only there "
+                "can a "
                 "run with these generation settings be resumed."
             )
     # Everything that can refuse comes before the trainer is touched, and what was done is undone where something does, so that a
@@ -246,7 +247,8 @@ def _terms(
     source = reference_source(trainer)
     if source == "pass" and reference is not None and reference is not trainer.ref_model:
         raise ValueError(
-            f"`reference` was given to `attach` on a `{type(trainer).__name__}` – expected none: terms compare with the reference that "
+            f"`reference` was given to `attach` on a `{type(trainer).__name__}` – expected none: terms compare with the "
+            "reference that "
             "its own loss runs, and no other model is run. Give it to the trainer (`ref_model`), or leave it out."
         )
     if source == "cache" and reference is None and trainer.ref_model is None and not has_adapters(trainer.model):
@@ -502,7 +504,9 @@ class _Watch:
         ids = self._rollout.completion_ids
         assert ids is not None
         weights = trainer.reward_weights.to(rewards.device)
-        total = (rewards * weights).nansum(1).double()  # of all ranks, as TRL adds them up, which leaves out what none judged
+        total = (
+            (rewards * weights).nansum(1).double()
+        )  # of all ranks, as TRL adds them up, which leaves out what none judged
         total = total.masked_fill(torch.isnan(rewards).all(1), torch.nan).cpu().numpy()
         others = {"length": [float(len(own)) for own in ids]} | {name: found[name] for name in self._measures}
         mode = "train" if trainer.model.training else "eval"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from . import __version__
 
 DATA_HELP = (
-    "JSONL, CSV or Parquet file, or a `datasets` path, with `label` and one of `text`, `messages`, or `prompt` and `completion`"
+    "JSONL, CSV or Parquet file, or a `datasets` path, with `label` and one of `text`, `messages`, "
+    "or `prompt` and `completion`"
 )
 MODEL_HELP = "folder or Hub id of the causal LM (default: the embedded SmolLM2-135M-Instruct)"
 
@@ -153,7 +154,8 @@ def _add_canaries(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     canaries = commands.add_parser(
         "canaries",
         help="add canaries to a card of before 0.2: scores by which a model shows that it is the right one",
-        description="Reads short sentences with the card's readout on the model that it was made on and writes the next version of the "
+        description="Reads short sentences with the card's readout on the model that it was made on and writes the next "
+        "version of the "
         "card and of its artifact, with what they gave. A model that is to be read must give the same again. The new card has no "
         "evidence: run `probe check` on it.",
         epilog="example: interp-rlhf probe canaries reward/warmth/reward.v2.yaml",
@@ -175,7 +177,8 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--labelled check.jsonl --max kl=0.5 --min cosine=0.9 --fail-on 'monitor stale'",
     )
     compare.add_argument(
-        "before", metavar="A",
+        "before",
+        metavar="A",
         help="folder or Hub id of a causal LM, a folder with a PEFT adapter, or `SmolLM2-135M-Instruct`, the embedded one",
     )
     compare.add_argument("after", metavar="B", help="the same; an adapter must be one of A, or of A's base")

@@ -70,7 +70,9 @@ def conversation(given: Any) -> list[Any]:
         `ValueError`: it is something else.
     """
     if isinstance(given, str) or not all(isinstance(item, Mapping) and "role" in item for item in as_list(given)):
-        raise ValueError(f"{str(given)[:80]!r} is no conversation – expected a list of messages with `role` and `content`.")
+        raise ValueError(
+            f"{str(given)[:80]!r} is no conversation – expected a list of messages with `role` and `content`."
+        )
     return as_list(given)
 
 

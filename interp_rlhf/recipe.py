@@ -118,7 +118,8 @@ def _section(given: Any) -> dict[str, Any]:
     for key in ("arm", "run_log"):
         if not isinstance(section.get(key, ""), str | Path):
             raise ValueError(
-                f"`interp.{key}` is {section[key]!r} – expected a word: YAML takes no, off, yes and on for false and true. Put it in "
+                f"`interp.{key}` is {section[key]!r} – expected a word: YAML takes no, off, yes and on for false and true. "
+                "Put it in "
                 "quotes."
             )
     if "samples_every" in section:

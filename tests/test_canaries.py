@@ -202,13 +202,20 @@ def test_the_same_checkpoint_is_read_whatever_its_form(fitted, tokenizer, tmp_pa
         "a copy": {"reference": copy.deepcopy(load(folder))},
     }
     for name, changes in right.items():
-        trainer, attached = grpo(fitted, tokenizer, tmp_path / name.replace(" ", "_"), **changes)
+        _, attached = grpo(fitted, tokenizer, tmp_path / name.replace(" ", "_"), **changes)
         assert attached.rollout.taken + attached.rollout.own_forwards >= 1, name
 
 
 def test_an_adapter_that_changes_the_policy_and_a_resumed_run_are_read_on_the_same_base(fitted, tokenizer, tmp_path):
     folder, card = fitted
-    settings = {"beta": 0.1, "lora": {}, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    settings = {
+        "beta": 0.1,
+        "lora": {},
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+    }
 
     def build():
         return make_trainer(
@@ -244,7 +251,9 @@ def test_less_precise_and_another_model_are_told_apart_with_the_numbers(fitted, 
             parameter.copy_(parameter + 0.2 * parameter.std() * torch.randn_like(parameter))
     less = agreement(coarse.to(torch.bfloat16), kept, readout.hook_point, readout.read_directions)
     assert not less.agrees
-    assert "may be the same model, less precise (weights of type torch.bfloat16)" in str(less) or less.correlation < 0.9
+    assert (
+        "may be the same model, less precise (weights of type torch.bfloat16)" in str(less) or less.correlation < 0.9
+    )
     other = agreement(make_model("llama", tokenizer, seed=7), kept, readout.hook_point, readout.read_directions)
     assert str(other).endswith("It is another model")
     with pytest.raises(ValueError, match=r"off by \d.* of their standard deviation \(correlation"):
@@ -305,7 +314,9 @@ def test_an_artifact_without_canaries_is_a_monitor_and_the_command_adds_them(fit
 def rewards_by_hand(folder, tokenizer, trainer, reward):
     frozen = load(folder)
     for asked, ids, found in reward.seen:
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
         own = ids[: next((i for i, token in enumerate(ids) if token == 0), len(ids))]
         if not own:
             assert found is None
@@ -330,12 +341,13 @@ class Spy(ConceptReward):
 
 def noisy_models(tokenizer):
     common = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None,
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(0)
     mixtral = AutoModelForCausalLM.from_config(
-        MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1), dtype=torch.float32
+        MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1),
+        dtype=torch.float32,
     )
     with torch.no_grad():
         for parameter in mixtral.parameters():
@@ -373,14 +385,18 @@ def test_a_pass_with_noise_or_padding_is_not_taken_for_a_reading(tokenizer, tmp_
 def test_noise_that_nobody_knew_of_stops_the_run_and_is_named(fitted, tokenizer, tmp_path):
     """A hook that is added after `attach` and draws noise in training mode: the row that is read again tells."""
     folder, card = fitted
-    trainer = make_trainer("GRPO", str(folder), tokenizer, tmp_path, lora={}, reward_funcs=[ConceptReward.from_card(card)])
+    trainer = make_trainer(
+        "GRPO", str(folder), tokenizer, tmp_path, lora={}, reward_funcs=[ConceptReward.from_card(card)]
+    )
     attach(trainer)
 
     def noise(module, args, output):
         return output + 0.3 * torch.randn_like(output) if module.training else output
 
     trainer.model.get_base_model().get_input_embeddings().register_forward_hook(noise)
-    with pytest.raises(ValueError, match=r"Scores of `warmth` on the reference are off by .* Cause: .*in training mode"):
+    with pytest.raises(
+        ValueError, match=r"Scores of `warmth` on the reference are off by .* Cause: .*in training mode"
+    ):
         trainer.train()
 
 
@@ -432,7 +448,9 @@ def test_the_reference_is_what_training_begins_with_not_what_lies_at_its_path(to
     trainer.train()
     logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     assert logs["interp/anchor_concept/squared_gap"] == 0.0
-    trainer = make_trainer("GRPO", policy, tokenizer, tmp_path / "grpo", beta=0.0, reward_funcs=[ConceptReward(make_readout(policy))])
+    trainer = make_trainer(
+        "GRPO", policy, tokenizer, tmp_path / "grpo", beta=0.0, reward_funcs=[ConceptReward(make_readout(policy))]
+    )
     reference = attach(trainer).rollout.reference
     for mine, theirs in zip(reference.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -450,7 +468,9 @@ def test_a_policy_in_two_precisions_is_copied_as_it_is(tokenizer, tmp_path):
     )  # fmt: skip
     attach(trainer)
     trainer.train()
-    assert [log["interp/both_ways/drift"] for log in trainer.state.log_history if "interp/both_ways/drift" in log] == [0.0]
+    assert [log["interp/both_ways/drift"] for log in trainer.state.log_history if "interp/both_ways/drift" in log] == [
+        0.0
+    ]
 
 
 def test_a_reference_that_would_not_be_used_is_refused(tokenizer, fitted, tmp_path):
@@ -459,7 +479,9 @@ def test_a_reference_that_would_not_be_used_is_refused(tokenizer, fitted, tmp_pa
     trainer = make_trainer("DPO", str(folder), tokenizer, tmp_path)
     with pytest.raises(ValueError, match="its own loss runs"):
         attach(trainer, regularizers=terms, reference=make_model("llama", tokenizer, seed=7))
-    trainer = make_trainer("DPO", str(folder), tokenizer, tmp_path, precompute_ref_log_probs=True, max_steps=1, learning_rate=0.0)
+    trainer = make_trainer(
+        "DPO", str(folder), tokenizer, tmp_path, precompute_ref_log_probs=True, max_steps=1, learning_rate=0.0
+    )
     trainer.train()
     with pytest.raises(ValueError, match="Attach before training, or pass `reference=`"):
         attach(trainer, regularizers=terms)
@@ -479,7 +501,13 @@ def test_tokens_that_a_template_brought_are_in_the_reference_too(tokenizer, fitt
     other.save_pretrained(tmp_path / "template")
     own = AutoTokenizer.from_pretrained(folder)  # TRL adds the tokens to it
     trainer = make_trainer(
-        "SFT", str(folder), own, tmp_path / "out", chat_template_path=str(tmp_path / "template"), max_steps=1, learning_rate=0.0
+        "SFT",
+        str(folder),
+        own,
+        tmp_path / "out",
+        chat_template_path=str(tmp_path / "template"),
+        max_steps=1,
+        learning_rate=0.0,
     )
     attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(load(folder)), weight=1.0)])
     trainer.train()
@@ -489,8 +517,8 @@ def test_tokens_that_a_template_brought_are_in_the_reference_too(tokenizer, fitt
 
 def rope(kind, tokenizer):
     base = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None,
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None,
     }  # fmt: skip
     if kind == "dynamic":
         parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
@@ -518,14 +546,23 @@ def rope(kind, tokenizer):
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_a_row_does_not_feel_how_long_the_others_are(kind, tokenizer, tmp_path):
     """RoPE that looks at the longest row of a batch, or remembers it: each row reads as on a fresh model."""
-    texts = [*sentences(3, seed=1, low=5, high=8), " ".join(sentences(6, seed=5, low=7, high=8)), " ".join(sentences(14, seed=2))]
+    texts = [
+        *sentences(3, seed=1, low=5, high=8),
+        " ".join(sentences(6, seed=5, low=7, high=8)),
+        " ".join(sentences(14, seed=2)),
+    ]
     readout = make_readout(rope(kind, tokenizer))
-    alone = [readout.score(read(rope(kind, tokenizer), [text], [readout], tokenizer=tokenizer)["concept"])[0] for text in texts]
+    alone = [
+        readout.score(read(rope(kind, tokenizer), [text], [readout], tokenizer=tokenizer)["concept"])[0]
+        for text in texts
+    ]
     model = rope(kind, tokenizer)
     for order in (texts, texts[::-1]):
         together = readout.score(read(model, order, [readout], tokenizer=tokenizer)["concept"])
         assert together == pytest.approx(alone if order is texts else alone[::-1], abs=1e-5)
-    assert readout.score(read(model, texts[:1], [readout], tokenizer=tokenizer)["concept"])[0] == pytest.approx(alone[0], abs=1e-5)
+    assert readout.score(read(model, texts[:1], [readout], tokenizer=tokenizer)["concept"])[0] == pytest.approx(
+        alone[0], abs=1e-5
+    )
     # Rollouts: a batch whose padded width passes the limit is read again, row by row of one length.
     folder = tmp_path / kind
     model.save_pretrained(folder)
@@ -573,7 +610,9 @@ def test_an_autoencoder_of_another_model_is_refused_and_of_a_trained_one_is_told
 
     model = make_model("llama", tokenizer)
     settings = SaeTraining(LAYER, latents=64, k=4, epochs=2, batch_tokens=128, buffer=1024, context=32)
-    train_sae(model, tokenizer, sentences(120, seed=3), settings, tmp_path / "run", progress=False, model_id="tiny-llama")
+    train_sae(
+        model, tokenizer, sentences(120, seed=3), settings, tmp_path / "run", progress=False, model_id="tiny-llama"
+    )
     folder = tmp_path / "run" / "sae"
     load_sae(folder, model=model)
     assert "was trained on" not in caplog.text
@@ -607,7 +646,10 @@ def test_an_abstention_beside_other_functions_is_its_groups_mean(tokenizer, fitt
         "GRPO", str(folder), tokenizer, tmp_path, lora={}, reward_funcs=[reward, other], max_steps=1, learning_rate=0.0
     )
     attach(trainer)
-    trainer._generate_single_turn = lambda prompt_ids, *a, **k: ([list(lines[i % 2]) for i in range(len(prompt_ids))], None)
+    trainer._generate_single_turn = lambda prompt_ids, *a, **k: (
+        [list(lines[i % 2]) for i in range(len(prompt_ids))],
+        None,
+    )
     trainer.train()
     logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     assert seen[0][1] is None

@@ -59,7 +59,9 @@ def by_hand(model, readout, prompt_ids, answer_ids) -> float:
     training = model.training
     model.eval()
     with torch.no_grad():
-        states = model(torch.tensor([[*prompt_ids, *answer_ids]]), output_hidden_states=True, use_cache=False).hidden_states
+        states = model(
+            torch.tensor([[*prompt_ids, *answer_ids]]), output_hidden_states=True, use_cache=False
+        ).hidden_states
     model.train(training)
     tokens = states[2][0].double() @ readout.weight.double() + readout.bias  # the output of layer 1
     return pooled_by_hand(tokens[max(1, len(prompt_ids)) :].tolist(), readout.pooling)
@@ -67,7 +69,9 @@ def by_hand(model, readout, prompt_ids, answer_ids) -> float:
 
 def prompt_of(tokenizer, messages, **kwargs):
     return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs)[
+            "input_ids"
+        ]
     )
 
 
@@ -92,7 +96,9 @@ class Spy(ConceptReward):
     dropout=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_every_logged_score_is_that_of_one_unpadded_row_by_hand(styles, tmp_path_factory, style, kind, lora, dropout, seed):
+def test_every_logged_score_is_that_of_one_unpadded_row_by_hand(
+    styles, tmp_path_factory, style, kind, lora, dropout, seed
+):
     """All poolings at once; with dropout in the adapter the trainer's own pass is no reading, and is not taken for one."""
     tokenizer, folder = styles[style]
     frozen = load(folder)
@@ -138,7 +144,8 @@ def rollouts_by_hand(kind, tokenizer, folder, frozen, readouts, out, adapter, se
 
         args = PPOConfig(
             str(out), per_device_train_batch_size=4, max_steps=1, num_ppo_epochs=1, num_mini_batches=1, max_completion_length=6,
-            kl_coef=0.1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, seed=3, learning_rate=0.0,
+            kl_coef=0.1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, seed=3,
+            learning_rate=0.0,
         )  # fmt: skip
         trainer = PPOTrainer(
             model=str(folder), reward_funcs=rewards, args=args, train_dataset=Dataset.from_list(rows),
@@ -164,11 +171,18 @@ def rollouts_by_hand(kind, tokenizer, folder, frozen, readouts, out, adapter, se
 def test_what_a_template_writes_around_an_answer_is_found(style, styles):
     tokenizer, _ = styles[style]
     marks = ChatMarks.of(tokenizer)
-    close = {"plain": "<|end|>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "qwen3": "<|im_end|>"}
+    close = {
+        "plain": "<|end|>",
+        "chatml": "<|im_end|>",
+        "gemma": "<end_of_turn>",
+        "llama3": "<|eot_id|>",
+        "qwen3": "<|im_end|>",
+    }
     assert marks.ends == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(close[style])}
     assert tokenizer.decode(marks.prefix) == ("<think>\n\n</think>\n\n" if style == "qwen3" else "")
     header = {
-        "plain": "<|assistant|>", "gemma": "<start_of_turn>model\n", "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "plain": "<|assistant|>", "gemma": "<start_of_turn>model\n",
+        "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     }  # fmt: skip
     assert tokenizer.decode(marks.header) == header.get(style, "<|im_start|>assistant\n")
     switched_off = ChatMarks.of(tokenizer, None, {"enable_thinking": False})
@@ -184,7 +198,13 @@ def test_turns_of_a_conversation_are_kept_apart(style, styles, tmp_path):
         {"role": "user", "content": "cold bad rude"}, {"role": "assistant", "content": "good day"},
     ]  # fmt: skip
     trainer = make_trainer(
-        "SFT", str(folder), tokenizer, tmp_path, rows=[{"messages": talk}] * 2, max_steps=1, per_device_train_batch_size=2
+        "SFT",
+        str(folder),
+        tokenizer,
+        tmp_path,
+        rows=[{"messages": talk}] * 2,
+        max_steps=1,
+        per_device_train_batch_size=2,
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     found = counted(batch, ChatMarks.of(tokenizer))
@@ -192,7 +212,10 @@ def test_turns_of_a_conversation_are_kept_apart(style, styles, tmp_path):
     lengths = [len(text_ids(tokenizer, turn["content"])) for turn in talk if turn["role"] == "assistant"]
     assert found.counts.tolist() == lengths * 2
     rows, counts = found.texts(batch["input_ids"])
-    said = [tokenizer.decode([token for token, c in zip(r, n, strict=True) if c]) for r, n in zip(rows, counts, strict=True)]
+    said = [
+        tokenizer.decode([token for token, c in zip(r, n, strict=True) if c])
+        for r, n in zip(rows, counts, strict=True)
+    ]
     assert [text.strip() for text in said] == ["warm rain and sun", "good day"] * 2
 
 
@@ -203,7 +226,9 @@ def test_a_multi_turn_completion_is_refused_by_read_and_in_preference_trainers(s
         {"role": "assistant", "content": "good day"},
     ]  # fmt: skip
     prompt = [{"role": "user", "content": "what is it"}]
-    with pytest.raises(ValueError, match=r"Example 0: the completion has messages of `assistant`, `user`, `assistant` – expected one"):
+    with pytest.raises(
+        ValueError, match=r"Example 0: the completion has messages of `assistant`, `user`, `assistant` – expected one"
+    ):
         tokenize_examples([{"prompt": prompt, "completion": completion}], tokenizer)
     rows = [{"prompt": prompt, "chosen": completion, "rejected": completion[:1]}] * 4
     trainer = make_trainer("DPO", str(folder), tokenizer, tmp_path, rows=rows)
@@ -223,7 +248,9 @@ def test_the_first_token_of_a_row_never_counts_on_any_road(styles, tmp_path):
     assert left.completion_mask[0].tolist() == [False, False, False, True]
     # The whole prompt is cut away: DPO's completion begins at position 0.
     rows = [{"prompt": "what", "chosen": " ".join(WORDS[:12]), "rejected": " ".join(WORDS[12:24])}] * 2
-    trainer = make_trainer("DPO", str(folder), tokenizer, tmp_path, rows=rows, max_length=6, truncation_mode="keep_end")
+    trainer = make_trainer(
+        "DPO", str(folder), tokenizer, tmp_path, rows=rows, max_length=6, truncation_mode="keep_end"
+    )
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     assert inputs["completion_mask"][:, 0].all()
     assert not counted(inputs, ChatMarks.of(tokenizer)).mask[:, 0].any()
@@ -293,8 +320,12 @@ def test_tools_and_template_arguments_of_a_row_are_rendered_as_trl_renders_them(
     for name, (column, arguments) in cases.items():
         row = {"prompt": asked, "completion": [{"role": "assistant", "content": "warm rain"}], "tools": column}
         right = by_hand(model, readout, prompt_of(tokenizer, asked, **arguments), text_ids(tokenizer, "warm rain"))
-        assert readout.score(read(model, [row], [readout], tokenizer=tokenizer)["concept"])[0] == pytest.approx(right, abs=1e-5)
-        trainer = make_trainer("SFT", str(folder), tokenizer, tmp_path / name, rows=[row] * 2, max_steps=1, learning_rate=0.0)
+        assert readout.score(read(model, [row], [readout], tokenizer=tokenizer)["concept"])[0] == pytest.approx(
+            right, abs=1e-5
+        )
+        trainer = make_trainer(
+            "SFT", str(folder), tokenizer, tmp_path / name, rows=[row] * 2, max_steps=1, learning_rate=0.0
+        )
         attach(trainer, monitors=[readout])
         trainer.train()
         logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
@@ -302,7 +333,9 @@ def test_tools_and_template_arguments_of_a_row_are_rendered_as_trl_renders_them(
         found[name] = right
     row = {"prompt": asked, "completion": "warm rain", "chat_template_kwargs": {"style": "be warm"}}
     right = by_hand(model, readout, prompt_of(tokenizer, asked, style="be warm"), text_ids(tokenizer, "warm rain"))
-    assert readout.score(read(model, [row], [readout], tokenizer=tokenizer)["concept"])[0] == pytest.approx(right, abs=1e-5)
+    assert readout.score(read(model, [row], [readout], tokenizer=tokenizer)["concept"])[0] == pytest.approx(
+        right, abs=1e-5
+    )
     assert abs(right - found["tools"]) > 1e-3
 
 
@@ -310,7 +343,8 @@ def test_examples_keep_the_columns_that_are_rendered(tmp_path):
     from interp_rlhf.concepts.examples import make_examples
 
     rows = [
-        {"prompt": [{"role": "user", "content": str(i)}], "completion": "x", "label": i % 2, "tools": [{"name": "a"}]} for i in range(4)
+        {"prompt": [{"role": "user", "content": str(i)}], "completion": "x", "label": i % 2, "tools": [{"name": "a"}]}
+        for i in range(4)
     ]  # fmt: skip
     plain = [{key: value for key, value in row.items() if key != "tools"} for row in rows]
     assert make_examples(rows).rows[0]["tools"] == [{"name": "a"}]
@@ -325,7 +359,14 @@ def test_rows_without_a_token_that_counts_are_in_no_denominator(styles, tmp_path
         from training import perturb
 
         trainer = make_trainer(
-            "GRPO", str(folder), tokenizer, tmp_path, max_steps=1, per_device_train_batch_size=4, learning_rate=0.0, **changes
+            "GRPO",
+            str(folder),
+            tokenizer,
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=4,
+            learning_rate=0.0,
+            **changes,
         )
         perturb(trainer.model)
         attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=1.0)])
@@ -340,7 +381,10 @@ def test_rows_without_a_token_that_counts_are_in_no_denominator(styles, tmp_path
     doubled = squared_gap([[7, 8, 9, 0], [7, 8, 9, 0], [16, 20, 0], [16, 20, 0]])
     for completions, changes in (
         ([[7, 8, 9, 0], [0], [16, 20, 0], [0]], {}),
-        ([[7, 8, 9, 0], [21, 22, 23, 24, 25, 26], [16, 20, 0], [26, 25, 24, 23, 22, 21]], {"mask_truncated_completions": True}),
+        (
+            [[7, 8, 9, 0], [21, 22, 23, 24, 25, 26], [16, 20, 0], [26, 25, 24, 23, 22, 21]],
+            {"mask_truncated_completions": True},
+        ),
     ):
         found = squared_gap(completions, **changes)
         assert found[:2] == pytest.approx(doubled[:2], rel=1e-5)
@@ -358,7 +402,10 @@ def test_the_share_of_rows_that_count_is_in_the_loss_itself(styles, tmp_path):
     perturb(trainer.model)
     attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=1.0)])
     lines = [[7, 8, 9, 0], [0], [16, 20, 0], [0]]
-    trainer._generate_single_turn = lambda prompt_ids, *a, **k: ([list(lines[i % 4]) for i in range(len(prompt_ids))], None)
+    trainer._generate_single_turn = lambda prompt_ids, *a, **k: (
+        [list(lines[i % 4]) for i in range(len(prompt_ids))],
+        None,
+    )
     trainer.train()
     logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     assert logs["loss"] == pytest.approx(logs["interp/anchor_concept/loss"], rel=1e-4)

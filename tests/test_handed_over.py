@@ -118,10 +118,16 @@ def test_messages_in_tables_are_read_as_messages(tmp_path):
     split = load_examples(written(tmp_path / "p.csv", pairs, ("prompt", "completion", "label")))
     assert split.rows[0]["prompt"] == TALK[0]["messages"][:1]
     odd = [{"prompt": '[{"a": 1}] is JSON', "completion": "x", "label": i % 2} for i in range(4)]
-    assert load_examples(written(tmp_path / "o.csv", odd, ("prompt", "completion", "label"))).rows[0]["prompt"].endswith("JSON")
+    assert (
+        load_examples(written(tmp_path / "o.csv", odd, ("prompt", "completion", "label")))
+        .rows[0]["prompt"]
+        .endswith("JSON")
+    )
 
 
-@pytest.mark.parametrize("case", ["long", "splits", "cells", "broken", "no_parquet", "role", "tool_call", "image", "text"])
+@pytest.mark.parametrize(
+    "case", ["long", "splits", "cells", "broken", "no_parquet", "role", "tool_call", "image", "text"]
+)
 def test_bad_input_ends_in_one_line_and_exit_code_2(case, model_folder, tmp_path, capsys):
     """And good input that looks bad does not."""
     name, said = tmp_path / "data.csv", None
@@ -174,8 +180,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, model_folder, tmp_path
 
 def test_content_in_parts_and_templates_without_a_system_role(model_folder, tmp_path, capsys):
     parts = [
-        {**row, "messages": [row["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": row["messages"][1]["content"]}]}]}
-        for row in TALK
+        {**row, "messages": [row["messages"][0], {**row["messages"][1], "content": [{"type": "text", "text": ROWS[i]["text"]}]}]}
+        for i, row in enumerate(TALK)
     ]  # fmt: skip
     (tmp_path / "parts.jsonl").write_text("\n".join(map(json.dumps, parts)))
     fit = ["probe", "fit", "--name", "c", "--model", str(model_folder()), "--hook-point", LAYER]
@@ -286,7 +292,9 @@ def test_a_multimodal_policy_gets_a_reference_of_its_own_class(tokenizer, tmp_pa
     tokenizer.save_pretrained(tmp_path / "m")
     model = type(qwen_vl(tokenizer)).from_pretrained(tmp_path / "m", dtype=torch.float32)
     trainer = make_trainer("SFT", model, tokenizer, tmp_path / "out", max_steps=1, learning_rate=0.0)
-    readout = Readout("c", "model.language_model.layers.1", torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    readout = Readout(
+        "c", "model.language_model.layers.1", torch.randn(32, generator=torch.Generator().manual_seed(0))
+    )
     attach(trainer, regularizers=[ConceptAnchor(readout=readout, weight=1.0)])
     trainer.train()
     logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
@@ -313,7 +321,8 @@ def test_adapters_that_transformers_loaded_itself(model_folder, tokenizer, tmp_p
         parameter.requires_grad_("lora_" in name)
     with pytest.raises(ValueError, match="adapters that transformers loaded itself"):
         attach(
-            make_trainer("SFT", model, tokenizer, tmp_path / "x"), regularizers=[ConceptAnchor(readout=readout, weight=1.0)]
+            make_trainer("SFT", model, tokenizer, tmp_path / "x"),
+            regularizers=[ConceptAnchor(readout=readout, weight=1.0)],
         )
 
 
@@ -342,7 +351,13 @@ def test_what_the_first_layer_is_given_is_read_where_no_module_gives_it_out(toke
     from interp_rlhf.concepts.sae.hook_names import Layout, module_path
 
     size = len(tokenizer)
-    common = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    common = {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     models = {
         "llama": make_model("llama", tokenizer), "gpt2": make_model("gpt2", tokenizer), "gemma": make_model("gemma", tokenizer),
         "bloom": AutoModelForCausalLM.from_config(BloomConfig(vocab_size=size, hidden_size=32, n_layer=3, n_head=4)),
@@ -387,7 +402,9 @@ def test_a_decoder_without_countable_layers_works_at_named_hook_points(tokenizer
     )
     with pytest.raises(ValueError, match="no trainable parameter is at or below it"):
         attach(
-            make_trainer("SFT", build(), tokenizer, tmp_path, lora={"layers_to_transform": [2], "layers_pattern": "layers"}),
+            make_trainer(
+                "SFT", build(), tokenizer, tmp_path, lora={"layers_to_transform": [2], "layers_pattern": "layers"}
+            ),
             regularizers=[ConceptAnchor(readout=readout, weight=1.0)],
         )
     with pytest.raises(ValueError, match=r"`hook_point` is `model.layer.1` – expected a module path"):
@@ -398,7 +415,10 @@ def test_a_stream_of_another_shape_is_refused_in_one_sentence(load, tokenizer):
     model = load()
     model.model.layers[1].register_forward_hook(lambda m, a, out: torch.stack([out, out]))
     model.model.layers[2].forward = lambda hidden_states, *a, **k: hidden_states[0]
-    with pytest.raises(ValueError, match=r"The activation at `model.layers.1` has shape \(2, 1, .* – expected \(sequences, tokens, width\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"The activation at `model.layers.1` has shape \(2, 1, .* – expected \(sequences, tokens, width\)",
+    ):
         read(model, ["warm rain"], [make_readout(model)], tokenizer=tokenizer)
 
 
@@ -439,7 +459,9 @@ def test_the_callback_refuses_an_encoder_decoder_when_it_is_made(tokenizer, tmp_
     from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
     model = T5ForConditionalGeneration(
-        T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=1)
+        T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=1
+        )
     )
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
     trainer = Trainer(
@@ -508,7 +530,10 @@ def checkpoints(tmp_path_factory, tokenizer):
         "reward model": saved(AutoModelForSequenceClassification.from_pretrained(a, num_labels=1), "reward"),
         "grown": saved(
             get_peft_model(
-                grown, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+                grown,
+                LoraConfig(
+                    r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+                ),
             ),
             "grown", more,
         ),
@@ -550,7 +575,8 @@ def test_ppo_gives_a_critic_of_its_own_the_width_that_its_trunk_gives_out(tokeni
 
     model = AutoModelForCausalLM.from_config(
         OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=16,
+            vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
+            word_embed_proj_dim=16,
             do_layer_norm_before=False, max_position_embeddings=128, pad_token_id=1, eos_token_id=0, bos_token_id=0,
         )
     )  # fmt: skip

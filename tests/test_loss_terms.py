@@ -109,7 +109,11 @@ def test_sequences_weigh_alike_where_micro_batches_are_packed_unequally(load, mo
             attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=weight)])
             trainer.train()
             losses[weight] = logged(trainer, "loss")[0]
-        batches = [counted(trainer.data_collator([row]), ChatMarks.of(tokenizer)) for row in trainer.train_dataset] if name == "packed" else []
+        batches = (
+            [counted(trainer.data_collator([row]), ChatMarks.of(tokenizer)) for row in trainer.train_dataset]
+            if name == "packed"
+            else []
+        )
         sequences[name] = [batch.sequences for batch in batches]
         terms[name] = losses[3.0] - losses[0.0]
     assert len(sequences["packed"]) > 1

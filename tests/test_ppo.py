@@ -1271,7 +1271,9 @@ def test_a_run_inside_a_rollout_is_not_resumed(model_folder, tokenizer, tmp_path
     state["global_step"] = 3
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
     again = trainer_of(tmp_path, str(model_folder()), tokenizer, max_steps=8, save_strategy="steps", save_steps=2)
-    with pytest.raises(ValueError, match="to go on from step 3 – expected a step after which no generated batch is half used"):
+    with pytest.raises(
+        ValueError, match="to go on from step 3 – expected a step after which no generated batch is half used"
+    ):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

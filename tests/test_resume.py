@@ -226,7 +226,8 @@ def test_saves_inside_a_generated_batch_are_refused_with_the_number_to_use(kind,
 def test_where_an_epoch_ends_short_of_micro_batches_its_end_is_the_place_to_save(load, tokenizer, tmp_path):
     """Three micro-batches an epoch, two a step: steps of 2 and of 1. After step 3 the second generated batch is in use."""
     changes = {
-        "per_device_train_batch_size": 2, "steps_per_generation": 3, "gradient_accumulation_steps": 2, "beta": 0.0, "optim": "sgd",
+        "per_device_train_batch_size": 2, "steps_per_generation": 3, "gradient_accumulation_steps": 2, "beta": 0.0,
+        "optim": "sgd",
         "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 2, "max_steps": 6,
     }  # fmt: skip
 
@@ -236,7 +237,9 @@ def test_where_an_epoch_ends_short_of_micro_batches_its_end_is_the_place_to_save
         trainer.train(resume_from_checkpoint=resume)
         return weights_of(trainer)
 
-    with pytest.raises(ValueError, match=r"`save_steps` is 3 – expected a multiple of 2 .*with 3 prompts in an epoch.*save_steps=4"):
+    with pytest.raises(
+        ValueError, match=r"`save_steps` is 3 – expected a multiple of 2 .*with 3 prompts in an epoch.*save_steps=4"
+    ):
         run(tmp_path / "refused", save_steps=3)
     whole = run(tmp_path / "whole")
     for step in (2, 4):
@@ -263,7 +266,10 @@ def test_a_run_is_not_resumed_inside_a_generated_batch(load, tokenizer, tmp_path
 
     trainer_of(3).train()
     assert "`max_steps` is 3, inside of a generated batch" in caplog.text
-    with pytest.raises(ValueError, match=r"from step 3 – expected a step after which no generated batch is half used.*at step 2 or before"):
+    with pytest.raises(
+        ValueError,
+        match=r"from step 3 – expected a step after which no generated batch is half used.*at step 2 or before",
+    ):
         trainer_of(6).train(resume_from_checkpoint=True)
     again = trainer_of(6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

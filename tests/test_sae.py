@@ -13,7 +13,7 @@ from tiny import labelled_rows
 from training import make_trainer
 
 from interp_rlhf import ConceptReward, DriftConfig, attach
-from interp_rlhf.activations import norm_outliers, read_activations, tokenize_examples
+from interp_rlhf.activations import Counted, norm_outliers, read_activations, tokenize_examples
 from interp_rlhf.concepts import latents as latents_module
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
@@ -27,7 +27,6 @@ from interp_rlhf.concepts.sae.files import save_sae
 from interp_rlhf.concepts.subspace import Subspace
 from interp_rlhf.drift.sparse import changed_latents
 from interp_rlhf.runlog import read_run_log
-from interp_rlhf.activations import Counted
 from interp_rlhf.training.interventions import PreventativeSteering
 from interp_rlhf.training.regularizers import (
     ConceptPenalty,

@@ -24,8 +24,18 @@ from .intervene import Intervention
 from .noise import Causes, causes, rope_reach, runs_here
 from .outliers import norm_outliers
 from .ranks import from_rank_zero, is_rank_zero, of_all_ranks, raise_on_all_ranks
+from .read import (
+    adapters_off_in,
+    read,
+    read_activations,
+    read_inputs,
+    read_means,
+    read_predictions,
+    reference_pass,
+    require_positions,
+    stream_point,
+)
 from .recheck import Recheck
-from .read import adapters_off_in, read, read_activations, read_inputs, read_means, read_predictions, reference_pass, require_positions, stream_point
 from .tap import Pass, Tap, TokenReadout, adapters_on
 
 __all__ = [

@@ -230,7 +230,9 @@ def _tools(example: Mapping[str, Any], index: int) -> Any:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"Example {index} has `tools` that are no JSON ({error}) – expected a list of tools.") from None
+            raise ValueError(
+                f"Example {index} has `tools` that are no JSON ({error}) – expected a list of tools."
+            ) from None
     return tools or None
 
 

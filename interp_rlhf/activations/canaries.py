@@ -27,9 +27,10 @@ TEXTS = (
 )
 LENGTH = 20
 COLUMNS = 8
-# Largest error that is taken for the same model: the root mean square of the difference, in standard deviations of the canaries' own
-# scores. Measured on SmolLM2-135M-Instruct, block 20, with the shipped warmth probe: 0 in float32, also in another batch; 1.2e-3 after
-# one step of AdamW at 1e-6; 0.017 in bfloat16; 0.028 with weights rounded to 8 bits and 0.46 to 4 bits.
+# Largest error that is taken for the same model: the root mean square of the difference, in standard deviations of the
+# canaries' own scores. Measured on SmolLM2-135M-Instruct, block 20, with the shipped warmth probe: 0 in float32, also in
+# another batch; 1.2e-3 after one step of AdamW at 1e-6; 0.017 in bfloat16; 0.028 with weights rounded to 8 bits and 0.46 to 4
+# bits.
 ALLOWED = {"float32": 1e-3, "16 bits": 0.08, "8 bits": 0.15, "4 bits": 0.5}
 # Below this correlation it is not the same model, however coarse its numbers.
 RELATED = 0.9
@@ -93,7 +94,8 @@ class Agreement:
 
     def __str__(self) -> str:
         said = (
-            f"scores on its canaries are off by {self.error:.3g} of their standard deviation (correlation {self.correlation:.4f}, "
+            f"scores on its canaries are off by {self.error:.3g} of their standard deviation (correlation "
+            f"{self.correlation:.4f}, "
             f"activations {self.norm_ratio:.3f} times as long; allowed in {self.precision}: {ALLOWED[self.precision]:g})"
         )
         if self.agrees:
@@ -166,9 +168,7 @@ def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions:
     return Agreement(error, correlation, ratio, precision, why)
 
 
-def _read(
-    model: nn.Module, ids: Sequence[Sequence[int]], hook_point: str, directions: torch.Tensor
-) -> torch.Tensor:
+def _read(model: nn.Module, ids: Sequence[Sequence[int]], hook_point: str, directions: torch.Tensor) -> torch.Tensor:
     """Projections and norms (N, K + 1) of all tokens but the first of each sequence."""
     batch = TokenBatch.from_ids([[]] * len(ids), ids)
     scores = read(model, batch, [Projections(hook_point, directions)], reader="canaries")["canaries"]

@@ -4,16 +4,16 @@ In: token ids, and what a chat template writes around an answer. Out: a mask. Th
 
 1. The first token of a row never counts. It draws attention whatever it is (an attention sink), so its activation says nothing of
    the text.
-2. In a completion nothing counts from the end-of-turn token that closes it on, whatever follows (`include_end_of_turn` counts that
-   one token too).
+2. In a completion nothing counts from the end-of-turn token that closes it on, whatever follows (`include_end_of_turn` counts
+   that one token too).
 3. What the template writes is not the answer: role markers, a line break after the turn, an empty think block.
 4. In a plain text all tokens but the special ones count. Where it holds turns of an assistant in the template's own marks, only
    those turns count.
 5. A row without a counted token is in no denominator.
 
-Tokens with an outlying norm (`outliers`) are left out where a statistic runs over many tokens: drift metrics, principal components,
-autoencoders. A score of one row keeps them: whether a token counts must not depend on the other rows. It must not know trainers,
-nor what is read.
+Tokens with an outlying norm (`outliers`) are left out where a statistic runs over many tokens: drift metrics, principal
+components, autoencoders. A score of one row keeps them: whether a token counts must not depend on the other rows. It must not
+know trainers, nor what is read.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class ChatMarks:
     ) -> ChatMarks:
         """Marks of a tokenizer's template, found by rendering one question and one answer; `ends` are added to its own."""
         special = frozenset(tokenizer.all_special_ids)
-        known = {*ends} | ({tokenizer.eos_token_id} - {None})
+        known = {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
         around = _around(tokenizer, chat_template, dict(chat_template_kwargs or {}))
         if around is None:
             return cls(ends=frozenset(known), special=special)
         header, prefix, closing = (tuple(tokenizer(text=t, add_special_tokens=False)["input_ids"]) for t in around)
         marks = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
         close = next((token for token in closing if token in marks), None)
-        return cls(header, prefix, closing, frozenset(known | ({close} - {None})), special)
+        return cls(header, prefix, closing, frozenset(known if close is None else known | {close}), special)
 
     @property
     def closing_head(self) -> tuple[int, ...]:
@@ -121,7 +121,8 @@ class Counted:
         mask (`torch.BoolTensor` of shape (B, T)): True on them.
         sequence (`torch.LongTensor` of shape (N,)): which sequence each belongs to, 0 to M − 1, in order of the batch.
         sequences (`int`): M. A row of the batch is one sequence, unless it is packed, or holds several turns of an assistant.
-        template (`torch.BoolTensor` of shape (B, T)): tokens that the template wrote between an assistant's header and its answer.
+        template (`torch.BoolTensor` of shape (B, T)): tokens that the template wrote between an assistant's header and its
+            answer.
         starts (`torch.BoolTensor` of shape (B, T)): where a text begins.
     """
 
@@ -255,8 +256,9 @@ def _answers(
 ) -> _Answers:
     """The answers' own tokens among those of `mask` (B, T), in texts that begin where `starts` (B, T) says.
 
-    A turn begins after the template's header and where the mask begins, and is over at the end-of-turn token. With `texts`, a text
-    whose mask begins at its first token and which has no header is no answer to anything: all of it but special tokens counts.
+    A turn begins after the template's header and where the mask begins, and is over at the end-of-turn token. With `texts`, a
+    text whose mask begins at its first token and which has no header is no answer to anything: all of it but special tokens
+    counts.
     """
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     start = torch.where(starts, place, 0).cummax(1).values

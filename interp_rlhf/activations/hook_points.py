@@ -1,7 +1,8 @@
-"""Hook points: module paths in the unwrapped causal LM, `model.layers.15`, meaning that module's output; `model.layers.0.input` is
-what a module is given, where no other module gives it out.
+"""Hook points: module paths in the unwrapped causal LM, `model.layers.15`, meaning that module's output;
+`model.layers.0.input` is what a module is given, where no other module gives it out.
 
-In: a model in whatever wrapping (PEFT, DDP, DeepSpeed, FSDP, `torch.compile`). Out: the module itself, or its activation in a hook.
+In: a model in whatever wrapping (PEFT, DDP, DeepSpeed, FSDP, `torch.compile`). Out: the module itself, or its activation in a
+hook.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def backbone(model: nn.Module) -> nn.Module:
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model is fed on, also where accelerate keeps its weights elsewhere (CPU and disk offload)."""
     for module in unwrap(model).modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook: Any = getattr(module, "_hf_hook", None)
         if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
     return next(unwrap(model).parameters()).device
@@ -91,6 +92,7 @@ def on_activation(
     Raises:
         `ValueError`: no such hook point; in a pass, an activation of another shape or of a type that cannot be read.
     """
+
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         changed = see(_checked(output, hook_point))
         if changed is None:
@@ -113,7 +115,8 @@ def decoder_layers(model: nn.Module) -> list[str]:
     config = base.config.get_text_config()
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"`{type(base).__name__}` is an encoder-decoder – expected a decoder-only model: what is read here is one stream over "
+            f"`{type(base).__name__}` is an encoder-decoder – expected a decoder-only model: what is read here is one stream "
+            "over "
             "prompt and completion."
         )
     count = config.num_hidden_layers
@@ -156,7 +159,9 @@ def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
     names = [name for name, _ in unwrap(model).named_modules()]
 
     def done(point: str) -> tuple[int, int]:
-        if point.endswith(INPUT) and isinstance(resolve(model, point), _Input):  # all that comes before the module is done
+        if point.endswith(INPUT) and isinstance(
+            resolve(model, point), _Input
+        ):  # all that comes before the module is done
             return names.index(point.removesuffix(INPUT)) - 1, -point.count(".") + 1
         inside = [i for i, name in enumerate(names) if name == point or name.startswith(f"{point}.")]
         return max(inside), -point.count(".")
@@ -192,7 +197,8 @@ def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tens
     activation = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(activation, torch.Tensor):
         raise ValueError(
-            f"A hook point gives out a `{type(activation).__name__}` – expected a tensor, or a tuple that begins with one. Read at "
+            f"A hook point gives out a `{type(activation).__name__}` – expected a tensor, or a tuple that begins with one. "
+            "Read at "
             "a decoder layer."
         )
     if activation.dtype not in READABLE:
@@ -228,7 +234,9 @@ def _checked(output: Any, hook_point: str) -> torch.Tensor:
     activation = output_tensor(output)
     if activation.dim() != 3:
         raise ValueError(
-            f"The activation at `{hook_point}` has shape {tuple(activation.shape)} – expected (sequences, tokens, width): this model "
-            "carries its stream in another shape there. Name a hook point that gives out one vector per token, the final norm say."
+            f"The activation at `{hook_point}` has shape {tuple(activation.shape)} – expected (sequences, tokens, width): "
+            "this model "
+            "carries its stream in another shape there. Name a hook point that gives out one vector per token, the final norm "
+            "say."
         )
     return activation

@@ -1,6 +1,7 @@
 """Which model is this? A digest that an artifact carries and that is cheap to check, also under ZeRO-3: a quick first look.
 
-It tells families and checkpoints apart. It does not see small steps, merged adapters or positions: `canaries` do. In: a causal LM and a hook point. Out: `sha256:…` over the architecture and the norm weights up to the hook point.
+It tells families and checkpoints apart. It does not see small steps, merged adapters or positions: `canaries` do. In: a causal
+LM and a hook point. Out: `sha256:…` over the architecture and the norm weights up to the hook point.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def identity(model: nn.Module, hook_point: str) -> str:
 
     Weights enter as bfloat16, so that a copy loaded in float32 and one loaded in bfloat16 agree (one in float16 may not). Models
     with equal norm weights share it: a model and its quantized copy, one with a merged LoRA, one that was trained by steps too
-    small to leave bfloat16's rounding, and all models whose norms have no weights. It tells models apart, it proves nothing. Where
-    an engine has sharded the weights, all ranks call it together.
+    small to leave bfloat16's rounding, and all models whose norms have no weights. It tells models apart, it proves nothing.
+    Where an engine has sharded the weights, all ranks call it together.
 
     Raises:
         `ValueError`: no such hook point.

@@ -7,6 +7,7 @@ know which trainer runs it, nor when it may be open.
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch import nn
 

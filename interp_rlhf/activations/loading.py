@@ -1,6 +1,7 @@
 """Models and tokenizers from folders and Hub ids, as the commands take them.
 
-In: a path. Out: a decoder-only language model in float32 with its tokenizer, or one clear sentence. Adapters are put on their base.
+In: a path. Out: a decoder-only language model in float32 with its tokenizer, or one clear sentence. Adapters are put on their
+base.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
     config = AutoConfig.from_pretrained(place)
     names = list(getattr(config, "architectures", None) or [])
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"`{place}` is an encoder-decoder ({', '.join(names)}) – expected a decoder-only language model.")
+        raise ValueError(
+            f"`{place}` is an encoder-decoder ({', '.join(names)}) – expected a decoder-only language model."
+        )
     if names and not any(part in name for name in names for part in _WITH_HEAD):
         raise ValueError(
-            f"`{place}` is a {', '.join(f'`{name}`' for name in names)} – expected a language model: without its head it predicts "
+            f"`{place}` is a {', '.join(f'`{name}`' for name in names)} – expected a language model: without its head it "
+            "predicts "
             "nothing, and a head of random numbers would be put in its place. Name the model that it was made from."
         )
     model = _class_of(config, names).from_pretrained(place, dtype=dtype)
@@ -65,7 +69,8 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
     own = model.get_input_embeddings().num_embeddings
     if rows is not None and rows != own:
         raise ValueError(
-            f"The adapter `{path}` holds an embedding of {rows} tokens – its base `{place}` has {own}: tokens were added in training. "
+            f"The adapter `{path}` holds an embedding of {rows} tokens – its base `{place}` has {own}: tokens were added in "
+            "training. "
             "Merge it into its base with the embedding resized, and name the merged model."
         )
     return PeftModel.from_pretrained(model, str(path)).eval()

@@ -1,7 +1,8 @@
-"""What makes a trainer's pass another reading than `read()`'s: noise of the training mode, padding, and RoPE that looks at the batch.
+"""What makes a trainer's pass another reading than `read()`'s: noise of the training mode, padding, and RoPE that looks at the
+batch.
 
-In: a model as a trainer has it. Out: causes, in words; none where a pass may be taken for a reading. Where the model can be run it is
-run: measured is what it does, not what its config says. It must not know readouts.
+In: a model as a trainer has it. Out: causes, in words; none where a pass may be taken for a reading. Where the model can be
+run it is run: measured is what it does, not what its config says. It must not know readouts.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
 
 
 def runs_here(model: nn.Module) -> bool:
-    """Whether the model can be run by this process alone, as it is: not where an engine has taken it apart or will put it together."""
+    """Whether the model can be run by this process alone: not where an engine has taken it apart or will put it together."""
     base = unwrap(model)
     return not is_sharded(base) and not any(p.is_meta for p in base.parameters())
 
@@ -179,8 +180,14 @@ def _measured(base: Any) -> tuple[float, float, float]:
         if layer is not None and not was_off:
             _switch(base, enabled=True)
     scale = plain.pow(2).mean().sqrt().clamp(min=1e-12)
-    limit = FELT if plain.numel() and next(base.parameters()).dtype in (torch.float32, torch.float64) else FELT_IN_16_BITS
-    return float((drawn - plain).pow(2).mean().sqrt() / scale), float((moved - plain).pow(2).mean().sqrt() / scale), limit
+    limit = (
+        FELT if plain.numel() and next(base.parameters()).dtype in (torch.float32, torch.float64) else FELT_IN_16_BITS
+    )
+    return (
+        float((drawn - plain).pow(2).mean().sqrt() / scale),
+        float((moved - plain).pow(2).mean().sqrt() / scale),
+        limit,
+    )
 
 
 def _switch(base: Any, enabled: bool) -> None:

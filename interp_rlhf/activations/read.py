@@ -295,7 +295,9 @@ def stream_point(model: nn.Module) -> str:
 
 
 def _equal(output: Any, activation: torch.Tensor) -> bool:
-    return isinstance(output, torch.Tensor) and output.shape == activation.shape and bool(torch.equal(output, activation))
+    return (
+        isinstance(output, torch.Tensor) and output.shape == activation.shape and bool(torch.equal(output, activation))
+    )
 
 
 @contextmanager
@@ -369,7 +371,8 @@ def _forward(
                 return
             if activation.shape[:2] != places.shape:
                 raise ValueError(
-                    f"The activation at `{point}` has shape {tuple(activation.shape)} for {tuple(places.shape)} tokens – expected "
+                    f"The activation at `{point}` has shape {tuple(activation.shape)} for {tuple(places.shape)} tokens – "
+                    "expected "
                     "one vector per token. Read at a decoder layer."
                 )
             sink(point, places, activation)
@@ -436,7 +439,8 @@ def _buckets(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Right-padded (input_ids, attention_mask, places) of rows of like length, longest first.
 
-    Rows of `reach` tokens or more share a bucket with rows of their own length only. `places` (b, t) says where in the flattened batch each token came from, -1 on padding.
+    Rows of `reach` tokens or more share a bucket with rows of their own length only. `places` (b, t) says where in the
+    flattened batch each token came from, -1 on padding.
     """
     width = batch.input_ids.shape[1]
     lengths = batch.attention_mask.sum(1)

@@ -1,7 +1,7 @@
 """What was taken from a trainer's pass is read again, now and then, alone and unpadded: the reading proves itself.
 
-In: a row, what was taken of it, and the model. Out: nothing, or an error that names the cause. Where a model is sharded, all ranks
-call it together, and all of them stop. It must not know rewards or losses.
+In: a row, what was taken of it, and the model. Out: nothing, or an error that names the cause. Where a model is sharded, all
+ranks call it together, and all of them stop. It must not know rewards or losses.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class Recheck:
         found = self._differs(model, taken, again, spread)
         problem = None
         if found is not None:
-            problem = f"{found} when they are read again, alone and in evaluation mode{self._end(model, _why(model, args))}"
+            problem = (
+                f"{found} when they are read again, alone and in evaluation mode{self._end(model, _why(model, args))}"
+            )
         raise_on_all_ranks(problem)
 
     def still(self, model: nn.Module) -> None:
@@ -119,17 +121,23 @@ class Recheck:
             values, again = values.double().cpu(), other[name].double().cpu()
             scale = values.std(0, correction=0) if spread is None else spread[name].double().cpu()
             # A score that hardly varies has no scale but its own size.
-            both = torch.isfinite(values) | torch.isfinite(again)  # what is no number on both sides is told by who uses it
-            gap = torch.where(both, values - again, 0.0) / scale.nan_to_num(1.0).clamp(min=1e-3 * float(values.nan_to_num().abs().mean()) + 1e-9)
+            both = torch.isfinite(values) | torch.isfinite(
+                again
+            )  # what is no number on both sides is told by who uses it
+            gap = torch.where(both, values - again, 0.0) / scale.nan_to_num(1.0).clamp(
+                min=1e-3 * float(values.nan_to_num().abs().mean()) + 1e-9
+            )
             error = float(gap.pow(2).mean().sqrt())
             if not error <= allowed:
-                return f"Scores of `{name.rpartition(':')[2]}` on the {self.what} are off by {error:.3g} of their standard deviation"
+                what = name.rpartition(":")[2]
+                return f"Scores of `{what}` on the {self.what} are off by {error:.3g} of their standard deviation"
         return None
 
     def _end(self, model: nn.Module, cause: str) -> str:
         precision = precision_of(model)
         return (
-            f" – expected at most {ALLOWED[precision]:g} in {precision}. Cause: {cause}. What was read since the last check cannot be "
+            f" – expected at most {ALLOWED[precision]:g} in {precision}. Cause: {cause}. What was read since the last check "
+            "cannot be "
             "relied on: mend it and start the run again."
         )
 
@@ -140,6 +148,7 @@ def _why(model: nn.Module, args: Any) -> str:
     if found.reach is not None:
         named.append(f"rotary positions that depend on the longest row of the batch, from {found.reach} tokens on")
     return "; ".join(named) or (
-        "none of the known ones (noise hooks, dropout, router jitter, padding, a moved reference). Look for hooks on the model and "
+        "none of the known ones (noise hooks, dropout, router jitter, padding, a moved reference). Look for hooks on the "
+        "model and "
         "for what it does in training mode only"
     )

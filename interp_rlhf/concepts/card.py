@@ -248,7 +248,9 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 takes 1e-3 for a word: it wants a point in it. JSON and people write it so.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _problem(error: Any) -> str:

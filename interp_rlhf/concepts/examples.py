@@ -142,7 +142,8 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         splits = sorted(loaded)
         if "train" not in splits and len(splits) != 1:
             raise ValueError(
-                f"`{source}` has the splits {', '.join(f'`{split}`' for split in splits)} – expected `train`, or one split only. Save "
+                f"`{source}` has the splits {', '.join(f'`{split}`' for split in splits)} – expected `train`, or one split "
+                "only. Save "
                 "the one that is meant by itself."
             )
         loaded = loaded["train" if "train" in splits else splits[0]]
@@ -169,11 +170,15 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not {encoding.removesuffix('-sig').upper()} ({error}) – expected UTF-8. Save it so.") from None
+        raise ValueError(
+            f"`{path}` is not {encoding.removesuffix('-sig').upper()} ({error}) – expected UTF-8. Save it so."
+        ) from None
     known = {*CONTENT, *BESIDE, "label"}
     head = text.split("\n", 1)[0]
     marks = [",", ";", "\t"]
-    mark = max(marks, key=lambda m: (len(known & {name.strip().strip('"') for name in head.split(m)}), -marks.index(m)))
+    mark = max(
+        marks, key=lambda m: (len(known & {name.strip().strip('"') for name in head.split(m)}), -marks.index(m))
+    )
     rows = []
     try:
         for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True), 2):

@@ -166,9 +166,7 @@ def fit_probe(
             f"{FOLDS} of each, and some dozens for a probe worth having."
         )
     ends = end_of_turn_ids(model, tokenizer, chat_template)
-    batch = tokenize_examples(
-        examples.rows, tokenizer, chat_template, chat_template_kwargs, ends, include_end_of_turn
-    )
+    batch = tokenize_examples(examples.rows, tokenizer, chat_template, chat_template_kwargs, ends, include_end_of_turn)
     if not batch.completion_mask.any(1).all():
         row = int((~batch.completion_mask.any(1)).nonzero()[0])
         raise ValueError(f"Example {row} has no token that counts – expected a completion. Remove it.")

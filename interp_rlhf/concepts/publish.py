@@ -96,7 +96,9 @@ def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:
     """
     readout = Readout.from_card(card)
     if readout.canaries is not None:
-        raise ValueError(f"The artifact of `{card.path}` has canaries already – expected none. There is nothing to do.")
+        raise ValueError(
+            f"The artifact of `{card.path}` has canaries already – expected none. There is nothing to do."
+        )
     readout.check_model(model)
     old = load_artifact(card.artifact_path, card.card.readout.artifact.sha256)
     found = make_canaries(model, tokenizer, readout.hook_point, readout.read_directions)
@@ -106,7 +108,9 @@ def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:
     artifact_path = card.path.with_name(f"{name}.v{version}.safetensors")
     for path in (card_path, artifact_path):
         if path.exists():
-            raise ValueError(f"`{path}` exists – expected a new version: a released card is never edited. Remove or rename it.")
+            raise ValueError(
+                f"`{path}` exists – expected a new version: a released card is never edited. Remove or rename it."
+            )
     sha256 = replace(old, header=replace(old.header, canaries=found.entry())).save(artifact_path)
     reference = ArtifactRef(path=artifact_path.name, sha256=sha256)
     made = card.card.model_copy(

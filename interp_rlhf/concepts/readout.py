@@ -30,7 +30,6 @@ from .card import Card, LoadedCard, Transform, load_card
 from .latents import Latents
 from .pooling import pool
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -99,7 +98,8 @@ class Readout:
         readout = cls.from_artifact(artifact, loaded.card.name, spec.pooling, loaded.card.transform)
         if readout.canaries is None:
             logger.warning(
-                "The artifact of `%s` has no canaries, by which a model shows that it is the one that was fitted on: it can watch, and "
+                "The artifact of `%s` has no canaries, by which a model shows that it is the one that was fitted on: it can "
+                "watch, and "
                 "not be a reward. Add them with `interp-rlhf probe canaries %s`.", loaded.path, loaded.path,
             )  # fmt: skip
         return replace(readout, include_end_of_turn=spec.include_end_of_turn)
@@ -171,8 +171,9 @@ class Readout:
         Args:
             model (`nn.Module`): the model that will be read.
             exact (`bool`, defaults to `True`): check that it is the very model too, by the artifact's canaries: right for the
-                reference model, wrong for a policy whose own weights are trained. With adapters these are frozen, and what is below
-                the adapters is checked all the same. Where an engine has taken the model apart, `check_canaries` comes later.
+                reference model, wrong for a policy whose own weights are trained. With adapters these are frozen, and what is
+                below the adapters is checked all the same. Where an engine has taken the model apart, `check_canaries` comes
+                later.
 
         Raises:
             `ValueError`: no such hook point, another width, another architecture, or another model.
@@ -206,12 +207,12 @@ class Readout:
                 "and check it on this one."
             )
 
-
     def check_canaries(self, model: Any) -> None:
         """Read the artifact's canaries on a model that is said to be the one it was made on; by all ranks together.
 
         Raises:
-            `ValueError`: it is another one, or the same with coarser numbers than its readings can bear; the message has the numbers.
+            `ValueError`: it is another one, or the same with coarser numbers than its readings can bear; the message has the
+            numbers.
         """
         if self.canaries is None or self.header is None:
             return
@@ -219,8 +220,10 @@ class Readout:
         if not found.agrees:
             same = identity(model, self.hook_point) == self.header.identity
             raise ValueError(
-                f"Readout `{self.name}` was made on `{self.header.model_id}` and the model that would be read is not that one: {found}"
-                f"{', with the same norm weights' if same else ''}. A probe is a claim about one model – expected the frozen one that "
+                f"Readout `{self.name}` was made on `{self.header.model_id}` and the model that would be read is not that "
+                f"one: {found}"
+                f"{', with the same norm weights' if same else ''}. A probe is a claim about one model – expected the frozen "
+                "one that "
                 "it was fitted on. Pass that as the reference, or fit and check a probe on this one (`interp-rlhf probe fit`)."
             )
         if found.precision in ("8 bits", "4 bits"):

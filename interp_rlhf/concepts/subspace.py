@@ -87,8 +87,8 @@ class Subspace:
     def from_pca(
         cls, model: Any, tokenizer: Any, examples: Sequence[Any], hook_point: str, rank: int, progress: bool = False
     ) -> Subspace:
-        """The principal components of a model's activations on examples' counted tokens, mean removed; tokens whose norm stands out
-        are left out.
+        """The principal components of a model's activations on examples' counted tokens, mean removed; tokens whose norm
+        stands out are left out.
 
         Args:
             model (`nn.Module`), tokenizer: the model that is read, as its adapters stand.

@@ -35,7 +35,6 @@ from ..activations import (
     resolve,
     tokenize_examples,
 )
-from ..concepts.card import LoadedCard
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
@@ -101,7 +100,9 @@ class DriftConfig:
         for name in ("every", "max_new_tokens", "seed"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.max_overhead is not None and not isinstance(self.max_overhead, int | float):
-            raise ValueError(f"`max_overhead` is {self.max_overhead!r} – expected a share of the training time, 0.02 say.")
+            raise ValueError(
+                f"`max_overhead` is {self.max_overhead!r} – expected a share of the training time, 0.02 say."
+            )
         for name in ("texts", "hook_points"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_list(getattr(self, name)))
@@ -224,7 +225,8 @@ class DriftCallback(TrainerCallback):
         if config.prompts:
             if not predicts(model):
                 raise ValueError(
-                    f"`prompts` are given and `{type(model).__name__}` has no language-model head – expected none: it answers nothing. "
+                    f"`prompts` are given and `{type(model).__name__}` has no language-model head – expected none: it answers "
+                    "nothing. "
                     "Leave them out; activations, monitors and labelled examples are read all the same."
                 )
             self._own = OwnText(
@@ -310,7 +312,9 @@ class DriftCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = _kept_step(args, state)
-        if kept is not None:  # the best checkpoint's weights were loaded: they are what is left, and the last to be read
+        if (
+            kept is not None
+        ):  # the best checkpoint's weights were loaded: they are what is left, and the last to be read
             if kept != self._last_step:
                 self._evaluate(kept, control, "kept", publish=False)
             return

@@ -15,7 +15,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..activations import decoder_layers, end_of_turn_ids, layers_or_none, require_positions, resolve, tokenize_examples
+from ..activations import (
+    decoder_layers,
+    end_of_turn_ids,
+    has_adapters,
+    layers_or_none,
+    require_positions,
+    resolve,
+    tokenize_examples,
+)
 from ..activations.loading import adapter_base, has_tokenizer, load_model, load_tokenizer
 from ..concepts.card import load_card
 from ..concepts.examples import Examples, read_rows
@@ -68,9 +76,11 @@ def compare_checkpoints(
             model = load_model(side, before if side == after and adapter_base(before) is None else None)
             if battery is None:
                 layers = layers_or_none(model) if hook_points else decoder_layers(model)
-                points = list(dict.fromkeys([*(as_list(hook_points) or spread(layers)), *(r.hook_point for r in readouts)]))
-                for readout in readouts:
-                    readout.check_model(model)
+                points = list(
+                    dict.fromkeys([*(as_list(hook_points) or spread(layers)), *(r.hook_point for r in readouts)])
+                )
+                for readout in readouts:  # below A's adapters, where it has some
+                    readout.check_model(model, exact=not has_adapters(model))
                 points.sort(key=lambda point: layers.index(point) if point in layers else -1)
                 ends = end_of_turn_ids(model, tokenizer)
                 rows = list(TEXTS if texts is None else as_list(texts))
@@ -232,7 +242,8 @@ def _require_its_base(before: str, after: str) -> None:
     raise ValueError(
         f"The adapter `{after}` was trained on `{base}` – A is `{before}`"
         + (f", an adapter of `{other}`" if other != before else "")
-        + ": expected one base. On another one its weights mean nothing. Name its own base as A; if that was only moved, write the new "
+        + ": expected one base. On another one its weights mean nothing. Name its own base as A; if that was only moved, write "
+        "the new "
         "place into its `adapter_config.json`."
     )
 

@@ -97,7 +97,9 @@ def _steps_per_epoch(args: Any, prompts: int | None) -> int | None:
     if prompts is None:
         return None
     batches = prompts // max(1, args.generation_batch_size // args.num_generations)
-    return math.ceil(batches * args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps) or None
+    return (
+        math.ceil(batches * args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps) or None
+    )
 
 
 def is_aligned(args: Any, step: int, prompts: int | None = None) -> bool:
@@ -141,8 +143,10 @@ def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | No
     what = f"`save_steps` is {int(save_steps or 0)}" if strategy == "steps" else f"`save_strategy` is `{strategy}`"
     raise ValueError(
         f"{what} – expected a multiple of {multiple} steps: a generated batch is used for {args.steps_per_generation} × "
-        f"{args.num_iterations} micro-batches (`steps_per_generation` × `num_iterations`), {args.gradient_accumulation_steps} per step"
-        f"{'' if prompts is None else f', with {prompts} prompts in an epoch'}, and a run resumed in between would draw another one. Use "
+        f"{args.num_iterations} micro-batches (`steps_per_generation` × `num_iterations`), {args.gradient_accumulation_steps} "
+        "per step"
+        f"{'' if prompts is None else f', with {prompts} prompts in an epoch'}, and a run resumed in between would draw "
+        "another one. Use "
         f'`save_strategy="steps", save_steps={nearest}`.'
     )
 
@@ -198,7 +202,8 @@ class ResumeCallback(TrainerCallback):
         if not is_aligned(args, state.global_step, self._prompts) and state.global_step < state.max_steps:
             before = next(step for step in range(state.global_step, -1, -1) if is_aligned(args, step, self._prompts))
             raise ValueError(
-                f"The run is to go on from step {state.global_step} – expected a step after which no generated batch is half used: it "
+                f"The run is to go on from step {state.global_step} – expected a step after which no generated batch is half "
+                "used: it "
                 f"is not saved. Resume from a checkpoint at step {before} or before, by its path."
             )
         strategy = str(getattr(args.save_strategy, "value", args.save_strategy))

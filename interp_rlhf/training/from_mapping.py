@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # Options whose value is a word, whatever it looks like.
 WORDS = ("arm", "card", "cards", "kind", "name", "run_log", "sae", "subfolder", "revision", "texts", "prompts")

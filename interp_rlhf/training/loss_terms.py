@@ -431,7 +431,9 @@ class LossTerms:
         state = self.trainer.state
         return {r: r.weight * r.schedule.factor(state.global_step, state.max_steps) for r in self.regularizers}
 
-    def _scale(self, regularizer: Regularizer, inputs: Mapping[str, Any], num_items: Any, counts: torch.Tensor) -> float:
+    def _scale(
+        self, regularizer: Regularizer, inputs: Mapping[str, Any], num_items: Any, counts: torch.Tensor
+    ) -> float:
         """Factor of a micro-batch's sum, so that what all micro-batches and ranks add up to is the mean over the step's sequences
         that have a token which counts.
 
@@ -640,9 +642,13 @@ class LossTerms:
                 if not mine:
                     continue
                 self.own_forwards += 1
-                with self.trainer.accelerator.autocast():
-                    with self._reference_model() if side == "reference" else nullcontext(self.trainer.model_wrapped) as model:
-                        scores = read(model, batch, mine, reader=side)
+                with (
+                    self.trainer.accelerator.autocast(),
+                    self._reference_model()
+                    if side == "reference"
+                    else nullcontext(self.trainer.model_wrapped) as model,
+                ):
+                    scores = read(model, batch, mine, reader=side)
                 found.setdefault(side, {}).update({m: m.score(scores[m.name]) for m in mine})
         return found
 

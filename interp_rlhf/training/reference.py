@@ -42,7 +42,12 @@ def reference_of(trainer: Any, given: Any, needed: bool) -> Any:
     own = getattr(trainer, "ref_model", None)
     reference = given if given is not None else own
     if reference is not None:
-        if given is not None and is_sharded(given) and trainer.is_deepspeed_enabled and not hasattr(given, "optimizer"):
+        if (
+            given is not None
+            and is_sharded(given)
+            and trainer.is_deepspeed_enabled
+            and not hasattr(given, "optimizer")
+        ):
             reference = _on_engine(trainer, given)  # ZeRO-3 took its parameters apart when it was loaded
         _require_apart(trainer, reference)
         return reference
@@ -55,13 +60,15 @@ def reference_of(trainer: Any, given: Any, needed: bool) -> Any:
 
 
 def warn_of_other_start(trainer: Any, reference: Any) -> None:
-    """Say where a trainer's own reference is not what its training begins with: TRL loads it from the path that the policy has."""
+    """Say where a trainer's own reference is not what its training begins with: TRL loads it from the path that the policy
+    has."""
     if reference is None or not (runs_here(reference) and runs_here(trainer.model)) or trainer.state.global_step > 0:
         return
     differing = _first_difference(unwrap(reference), unwrap(trainer.model))
     if differing is not None:
         logger.warning(
-            "The trainer's reference is not what training begins with (`%s` differs): terms pull towards the reference. A policy that "
+            "The trainer's reference is not what training begins with (`%s` differs): terms pull towards the reference. A "
+            "policy that "
             "was merged or changed in memory has another one at its path: save it and train from there, or pass `ref_model`.",
             differing,
         )
@@ -72,17 +79,20 @@ def _copied(trainer: Any) -> Any:
     base = unwrap(trainer.model)
     name = type(trainer).__name__
     ask = (
-        f"Pass `reference=` to `attach`, train with PEFT, or, for a reward, set `{kl_option(trainer)}` above 0 or use `reader: policy`."
+        f"Pass `reference=` to `attach`, train with PEFT, or, for a reward, set `{kl_option(trainer)}` above 0 or use "
+        "`reader: policy`."
     )
     if hasattr(base, "peft_config"):
         raise ValueError(
             f"The `{name}` has no reference model, and its model has adapters that transformers loaded itself "
-            f"({', '.join(f'`{key}`' for key in base.peft_config)}) – expected a `PeftModel`, whose adapters can be switched off. Wrap "
+            f"({', '.join(f'`{key}`' for key in base.peft_config)}) – expected a `PeftModel`, whose adapters can be switched "
+            "off. Wrap "
             f"it: `PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)`. Or pass `reference=` to `attach`."
         )
     if trainer.state.global_step > 0:
         raise ValueError(
-            f"The `{name}` has no reference model and has made {trainer.state.global_step} steps already – expected a fresh one: what "
+            f"The `{name}` has no reference model and has made {trainer.state.global_step} steps already – expected a fresh "
+            "one: what "
             f"training began with is gone. Attach before training. {ask}"
         )
     if not runs_here(base):
@@ -108,7 +118,9 @@ def frozen_copy(base: Any) -> Any:
             copy.get_submodule(parent)._buffers[own] = buffer.detach().clone()
     copy.tie_weights()
     copy.generation_config = getattr(base, "generation_config", None)
-    stream = {p.dtype for name, p in copy.named_parameters() if p is not copy.get_input_embeddings().weight and p.dim() > 1}
+    stream = {
+        p.dtype for name, p in copy.named_parameters() if p is not copy.get_input_embeddings().weight and p.dim() > 1
+    }
     if len(stream) == 1 and copy.get_input_embeddings().weight.dtype not in stream:
         # A head in float32 that is tied to the embedding (`cast_lm_head_to_fp32`): TRL casts the embedding's output back.
         (kind,) = stream
@@ -121,7 +133,8 @@ def _loaded(trainer: Any, base: Any, ask: str) -> Any:
     path = getattr(base.config, "_name_or_path", "")
     if not path:
         raise ValueError(
-            f"The `{type(trainer).__name__}` has no reference model, and its model is in pieces and was built in memory, so there is "
+            f"The `{type(trainer).__name__}` has no reference model, and its model is in pieces and was built in memory, so "
+            "there is "
             f"nothing to load – expected a reference. {ask}"
         )
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
@@ -135,7 +148,8 @@ def _loaded(trainer: Any, base: Any, ask: str) -> Any:
         )
     if (differing := _first_difference(model, base)) is not None:
         raise ValueError(
-            f"The model at `{path}` is not what the policy is now: `{differing}` differs – expected what training begins with, not "
+            f"The model at `{path}` is not what the policy is now: `{differing}` differs – expected what training begins "
+            "with, not "
             f"what the policy was made of. Save the policy and train from there. {ask}"
         )
     return _on_engine(trainer, model.eval().requires_grad_(False))
@@ -172,7 +186,8 @@ def _require_apart(trainer: Any, reference: Any) -> None:
     shared = [n for n, p in reference.named_parameters() if not p.is_meta and p.numel() and p.data_ptr() in trained]
     if shared:
         raise ValueError(
-            f"`reference` shares `{shared[0]}` and {len(shared) - 1} other parameters with the model that is trained – expected weights "
+            f"`reference` shares `{shared[0]}` and {len(shared) - 1} other parameters with the model that is trained – "
+            "expected weights "
             "of its own: it would move along. Load it a second time, or leave `reference` out."
         )
     if reference is not getattr(trainer, "ref_model", None):  # the user's own may be as it was loaded
@@ -184,8 +199,10 @@ def _require_frozen_base(trainer: Any) -> None:
     moving = trained_below_adapters(trainer.model)
     if moving:
         raise ValueError(
-            f"`{moving[0]}` and {len(moving) - 1} other parameters of the base model are trained along with the adapter – expected a "
-            "frozen base: with adapters off it is the reference, and it would move. Set `bias='none'` in the adapter's configuration "
+            f"`{moving[0]}` and {len(moving) - 1} other parameters of the base model are trained along with the adapter – "
+            "expected a "
+            "frozen base: with adapters off it is the reference, and it would move. Set `bias='none'` in the adapter's "
+            "configuration "
             "and freeze the base, or pass `reference=` to `attach`."
         )
 

@@ -65,7 +65,9 @@ def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
     """Raises:
     `ValueError`: completions of a preference data set that hold several turns of the assistant: they are not one answer.
     """
-    columns = [c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in (trainer.train_dataset.column_names or [])]
+    columns = [
+        c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in (trainer.train_dataset.column_names or [])
+    ]
     several, every, first = 0, 0, None
     for column in columns:
         for row, ids in enumerate(trainer.train_dataset[column]):
@@ -75,8 +77,10 @@ def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
                 first = row if first is None else first
     if several:
         raise ValueError(
-            f"{several} of {every} completions hold several turns of the assistant, the first in row {first} – expected one turn in each: "
-            "what others say in between is no answer, and several answers have several scores. Put what comes before the last turn into "
+            f"{several} of {every} completions hold several turns of the assistant, the first in row {first} – expected one "
+            "turn in each: "
+            "what others say in between is no answer, and several answers have several scores. Put what comes before the last "
+            "turn into "
             "the prompt."
         )
 
@@ -89,11 +93,15 @@ def refuse_noise(trainer: Any, regularizers: Sequence[Regularizer], causes: Caus
     """
     with_ref = "ref" in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
     noise = [*causes.noise, *(causes.adapters if with_ref else ())]
-    comparing = [r for r in regularizers if r.references and (r.policy_point is not None or has_adapters(trainer.model))]
+    comparing = [
+        r for r in regularizers if r.references and (r.policy_point is not None or has_adapters(trainer.model))
+    ]
     if noise and comparing:
         raise ValueError(
-            f"The training mode draws {'; '.join(noise)} – expected none with {', '.join(f'`{r.name}`' for r in comparing)}: a model "
-            "that has not moved would be told that it has, and be trained to undo the noise. Set `neftune_noise_alpha=None`, load the "
+            f"The training mode draws {'; '.join(noise)} – expected none with {', '.join(f'`{r.name}`' for r in comparing)}: "
+            "a model "
+            "that has not moved would be told that it has, and be trained to undo the noise. Set `neftune_noise_alpha=None`, "
+            "load the "
             "model with its dropout and jitter at 0 (`model_init_kwargs={'attention_dropout': 0.0, …}`), or leave the term out."
         )
 

@@ -97,7 +97,8 @@ class ConceptReward:
         readout = Readout.from_card(loaded)
         if readout.canaries is None:
             raise ValueError(
-                f"The artifact of `{path}` has no canaries, by which the reference shows that it is the model that the card was fitted "
+                f"The artifact of `{path}` has no canaries, by which the reference shows that it is the model that the card "
+                "was fitted "
                 f"on – expected them in a {card.role}. Run `interp-rlhf probe canaries {path}`, or watch it as a monitor."
             )
         return cls(

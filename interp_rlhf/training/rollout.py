@@ -2,8 +2,8 @@
 
 In: prompt and completion ids of a batch, and the passes that a tap recorded while TRL computed log-probs on it. Out: scores
 per completion. Scores are taken from a recorded pass only where its tokens are, row by row, exactly those of the batch, and
-where nothing is known that makes the pass another reading; otherwise the model is read again. Now and then a row of what was taken
-is read again too. It must not know how rewards are weighted.
+where nothing is known that makes the pass another reading; otherwise the model is read again. Now and then a row of what was
+taken is read again too. It must not know how rewards are weighted.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class Rollout:
         self._end_of_turn_ids = end_of_turn_ids(
             trainer.model, getattr(processing, "tokenizer", processing), getattr(trainer, "chat_template", None)
         )
-        models: dict[Reader, Any] = {"policy": trainer.model, "reference": trainer.model if reference is None else reference}
+        models: dict[Reader, Any] = {
+            "policy": trainer.model,
+            "reference": trainer.model if reference is None else reference,
+        }
         self.causes = {
             reader: from_rank_zero(lambda model=model: causes(model, trainer.args))  # type: ignore[misc]
             for reader, model in models.items()
@@ -136,7 +139,9 @@ class Rollout:
         if readout.include_end_of_turn:
             assert self.completion_ids is not None
             counts = [counted_length(ids, self._end_of_turn_ids, True) for ids in self.completion_ids]
-            starts = self._batch.attention_mask.sum(1) - torch.tensor([len(ids) for ids in self.completion_ids])  # (B,)
+            starts = self._batch.attention_mask.sum(1) - torch.tensor(
+                [len(ids) for ids in self.completion_ids]
+            )  # (B,)
             positions = torch.arange(self._batch.input_ids.shape[1])
             mask = (positions >= starts[:, None]) & (positions < (starts + torch.tensor(counts))[:, None])
             return replace(scores, mask=without_first(mask, self._batch.attention_mask))
@@ -154,11 +159,11 @@ class Rollout:
         if self._all_ranks(found is not None):
             assert found is not None
             self.taken += 1
-            if self._opened % EVERY == 1:
+            if self._opened % EVERY == 1 % EVERY:
                 self.check(reader, batch, found)
             return found
         self.own_forwards += 1
-        if reader == "reference" and self._opened % EVERY == 1:
+        if reader == "reference" and self._opened % EVERY == 1 % EVERY:
             self.check(reader, batch, None)
         with self._model(reader) as model, self.trainer.accelerator.autocast():
             return read(model, batch, readouts, reader=reader)

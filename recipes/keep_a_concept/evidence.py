@@ -29,11 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from interp_rlhf import ConceptAnchor, Readout, attach, check_card, fit_probe, load_card
-from interp_rlhf.activations import Tap, adapters_on
+from interp_rlhf.activations import ChatMarks, Tap, adapters_on, counted
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.demo.model import default_model
-from interp_rlhf.activations import ChatMarks, counted
 
 HOOK_POINT = "model.layers.15"
 SEEDS = (0, 1, 2)

@@ -208,7 +208,8 @@ class SparseAutoencoder(nn.Module):
         if canaries is None or not runs_here(model):
             if training and training.get("model") != identity(model, self.spec.hook_point):
                 logger.warning(
-                    "The autoencoder was trained on `%s`, and this model has other norm weights: look at the variance that it leaves "
+                    "The autoencoder was trained on `%s`, and this model has other norm weights: look at the variance that it "
+                    "leaves "
                     "unexplained here.", name,
                 )  # fmt: skip
             return
@@ -218,12 +219,16 @@ class SparseAutoencoder(nn.Module):
             return
         if found.correlation < RELATED:
             raise ValueError(
-                f"The autoencoder was trained on `{name}` at `{training.get('hook_point', self.spec.hook_point)}` and this model at "
-                f"`{self.spec.hook_point}` is not that one: {found}. Its latents mean nothing here – expected the model that it was "
+                f"The autoencoder was trained on `{name}` at `{training.get('hook_point', self.spec.hook_point)}` and this "
+                "model at "
+                f"`{self.spec.hook_point}` is not that one: {found}. Its latents mean nothing here – expected the model that "
+                "it was "
                 "trained on, or one that was made from it. Train one on this model (`interp-rlhf sae train`)."
             )
         logger.warning(
-            "The autoencoder was trained on `%s`: %s. Look at the variance that it leaves unexplained here.", name, found
+            "The autoencoder was trained on `%s`: %s. Look at the variance that it leaves unexplained here.",
+            name,
+            found,
         )
 
     def _reconstruct(self, flat: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,15 @@ class Layout:
         blocks, embedding = layers[0].rpartition(".")[0], embedding_point(base)
         children = frozenset(name[len(layers[0]) + 1 :] for name in modules if name.startswith(f"{layers[0]}."))
         root = blocks.rpartition(".")[0]
-        return cls(blocks, children, embedding, stream_point(base), len(layers), modules, getattr(base, "base_model_prefix", root))
+        return cls(
+            blocks,
+            children,
+            embedding,
+            stream_point(base),
+            len(layers),
+            modules,
+            getattr(base, "base_model_prefix", root),
+        )
 
     @classmethod
     def of_name(cls, model_id: str = "") -> Layout:
