@@ -149,8 +149,7 @@ def attach(
             raise ValueError(
                 f"`on_verdict` is `stop` and `every` of the drift configuration is {drift.every} – expected a multiple of "
                 f"{save_multiple(trainer.args, prompts)}: each evaluation without an alarm saves a checkpoint, and only there "
-                "can a "
-                "run with these generation settings be resumed."
+                "can a run with these generation settings be resumed."
             )
     # Everything that can refuse comes before the trainer is touched, and what was done is undone where something does, so that a
     # corrected call finds it as it was.

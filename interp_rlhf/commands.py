@@ -400,8 +400,7 @@ def recipes_copy(arguments: argparse.Namespace) -> int:
     if changed and not arguments.force:
         raise ValueError(
             f"{', '.join(f'`{name}`' for name in changed)} – expected no file that differs from the package's: "
-            "nothing was copied. "
-            "Choose another folder, or pass --force to overwrite."
+            "nothing was copied. Choose another folder, or pass --force to overwrite."
         )
     for file in files:
         there = target / file.relative_to(source)

@@ -119,8 +119,7 @@ def _section(given: Any) -> dict[str, Any]:
         if not isinstance(section.get(key, ""), str | Path):
             raise ValueError(
                 f"`interp.{key}` is {section[key]!r} – expected a word: YAML takes no, off, yes and on for false and true. "
-                "Put it in "
-                "quotes."
+                "Put it in quotes."
             )
     if "samples_every" in section:
         section["samples_every"] = whole_number("samples_every", section["samples_every"])

@@ -113,8 +113,7 @@ class ConceptScores:
             return (
                 f"Readout `{self.name}` gives {self.scores[row, token].tolist()} at row {row}, token {token} (token id "
                 f"{int(self.token_ids[row, token])}, {int(bad.sum())} such tokens) – expected finite scores. The "
-                f"activations of the {self.reader} model or the artifact hold NaN or infinity: check both before "
-                "training on."
+                f"activations of the {self.reader} model or the artifact hold NaN or infinity: check both before training on."
             )
         return None
 

@@ -116,8 +116,7 @@ def decoder_layers(model: nn.Module) -> list[str]:
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
             f"`{type(base).__name__}` is an encoder-decoder – expected a decoder-only model: what is read here is one stream "
-            "over "
-            "prompt and completion."
+            "over prompt and completion."
         )
     count = config.num_hidden_layers
     inside = _decoder_path(base)
@@ -198,8 +197,7 @@ def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tens
     if not isinstance(activation, torch.Tensor):
         raise ValueError(
             f"A hook point gives out a `{type(activation).__name__}` – expected a tensor, or a tuple that begins with one. "
-            "Read at "
-            "a decoder layer."
+            "Read at a decoder layer."
         )
     if activation.dtype not in READABLE:
         raise ValueError(

@@ -57,8 +57,7 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
     if names and not any(part in name for name in names for part in _WITH_HEAD):
         raise ValueError(
             f"`{place}` is a {', '.join(f'`{name}`' for name in names)} – expected a language model: without its head it "
-            "predicts "
-            "nothing, and a head of random numbers would be put in its place. Name the model that it was made from."
+            "predicts nothing, and a head of random numbers would be put in its place. Name the model that it was made from."
         )
     model = _class_of(config, names).from_pretrained(place, dtype=dtype)
     if adapter is None:
@@ -70,8 +69,7 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
     if rows is not None and rows != own:
         raise ValueError(
             f"The adapter `{path}` holds an embedding of {rows} tokens – its base `{place}` has {own}: tokens were added in "
-            "training. "
-            "Merge it into its base with the embedding resized, and name the merged model."
+            "training. Merge it into its base with the embedding resized, and name the merged model."
         )
     return PeftModel.from_pretrained(model, str(path)).eval()
 

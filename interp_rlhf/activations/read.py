@@ -372,8 +372,7 @@ def _forward(
             if activation.shape[:2] != places.shape:
                 raise ValueError(
                     f"The activation at `{point}` has shape {tuple(activation.shape)} for {tuple(places.shape)} tokens – "
-                    "expected "
-                    "one vector per token. Read at a decoder layer."
+                    "expected one vector per token. Read at a decoder layer."
                 )
             sink(point, places, activation)
             waiting.discard(point)

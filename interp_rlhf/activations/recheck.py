@@ -137,8 +137,7 @@ class Recheck:
         precision = precision_of(model)
         return (
             f" – expected at most {ALLOWED[precision]:g} in {precision}. Cause: {cause}. What was read since the last check "
-            "cannot be "
-            "relied on: mend it and start the run again."
+            "cannot be relied on: mend it and start the run again."
         )
 
 
@@ -149,6 +148,5 @@ def _why(model: nn.Module, args: Any) -> str:
         named.append(f"rotary positions that depend on the longest row of the batch, from {found.reach} tokens on")
     return "; ".join(named) or (
         "none of the known ones (noise hooks, dropout, router jitter, padding, a moved reference). Look for hooks on the "
-        "model and "
-        "for what it does in training mode only"
+        "model and for what it does in training mode only"
     )

@@ -143,8 +143,7 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         if "train" not in splits and len(splits) != 1:
             raise ValueError(
                 f"`{source}` has the splits {', '.join(f'`{split}`' for split in splits)} – expected `train`, or one split "
-                "only. Save "
-                "the one that is meant by itself."
+                "only. Save the one that is meant by itself."
             )
         loaded = loaded["train" if "train" in splits else splits[0]]
     return [dict(row) for row in loaded]

@@ -226,8 +226,7 @@ class DriftCallback(TrainerCallback):
             if not predicts(model):
                 raise ValueError(
                     f"`prompts` are given and `{type(model).__name__}` has no language-model head – expected none: it answers "
-                    "nothing. "
-                    "Leave them out; activations, monitors and labelled examples are read all the same."
+                    "nothing. Leave them out; activations, monitors and labelled examples are read all the same."
                 )
             self._own = OwnText(
                 trainer, config.prompts, self.monitors, config.measures or {},

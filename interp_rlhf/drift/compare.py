@@ -243,8 +243,7 @@ def _require_its_base(before: str, after: str) -> None:
         f"The adapter `{after}` was trained on `{base}` – A is `{before}`"
         + (f", an adapter of `{other}`" if other != before else "")
         + ": expected one base. On another one its weights mean nothing. Name its own base as A; if that was only moved, write "
-        "the new "
-        "place into its `adapter_config.json`."
+        "the new place into its `adapter_config.json`."
     )
 
 

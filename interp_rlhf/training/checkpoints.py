@@ -203,8 +203,7 @@ class ResumeCallback(TrainerCallback):
             before = next(step for step in range(state.global_step, -1, -1) if is_aligned(args, step, self._prompts))
             raise ValueError(
                 f"The run is to go on from step {state.global_step} – expected a step after which no generated batch is half "
-                "used: it "
-                f"is not saved. Resume from a checkpoint at step {before} or before, by its path."
+                f"used: it is not saved. Resume from a checkpoint at step {before} or before, by its path."
             )
         strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
         if not is_aligned(args, state.max_steps, self._prompts) and strategy != "no":

@@ -86,14 +86,12 @@ def _copied(trainer: Any) -> Any:
         raise ValueError(
             f"The `{name}` has no reference model, and its model has adapters that transformers loaded itself "
             f"({', '.join(f'`{key}`' for key in base.peft_config)}) – expected a `PeftModel`, whose adapters can be switched "
-            "off. Wrap "
-            f"it: `PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)`. Or pass `reference=` to `attach`."
+            f"off. Wrap it: `PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)`. Or pass `reference=` to `attach`."
         )
     if trainer.state.global_step > 0:
         raise ValueError(
             f"The `{name}` has no reference model and has made {trainer.state.global_step} steps already – expected a fresh "
-            "one: what "
-            f"training began with is gone. Attach before training. {ask}"
+            f"one: what training began with is gone. Attach before training. {ask}"
         )
     if not runs_here(base):
         return _loaded(trainer, base, ask)
@@ -134,8 +132,7 @@ def _loaded(trainer: Any, base: Any, ask: str) -> Any:
     if not path:
         raise ValueError(
             f"The `{type(trainer).__name__}` has no reference model, and its model is in pieces and was built in memory, so "
-            "there is "
-            f"nothing to load – expected a reference. {ask}"
+            f"there is nothing to load – expected a reference. {ask}"
         )
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
     given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say
@@ -149,8 +146,7 @@ def _loaded(trainer: Any, base: Any, ask: str) -> Any:
     if (differing := _first_difference(model, base)) is not None:
         raise ValueError(
             f"The model at `{path}` is not what the policy is now: `{differing}` differs – expected what training begins "
-            "with, not "
-            f"what the policy was made of. Save the policy and train from there. {ask}"
+            f"with, not what the policy was made of. Save the policy and train from there. {ask}"
         )
     return _on_engine(trainer, model.eval().requires_grad_(False))
 
@@ -187,8 +183,7 @@ def _require_apart(trainer: Any, reference: Any) -> None:
     if shared:
         raise ValueError(
             f"`reference` shares `{shared[0]}` and {len(shared) - 1} other parameters with the model that is trained – "
-            "expected weights "
-            "of its own: it would move along. Load it a second time, or leave `reference` out."
+            "expected weights of its own: it would move along. Load it a second time, or leave `reference` out."
         )
     if reference is not getattr(trainer, "ref_model", None):  # the user's own may be as it was loaded
         reference.eval().requires_grad_(False)
@@ -202,8 +197,7 @@ def _require_frozen_base(trainer: Any) -> None:
             f"`{moving[0]}` and {len(moving) - 1} other parameters of the base model are trained along with the adapter – "
             "expected a "
             "frozen base: with adapters off it is the reference, and it would move. Set `bias='none'` in the adapter's "
-            "configuration "
-            "and freeze the base, or pass `reference=` to `attach`."
+            "configuration and freeze the base, or pass `reference=` to `attach`."
         )
 
 

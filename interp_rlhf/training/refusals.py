@@ -80,8 +80,7 @@ def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
             f"{several} of {every} completions hold several turns of the assistant, the first in row {first} – expected one "
             "turn in each: "
             "what others say in between is no answer, and several answers have several scores. Put what comes before the last "
-            "turn into "
-            "the prompt."
+            "turn into the prompt."
         )
 
 
@@ -131,8 +130,7 @@ def _refuse_engine(trainer: Any, kind: str) -> None:
         if config.is_prompt_learning:
             raise ValueError(
                 f"The adapter is of type `{config.peft_type}` – expected one that changes weights, such as LoRA: "
-                "virtual tokens shift "
-                "every position."
+                "virtual tokens shift every position."
             )
 
 
@@ -141,8 +139,7 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
     if kind not in regularizer.trainers:
         raise ValueError(
             f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(regularizer.trainers)}: "
-            "it changes the "
-            "margin of a preference pair."
+            "it changes the margin of a preference pair."
         )
     if kind in ("GRPO", "RLOO") and regularizer.references:
         if trainer.beta == 0:
@@ -154,8 +151,7 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
         if isinstance(regularizer, DriftPenalty) and regularizer.subspace is None:
             raise ValueError(
                 f"{name} compares the whole stream – expected a `subspace` in a `{type(trainer).__name__}`: its "
-                "reference pass comes "
-                "before batches are shuffled, and only scores travel with them. Pass "
+                "reference pass comes before batches are shuffled, and only scores travel with them. Pass "
                 "`subspace=Subspace.from_readouts([…])` or `from_pca`."
             )
     whole = isinstance(regularizer, DriftPenalty) and regularizer.subspace is None

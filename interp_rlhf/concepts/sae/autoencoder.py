@@ -222,8 +222,7 @@ class SparseAutoencoder(nn.Module):
                 f"The autoencoder was trained on `{name}` at `{training.get('hook_point', self.spec.hook_point)}` and this "
                 "model at "
                 f"`{self.spec.hook_point}` is not that one: {found}. Its latents mean nothing here – expected the model that "
-                "it was "
-                "trained on, or one that was made from it. Train one on this model (`interp-rlhf sae train`)."
+                "it was trained on, or one that was made from it. Train one on this model (`interp-rlhf sae train`)."
             )
         logger.warning(
             "The autoencoder was trained on `%s`: %s. Look at the variance that it leaves unexplained here.",
