@@ -129,6 +129,10 @@ def attach(
     """
     if getattr(trainer, "interp_attached", False):
         raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
+    if measures is not None and not isinstance(measures, Mapping):
+        raise ValueError(
+            f"`measures` is {measures!r} – expected a mapping of names to functions of a text: `{{'length': len}}`."
+        )
     kind = trainer_kind(trainer)
     rollouts = kind in ("GRPO", "RLOO")
     terms_wanted = [make_regularizer(given, trainer.model) for given in as_list(regularizers)]

@@ -54,6 +54,33 @@ def test_one_text_card_prompt_or_mapping_is_that_one(load, model_folder, tokeniz
         )
 
 
+def test_one_hook_point_readout_file_or_text_is_that_one_in_the_library_too(load, tokenizer, tmp_path):
+    from tiny import labelled_rows, make_card
+
+    from interp_rlhf import Subspace
+    from interp_rlhf.activations import read_means, tokenize_examples
+    from interp_rlhf.concepts.examples import make_examples
+    from interp_rlhf.concepts.probe import fit_probe
+    from interp_rlhf.concepts.sae.stream import cut, load_corpus
+    from interp_rlhf.training.interventions import make_intervention
+    from interp_rlhf.training.regularizers import make_regularizer
+
+    model = load()
+    readout = make_readout(model)
+    batch = tokenize_examples(sentences(3), tokenizer)
+    assert list(read_means(model, batch, LAYER)) == [LAYER]
+    assert list(read(model, batch, readout)) == ["concept"]
+    assert Subspace.from_readouts(readout).basis.shape == (1, 32)
+    fit = fit_probe(model, tokenizer, make_examples(labelled_rows(6)), LAYER, model_id="tiny")
+    assert fit.artifact.header.hook_point == LAYER
+    (tmp_path / "a.txt").write_text("warm rain and sun")
+    assert load_corpus(tmp_path / "a.txt") == load_corpus([str(tmp_path / "a.txt")]) == ["warm rain and sun"]
+    assert torch.equal(cut("warm rain and sun", tokenizer, 16).ids, cut(["warm rain and sun"], tokenizer, 16).ids)
+    card = str(make_card(tmp_path, model, tokenizer))
+    assert len(make_regularizer({"kind": "drift_penalty", "cards": card, "weight": 1.0}).subspace.basis) == 1
+    assert len(make_intervention({"kind": "concept_ablation", "cards": card}).subspace.basis) == 1
+
+
 def test_empty_texts_have_no_score_and_crash_nothing(load, tokenizer):
     model = load()
     readout = make_readout(model)

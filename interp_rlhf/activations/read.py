@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..messages import as_list
 from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .counted import end_of_turn_ids
 from .hook_points import INPUT, backbone, decoder_layers, device_of, on_activation, unwrap
@@ -43,7 +44,7 @@ class _Done(Exception):
 def read(
     model: nn.Module,
     batch: TokenBatch | str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
-    readouts: Sequence[TokenReadout],
+    readouts: TokenReadout | Sequence[TokenReadout],
     *,
     tokenizer: Any = None,
     chat_template: str | None = None,
@@ -82,6 +83,7 @@ def read(
             )
         ends = end_of_turn_ids(model, tokenizer, chat_template)
         batch = tokenize_examples(batch, tokenizer, chat_template, chat_template_kwargs, ends)
+    readouts = as_list(readouts)
     groups = group_by_hook_point(readouts)
     scores: dict[str, torch.Tensor] = {}
 
@@ -112,7 +114,7 @@ def read(
 def read_means(
     model: nn.Module,
     batch: TokenBatch,
-    hook_points: Sequence[str],
+    hook_points: str | Sequence[str],
     *,
     batch_tokens: int = 4096,
     progress: str | None = None,
@@ -134,14 +136,14 @@ def read_means(
         rows = places.max(dim=1).values // width
         means[hook_point][rows] = (total / weights.sum(1, keepdim=True).clamp(min=1)).cpu()
 
-    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, progress)
+    _forward(model, batch, list(dict.fromkeys(as_list(hook_points))), sink, batch_tokens, progress)
     return means
 
 
 def read_activations(
     model: nn.Module,
     batch: TokenBatch,
-    hook_points: Sequence[str],
+    hook_points: str | Sequence[str],
     *,
     tokens: torch.Tensor | None = None,
     batch_tokens: int = 4096,
@@ -155,12 +157,17 @@ def read_activations(
         `dict[str, torch.FloatTensor]`: hook point to activations (N, D), float32, N the number of counted tokens.
     """
     found, sink = _collect(batch.completion_mask if tokens is None else tokens)
-    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None)
+    _forward(model, batch, list(dict.fromkeys(as_list(hook_points))), sink, batch_tokens, None)
     return found
 
 
 def read_predictions(
-    model: nn.Module, batch: TokenBatch, hook_points: Sequence[str], kept: torch.Tensor, *, batch_tokens: int = 512
+    model: nn.Module,
+    batch: TokenBatch,
+    hook_points: str | Sequence[str],
+    kept: torch.Tensor,
+    *,
+    batch_tokens: int = 512,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Activations as by `read_activations`, and what the model predicts, all by one whole forward.
 
@@ -193,7 +200,7 @@ def read_predictions(
                 if place >= 0:
                     rows[place] = prediction.clone()
 
-    _forward(model, batch, list(dict.fromkeys(hook_points)), sink, batch_tokens, None, predictions)
+    _forward(model, batch, list(dict.fromkeys(as_list(hook_points))), sink, batch_tokens, None, predictions)
     return found, log_probs, torch.stack([rows[i] for i in range(len(kept))])
 
 

@@ -26,6 +26,7 @@ from ..activations import (
     structure,
     tokenize_examples,
 )
+from ..messages import as_list
 from .artifact import Artifact, Header, library_versions
 from .examples import Examples
 from .latents import Latents
@@ -120,7 +121,7 @@ def fit_probe(
     model: Any,
     tokenizer: Any,
     examples: Examples,
-    hook_points: Sequence[str],
+    hook_points: str | Sequence[str],
     *,
     model_id: str,
     kind: str = "probe",
@@ -152,6 +153,7 @@ def fit_probe(
             that are never on.
     """
     require_bare(model)
+    hook_points = as_list(hook_points)
     if kind not in KINDS or (kind == "sae_latents") != (sae is not None and latents is not None):
         raise ValueError(
             f"`kind` is {kind!r}, with{'' if sae is not None else 'out'} `sae`, `latents` {latents} – expected one of "

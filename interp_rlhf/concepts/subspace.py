@@ -21,6 +21,7 @@ from ..activations import (
     resolve,
     tokenize_examples,
 )
+from ..messages import as_list
 from .latents import Latents
 from .readout import Readout
 
@@ -67,12 +68,13 @@ class Subspace:
         return cls(hook_point, basis[sizes > 1e-6 * sizes[0]].float().contiguous())
 
     @classmethod
-    def from_readouts(cls, readouts: Sequence[Readout | Latents]) -> Subspace:
+    def from_readouts(cls, readouts: Readout | Latents | Sequence[Readout | Latents]) -> Subspace:
         """Subspace of the weights of probes and directions, and of what latents write: their decoder rows.
 
         Raises:
             `ValueError`: none, or readouts at different hook points.
         """
+        readouts = as_list(readouts)
         points = sorted({readout.hook_point for readout in readouts})
         if len(points) != 1:
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from ..concepts.card import load_card
 from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
+from ..messages import as_list
 from .from_mapping import from_mapping
 
 TRAINERS = ("DPO", "KTO", "SFT")
@@ -119,7 +120,7 @@ def make_intervention(given: Any) -> TrainingIntervention:
 
 def _load(kind: str, options: dict[str, Any]) -> None:
     if kind == "concept_ablation" and "cards" in options:
-        readouts = [Readout.from_card(load_card(card)) for card in options.pop("cards")]
+        readouts = [Readout.from_card(load_card(card)) for card in as_list(options.pop("cards"))]
         options["subspace"] = Subspace.from_readouts(readouts)
     if kind == "preventative_steering" and "card" in options:
         options["readout"] = Readout.from_card(load_card(options.pop("card")))

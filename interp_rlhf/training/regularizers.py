@@ -21,6 +21,7 @@ from ..concepts.card import load_card
 from ..concepts.latents import Latents, block_size
 from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
+from ..messages import as_list
 from ..validation.gate import require_passed
 from .from_mapping import from_mapping
 from .schedule import Schedule
@@ -519,7 +520,7 @@ def _load(model: Any, kind: str, options: dict[str, Any]) -> None:
     if "schedule" in options and not isinstance(options["schedule"], Schedule):
         options["schedule"] = Schedule.model_validate(options["schedule"])
     if kind == "drift_penalty" and "cards" in options:
-        cards = options.pop("cards")
+        cards = as_list(options.pop("cards"))
         options["subspace"] = Subspace.from_readouts([Readout.from_card(load_card(card)) for card in cards])
     elif kind == "feature_constraint" and "sae" in options:
         from ..concepts.sae.files import load_sae

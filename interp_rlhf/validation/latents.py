@@ -19,6 +19,7 @@ from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..concepts.sae.contexts import LatentContexts, Survey, gather, require_windows, survey
 from ..concepts.sae.effects import Promotion, cosines, promotions
 from ..concepts.sae.reading import Reading, counted_batch, pooled
+from ..messages import as_list
 from .split import split_examples
 from .statistics import auroc_interval
 
@@ -166,6 +167,7 @@ def inspect_latents(
             "`whole` is False without `latents` – expected indices: choosing among all means to read all."
         )
     # Whatever is refused is refused before anything is read.
+    texts, readouts = as_list(texts), as_list(readouts)
     require_windows(contexts)
     cosines(sae, [], readouts)
     halves = None if labelled is None else split_examples(labelled, seed)

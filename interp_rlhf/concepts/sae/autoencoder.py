@@ -115,7 +115,7 @@ class SparseAutoencoder(nn.Module):
         """D."""
         return self.encoder.shape[1]
 
-    def latents(self, indices: Sequence[int] | None = None, name: str = "sae") -> Latents:
+    def latents(self, indices: int | Sequence[int] | None = None, name: str = "sae") -> Latents:
         """Some of its latents as a readout, all by default; weights are shared, not copied, where all are read.
 
         Raises:
@@ -129,6 +129,8 @@ class SparseAutoencoder(nn.Module):
             )  # fmt: skip
             self._all = (self.encoder, found)
         found = self._all[1]
+        if isinstance(indices, int):
+            indices = [indices]
         if indices is not None:
             return found.choose(indices, name)
         return found if name == found.name else replace(found, name=name)

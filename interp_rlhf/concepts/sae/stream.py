@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...activations import TokenBatch, norm_outliers, read_activations
+from ...messages import as_list
 from ..examples import read_rows
 
 # Tokens per forward. More of them are not faster on a CPU; outliers are told from the median norm of these.
@@ -30,6 +31,7 @@ def load_corpus(paths: Sequence[str | Path]) -> list[str]:
         `ValueError`: a row without `text`, or nothing but white space.
     """
     texts: list[str] = []
+    paths = as_list(paths)
     for path in map(str, paths):
         if Path(path).suffix == ".txt":
             if not Path(path).exists():
@@ -120,7 +122,7 @@ def cut(texts: Iterable[str], tokenizer: Any, length: int) -> Contexts:
     if step < 2:
         raise ValueError(f"`context` is {length} – expected at least {len(prefix) + 2} tokens.")
     parts, sizes = [], [0]
-    for text in texts:
+    for text in [texts] if isinstance(texts, str) else texts:
         ids = tokenizer(text=text, add_special_tokens=False, verbose=False)["input_ids"]
         if prefix == () and len(ids) % step == 1:  # a context of one token, its first
             ids = ids[:-1]
