@@ -233,6 +233,17 @@ def test_an_adapter_that_changes_the_policy_and_a_resumed_run_are_read_on_the_sa
     assert attached.rollout.taken >= 1
 
 
+def test_a_policy_that_goes_on_from_a_trained_adapter_is_read_on_its_start_with_a_warning(
+    fitted, tokenizer, tmp_path, caplog
+):
+    """TRL keeps a copy named `ref`: the evidence of cards is about the base without it, and `attach` says so."""
+    policy = with_lora(load(fitted[0]), seed=3).train()
+    trainer, attached = grpo(fitted, tokenizer, tmp_path, model=policy, beta=0.1, max_steps=2)
+    assert "ref" in trainer.model.peft_config
+    assert "their evidence is about another reading than this one" in caplog.text
+    assert attached.rollout.taken == 2
+
+
 def test_less_precise_and_another_model_are_told_apart_with_the_numbers(fitted, tokenizer):
     folder, card = fitted
     readout = Readout.from_card(str(card))

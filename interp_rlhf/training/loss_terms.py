@@ -35,6 +35,7 @@ from ..activations import (
     read_inputs,
     reference_pass,
     runs_after,
+    runs_here,
 )
 from ..activations.recheck import EVERY
 from ..concepts.readout import Readout
@@ -205,7 +206,7 @@ class LossTerms:
             "policy",
         )
         self._reference_recheck = Recheck(keyed, True, "reference")
-        self._pending = [r for r in self._claims() if r.canaries is not None]
+        self._pending = self._unproved()
         self._again: dict[str, Any] = {}
         self._checked = -1
         self._read_monitors: dict[str, dict[Readout, list[float | None]]] = {}
@@ -223,10 +224,15 @@ class LossTerms:
         """Whether a readout sees what an intervention changes."""
         return any(runs_after(self.trainer.model, readout.hook_point, i.hook_point) for i in self.interventions)
 
-    def _claims(self) -> list[Readout]:
-        """Readouts that are claims about the reference."""
+    def _unproved(self) -> list[Readout]:
+        """Claims about a reference that an engine had in pieces when `attach` looked: their canaries are read in the first step."""
+        model = self._reference if self._reference is not None else self.trainer.model
+        adapted = has_adapters(self.trainer.model)
+        begun = adapted and "ref" in self.trainer.accelerator.unwrap_model(self.trainer.model).peft_config
+        if runs_here(model) or begun or (self._reference is None and not adapted):
+            return []
         found = [readout for regularizer in self.regularizers for readout in regularizer.cards_readouts]
-        return list(dict.fromkeys(found)) if has_adapters(self.trainer.model) or self._reference is not None else []
+        return [readout for readout in dict.fromkeys(found) if readout.canaries is not None]
 
     @property
     def reads_rollouts(self) -> bool:
@@ -581,10 +587,9 @@ class LossTerms:
         """Before the trainer's passes: what has to be read by `read()`, since a pass of the trainer would be another reading, and
         a row that is compared with what is taken from these passes."""
         self._read_monitors, self._again = {}, {}
-        if self.source == "rollout":
+        if self.source == "rollout":  # see `_check_rollout`
             return
-        every = self.monitors + [r for regularizer in self.regularizers for r in regularizer.references]
-        if not every:
+        if not self.monitors and not any(regularizer.references for regularizer in self.regularizers):
             return
         training = self.trainer.model.training
         own = [m for m in self.monitors if not self._behind(m)]

@@ -28,6 +28,7 @@ from ..activations import (
     raise_on_all_ranks,
     read,
     reference_pass,
+    runs_here,
     unwrap,
 )
 from ..activations.counted import counted_length, without_first
@@ -78,11 +79,13 @@ class Rollout:
             reader: Recheck(readouts[reader], reader == "reference", reader) for reader in models if readouts[reader]
         }
         self._opened = 0
-        self._pending = [readout for readout in readouts["reference"] if readout.canaries is not None]
         # Then an adapter runs in the reference pass too, with its dropout.
         self._reference_is_adapter = "ref" in getattr(
             trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}
         )
+        # What an engine had in pieces when `attach` looked is looked at in the first rollout.
+        later = not runs_here(models["reference"]) and not self._reference_is_adapter
+        self._pending = [readout for readout in readouts["reference"] if later and readout.canaries is not None]
         everything = list({id(readout): readout for part in readouts.values() for readout in part}.values())
         # On the policy: all hook points, so that one which never fires is noticed, and the passes that can be taken.
         kinds = {"policy_no_grad": bool(readouts["policy"]), "reference": reference is None}
@@ -192,7 +195,7 @@ class Rollout:
             spread = {name: f.scores[batch.attention_mask].double().std(0, correction=0) for name, f in taken.items()}
         with self._model(reader) as model, self.trainer.accelerator.autocast():
             if reader == "reference":
-                for readout in self._pending:  # an engine had taken the model apart when `attach` looked
+                for readout in self._pending:
                     readout.check_canaries(model)
                 self._pending = []
             self._recheck[reader](model, row, scores, spread, self.trainer.args)
