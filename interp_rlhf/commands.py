@@ -61,9 +61,12 @@ def probe_fit(arguments: argparse.Namespace) -> int:
     if latents is not None and len(set(latents)) < len(latents):
         raise ValueError(f"`--latents {arguments.latents}` names one twice – expected each once.")
     require_name(arguments.name)
+    if arguments.sweep is not None and arguments.sweep < 1:
+        raise ValueError(f"`--sweep` is {arguments.sweep} – expected every how many layers to look at, at least 1.")
     examples = load_examples(arguments.data, arguments.positive)
     model, tokenizer, model_id = _load(arguments.model)
-    points = [arguments.hook_point] if arguments.hook_point else sweep_points(model, arguments.sweep or 3)
+    every = 3 if arguments.sweep is None else arguments.sweep
+    points = [arguments.hook_point] if arguments.hook_point is not None else sweep_points(model, every)
     fit = fit_probe(
         model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
         sae=_sae_of(arguments, model), latents=latents, seed=arguments.seed, progress=True,

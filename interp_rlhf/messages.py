@@ -51,8 +51,10 @@ def content_text(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
+    if not isinstance(content, Iterable):
+        raise ValueError(f"a message has the content {content!r} – expected text, or a list of parts.")
     pieces = []
-    for part in content:
+    for part in as_list(content):
         if isinstance(part, str):
             pieces.append(part)
         elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):

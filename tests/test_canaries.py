@@ -159,8 +159,20 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda way: way.__name__)
 def test_a_wrong_reference_is_caught_at_attach_or_at_the_first_rollout(wrong, fitted, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"is not that one|frozen base|weights of its own"):
+    with pytest.raises(ValueError, match=r"is not that one|frozen base|weights of its own|initialized by `pissa`"):
         grpo(fitted, tokenizer, tmp_path, **wrong(fitted[0], tokenizer))
+
+
+def test_an_initialization_that_changes_the_base_is_refused_without_a_card_too(fitted, tokenizer, tmp_path):
+    folder, _ = fitted
+    readout = make_readout(load(folder))
+    for kind in ("GRPO", "DPO", "SFT"):
+        more = {"reward_funcs": [ConceptReward(readout)]} if kind == "GRPO" else {}
+        model = base_changed_by_pissa(folder, tokenizer)["model"]
+        trainer = make_trainer(kind, model, tokenizer, tmp_path / kind, **more)
+        terms = [] if kind == "GRPO" else [ConceptAnchor(readout=readout, weight=1.0)]
+        with pytest.raises(ValueError, match="was initialized by `pissa`"):
+            attach(trainer, regularizers=terms)
 
 
 class Moves(TrainerCallback):

@@ -189,6 +189,56 @@ def test_what_a_template_writes_around_an_answer_is_found(style, styles):
     assert switched_off.prefix == ()  # then it is in the prompt
 
 
+def templates_of_trl():
+    """Of the model families that TRL knows, as it ships them; two take nothing that it trains on without an image or a tool."""
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    return [
+        path
+        for path in sorted(folder.glob("*.jinja"))
+        if not path.stem.endswith("_training") and path.stem != "cohere2"
+    ]
+
+
+@pytest.mark.parametrize("path", templates_of_trl(), ids=lambda path: path.stem)
+def test_templates_that_trl_ships_count_the_answer_alone(path, tmp_path):
+    """Think blocks, channels, line breaks, generation prompts that the training row lacks: DPO's monitors against by hand."""
+    import re
+
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.chat_template = path.read_text()
+    marks = r"<\|[^<>|\s]{2,40}\|>|</?[a-z_]{3,20}>|<\|[a-z]+>|<[a-z]+\|>|<｜[^<>]{2,40}｜>|\[/?[A-Z_]{3,20}\]|<[a-z]+_of_[a-z]+>"
+    special = sorted({*re.findall(marks, tokenizer.chat_template), "<bos>", "<start_of_turn>", "<end_of_turn>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    if ChatMarks.of(tokenizer).parts:
+        pytest.skip("a vision model's template: content in parts, which TRL makes for its processor only")
+    make_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    frozen, rows = load(tmp_path), rows_of("DPO", 2, 5)
+    readouts = [make_readout(frozen, pooling, pooling=pooling) for pooling in ("mean", "last")]
+    trainer = make_trainer(
+        "DPO",
+        str(tmp_path),
+        tokenizer,
+        tmp_path / "out",
+        rows=rows,
+        max_steps=1,
+        learning_rate=0.0,
+        per_device_train_batch_size=2,
+    )
+    attach(trainer, monitors=readouts)
+    trainer.train()
+    logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    for readout in readouts:
+        right = [
+            by_hand(frozen, readout, prompt_of(tokenizer, row["prompt"]), text_ids(tokenizer, row[key][0]["content"]))
+            for row in rows
+            for key in ("chosen", "rejected")
+        ]
+        assert logs[f"interp/{readout.name}/mean_score"] == pytest.approx(sum(right) / len(right), abs=1e-5)
+
+
 @pytest.mark.parametrize("style", sorted(STYLES))
 def test_turns_of_a_conversation_are_kept_apart(style, styles, tmp_path):
     """SFT on `messages` trains on every token; a monitor scores the assistant's turns, each one a sequence."""

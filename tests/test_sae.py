@@ -410,7 +410,7 @@ def test_mean_latents_of_a_term_hold_no_latents_of_all_tokens(architecture, monk
     readout = random_sae(architecture, size=160, k=8).latents()
     activation = torch.randn(100, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
     every = torch.ones(3, 40, dtype=torch.bool)
-    tokens = Counted(every, torch.arange(100) // 40, 3, ~every, ~every)
+    tokens = Counted(every, torch.arange(100) // 40, 3, ~every, ~every, ~every)
     wanted = tokens.means(readout(activation))
     (wanted_gradient,) = torch.autograd.grad(wanted.pow(2).sum(), activation)
     kept = []

@@ -164,9 +164,12 @@ def tokenize_examples(
             continue
         arguments = {**dict(chat_template_kwargs or {}), **_column_kwargs(example, index)}
         try:
-            prompt_ids = tokenize_prompt(prompt, tokenizer, chat_template, arguments, _tools(example, index))
+            prompt_ids = tokenize_prompt(
+                prompt, tokenizer, chat_template, arguments, _tools(example, index), marks.parts
+            )
         except ValueError as error:
-            raise ValueError(f"Example {index}: {error}") from None
+            said = str(error)
+            raise ValueError(said if said.startswith("Example") else f"Example {index}: {said}") from None
         if example.get("completion_ids") is not None:
             completion_ids = list(example["completion_ids"])
         else:
@@ -184,8 +187,9 @@ def tokenize_prompt(
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Any] | None = None,
+    parts: bool = False,
 ) -> list[int]:
-    """Ids of one prompt, as TRL's rollout trainers make them.
+    """Ids of one prompt, as TRL's rollout trainers make them; with `parts`, content goes to the template as a list of parts.
 
     Raises:
         `ValueError`: the chat template does not take it, or there is none.
@@ -198,6 +202,10 @@ def tokenize_prompt(
         {**message, "content": content_text(message["content"])} if "content" in message else dict(message)
         for message in prompt
     ]
+    if parts:
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m for m in messages
+        ]
     if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "the prompt is a conversation and the tokenizer has no chat template – expected one. Use the tokenizer of a chat "

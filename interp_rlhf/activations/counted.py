@@ -18,6 +18,7 @@ know trainers, nor what is read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 
 from .hook_points import unwrap
+
+logger = logging.getLogger(__name__)
 
 # A word that no template writes by itself: what is rendered around it is the template's.
 _ANSWER = "zqxanswer"
@@ -35,18 +38,23 @@ class ChatMarks:
     """What a chat template writes around an assistant's answer, as token ids.
 
     Attributes:
-        header (`tuple[int, ...]`): what opens an assistant's turn: the generation prompt.
+        header (`tuple[int, ...]`): what opens an assistant's turn: of the generation prompt, what is there before an answer too.
+        dropped (`tuple[int, ...]`): the rest of the generation prompt, which a rendered answer does not have: TRL leaves it out
+            of training rows (`<think>` and a line break, in templates of models that always think).
         prefix (`tuple[int, ...]`): what it writes between that and the answer: an empty think block, in Qwen3's.
         closing (`tuple[int, ...]`): what it writes after the answer.
         ends (`frozenset[int]`): ids that end a turn.
         special (`frozenset[int]`): ids that are no text.
+        parts (`bool`): whether the template takes a message's content as a list of parts only, as those of vision models do.
     """
 
     header: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
     ends: frozenset[int] = frozenset()
     special: frozenset[int] = frozenset()
+    parts: bool = False
 
     @classmethod
     def of(
@@ -62,10 +70,11 @@ class ChatMarks:
         around = _around(tokenizer, chat_template, dict(chat_template_kwargs or {}))
         if around is None:
             return cls(ends=frozenset(known), special=special)
-        header, prefix, closing = (tuple(tokenizer(text=t, add_special_tokens=False)["input_ids"]) for t in around)
+        header, dropped, prefix, closing, parts = around
         marks = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
         close = next((token for token in closing if token in marks), None)
-        return cls(header, prefix, closing, frozenset(known if close is None else known | {close}), special)
+        ends = frozenset(known if close is None else known | {close})
+        return cls(header, dropped, prefix, closing, ends, special, parts)
 
     @property
     def closing_head(self) -> tuple[int, ...]:
@@ -124,6 +133,7 @@ class Counted:
         template (`torch.BoolTensor` of shape (B, T)): tokens that the template wrote between an assistant's header and its
             answer.
         starts (`torch.BoolTensor` of shape (B, T)): where a text begins.
+        opens (`torch.BoolTensor` of shape (B, T)): where a turn of the assistant begins.
     """
 
     mask: torch.Tensor
@@ -131,6 +141,7 @@ class Counted:
     sequences: int
     template: torch.Tensor
     starts: torch.Tensor
+    opens: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
@@ -156,13 +167,16 @@ class Counted:
         """Which sequences have a counted token, (M,)."""
         return self.counts > 0
 
-    def texts(self, ids: torch.Tensor, template: bool = False) -> tuple[list[list[int]], list[list[bool]]]:
+    def texts(
+        self, ids: torch.Tensor, template: bool = False, dropped: Sequence[int] = ()
+    ) -> tuple[list[list[int]], list[list[bool]]]:
         """Ids and counts of each sequence as a row of its own, as `read()` would see it: without padding, without the template's
         tokens before the answer, and up to the last token that counts. Empty where none does.
 
         Args:
             ids (`torch.LongTensor` of shape (B, T)): of the batch.
             template (`bool`, defaults to `False`): leave the template's tokens in, as the trainer's own pass sees them.
+            dropped (`Sequence[int]`): what the generation prompt has and a rendered row has not; see `ChatMarks`.
         """
         places = self.mask.nonzero().tolist()
         owners = self.sequence.tolist()
@@ -178,6 +192,13 @@ class Counted:
             kept = [p for p in range(first, end + 1) if template or not self.template[row, p]]
             rows[sequence] = ids[row, kept].tolist()
             counts[sequence] = [place in own[sequence] for place in kept]
+            if dropped and not template:  # before the turn that is scored; earlier ones are as the template has them
+                answer = min(own[sequence])
+                opened: list[int] = self.opens[row, first : answer + 1].nonzero()[:, 0].tolist()
+                if opened:
+                    at = sum(p < first + opened[-1] for p in kept)
+                    rows[sequence][at:at] = list(dropped)
+                    counts[sequence][at:at] = [False] * len(dropped)
         return rows, counts
 
 
@@ -228,7 +249,7 @@ def counted(
         present = keys[found.mask].unique()
         rows = torch.searchsorted(present, keys.contiguous())
         sequences = len(present)
-    return Counted(found.mask, rows[found.mask], sequences, found.template, starts)
+    return Counted(found.mask, rows[found.mask], sequences, found.template, starts, found.opens)
 
 
 def turns_in(ids: Sequence[int], marks: ChatMarks) -> int:
@@ -244,6 +265,7 @@ class _Answers:
     mask: torch.Tensor  # (B, T)
     template: torch.Tensor  # (B, T)
     turn: torch.Tensor  # (B, T), how many turns have begun in the row
+    opens: torch.Tensor  # (B, T)
 
 
 def _answers(
@@ -300,7 +322,7 @@ def _answers(
     if texts:
         plain = torch.isin(text_of, text_of[whole]) & ~with_header
         found = torch.where(plain, mask & ~torch.isin(ids, _tensor(marks.special, ids)), found)
-    return _Answers(found & ~starts, template, opens.cumsum(1))
+    return _Answers(found & ~starts, template, opens.cumsum(1), opens)
 
 
 def _after(
@@ -322,33 +344,65 @@ def _tensor(values: Collection[int], like: torch.Tensor, ordered: bool = False) 
     return torch.tensor(list(values) if ordered else sorted(values), dtype=like.dtype, device=like.device)
 
 
-def _around(tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]) -> tuple[str, str, str] | None:
-    """Text of header, prefix and closing; None for a tokenizer without a template, or one that takes no such conversation."""
+_Ids = tuple[int, ...]
+
+
+def _around(
+    tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]
+) -> tuple[_Ids, _Ids, _Ids, _Ids, bool] | None:
+    """Ids of header, dropped rest, prefix and closing, and whether content comes in parts; None for a tokenizer without a
+    template, or one that takes no such conversation."""
     if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
         return None
     from jinja2.exceptions import TemplateError
 
-    asked = {"role": "user", "content": "What is it?"}
-    said = {"role": "assistant", "content": _ANSWER}
-
-    def rendered(messages: list[dict[str, str]], **more: Any) -> str:
+    def rendered(parts: bool, answered: bool, **more: Any) -> str:
+        said = [("user", "What is it?")] + [("assistant", _ANSWER)] * answered
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in said
+        ]
         return str(
             tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **{**kwargs, **more})
         )
 
-    try:
-        bare, whole = rendered([asked]), rendered([asked, said])
-        prompt = rendered([asked], add_generation_prompt=True)
-    except (TemplateError, TypeError, KeyError):
-        return None
-    place = whole.rfind(_ANSWER)
-    if place < 0:
-        return None
-    before, closing = whole[:place], whole[place + len(_ANSWER) :]
-    shared = len(_common(prompt, before))
-    return before[len(_common(bare, before)) : shared], before[shared:], closing
+    for parts in (False, True):
+        try:
+            whole, bare = rendered(parts, True), rendered(parts, False)
+            prompt = rendered(parts, False, add_generation_prompt=True)
+        except (TemplateError, TypeError, KeyError, AttributeError):
+            continue
+        place = whole.rfind(_ANSWER)
+        if place < 0:
+            continue
+        before, answer, after = _in_three(tokenizer, whole, place)
+        asked_ids, prompt_ids = _ids(tokenizer, bare), _ids(tokenizer, prompt)
+        # As TRL cuts: where the ids of prompt and conversation part.
+        shared = _common(prompt_ids, (*before, *answer, *after))
+        opening = min(_common(asked_ids, before), shared)
+        return before[opening:shared], prompt_ids[shared:], before[shared:], after, parts
+    logger.warning(
+        "The chat template renders no conversation of one question and one answer: what it writes around an answer is not known, "
+        "and counts in DPO, KTO and SFT on conversations."
+    )
+    return None
 
 
-def _common(one: str, other: str) -> str:
-    size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:size]
+def _in_three(tokenizer: Any, whole: str, place: int) -> tuple[_Ids, _Ids, _Ids]:
+    """Ids before the answer, of it and after it, in their context; a token that reaches into the answer is of it."""
+    end = place + len(_ANSWER)
+    if not getattr(tokenizer, "is_fast", False):  # without places of tokens: each part by itself
+        return _ids(tokenizer, whole[:place]), _ids(tokenizer, whole[place:end]), _ids(tokenizer, whole[end:])
+    found = tokenizer(text=whole, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = tuple(found["input_ids"]), found["offset_mapping"]
+    first = next(i for i, (_, stop) in enumerate(places) if stop > place)
+    last = max(i for i, (start, stop) in enumerate(places) if start < end and stop > start)
+    return ids[:first], ids[first : last + 1], ids[last + 1 :]
+
+
+def _ids(tokenizer: Any, text: str) -> _Ids:
+    return tuple(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two sequences share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -48,6 +48,9 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
 
     adapter = adapter_base(path)
     place = str(path) if adapter is None else str(base or adapter)
+    if Path(place).is_file() or (not Path(place).exists() and place.startswith(("/", "./", "../", "~"))):
+        what = "a file" if Path(place).is_file() else "not there"
+        raise ValueError(f"`{place}` is {what} – expected the folder of a model, or a Hub id such as `owner/name`.")
     config = AutoConfig.from_pretrained(place)
     names = list(getattr(config, "architectures", None) or [])
     if getattr(config, "is_encoder_decoder", False):

@@ -91,7 +91,8 @@ def make_examples(
             "expected one of two labels in each."
         )
     for i, row in enumerate(rows):
-        split_example({key: value for key, value in row.items() if value != ""}, f"`{source}`: row {i}")
+        filled = {key: value for key, value in row.items() if value != "" or key not in ("text", "messages")}
+        split_example(filled, f"`{source}`: row {i}")
     labels, names = _binary([row["label"] for row in rows], source, positive)
     keep = (*CONTENT, *BESIDE)
     kept = [{key: row[key] for key in keep if row.get(key) is not None} for row in rows]
@@ -213,7 +214,11 @@ def _cell(name: str, value: str | None) -> Any:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not UTF-8 ({error}) – expected JSON lines. Save it as UTF-8.") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

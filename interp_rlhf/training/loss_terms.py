@@ -225,7 +225,7 @@ class LossTerms:
         return any(runs_after(self.trainer.model, readout.hook_point, i.hook_point) for i in self.interventions)
 
     def _unproved(self) -> list[Readout]:
-        """Claims about a reference that an engine had in pieces when `attach` looked: their canaries are read in the first step."""
+        """Claims about a reference that an engine had in pieces when `attach` looked; their canaries are read later."""
         model = self._reference if self._reference is not None else self.trainer.model
         adapted = has_adapters(self.trainer.model)
         begun = adapted and "ref" in self.trainer.accelerator.unwrap_model(self.trainer.model).peft_config
@@ -625,9 +625,10 @@ class LossTerms:
         noisy = self.trainer.model.training and bool(known.noise or known.adapters)
         ids = input_ids(inputs)
         here = noisy or (known.reach is not None and ids.shape[1] >= known.reach)
-        if not here and self.marks.prefix:
-            here = bool(counted(inputs, self.marks).template.any())
-        if not noisy and (self.marks.prefix or known.reach is not None):
+        if not here and (self.marks.prefix or self.marks.dropped):
+            tokens = counted(inputs, self.marks)
+            here = bool(tokens.template.any()) or bool(self.marks.dropped)
+        if not noisy and (self.marks.prefix or self.marks.dropped or known.reach is not None):
             here = any(of_all_ranks([here])[0])
         return here
 
@@ -640,7 +641,8 @@ class LossTerms:
         if self.source == "pass":
             sides.append(("reference", [m for m in monitors if m in self._keys]))
         for flag in sorted({monitor.include_end_of_turn for monitor in monitors}):
-            lines, counts = counted(inputs, self.marks, flag).texts(input_ids(inputs))
+            tokens = counted(inputs, self.marks, flag)
+            lines, counts = tokens.texts(input_ids(inputs), dropped=self.marks.dropped)
             batch = TokenBatch.from_ids([[]] * len(lines), lines, counts=counts)
             for side, readouts in sides:
                 mine = [m for m in readouts if m.include_end_of_turn == flag]

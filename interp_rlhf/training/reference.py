@@ -19,6 +19,9 @@ from ..activations.sharding import in_one_piece, is_sharded
 
 logger = logging.getLogger(__name__)
 
+# Initializations of LoRA that change the base model's own weights.
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 # Parts of a parameter's name by which PEFT marks what belongs to an adapter, beside each tuner's own prefix.
 _OF_ADAPTERS = ("modules_to_save.", "trainable_tokens_", "original_module.")
 
@@ -192,6 +195,18 @@ def _require_apart(trainer: Any, reference: Any) -> None:
 def _require_frozen_base(trainer: Any) -> None:
     """Raises `ValueError` where something below the adapters is trained: with adapters off, the model would be another one."""
     moving = trained_below_adapters(trainer.model)
+    changed = [
+        name for name, config in trainer.accelerator.unwrap_model(trainer.model).peft_config.items()
+        if str(getattr(config, "init_lora_weights", "")).startswith(CHANGING)
+    ]  # fmt: skip
+    if changed:
+        how = trainer.accelerator.unwrap_model(trainer.model).peft_config[changed[0]].init_lora_weights
+        raise ValueError(
+            f"The adapter `{changed[0]}` was initialized by `{how}`, which takes a part of the base model's weights into the "
+            "adapter – "
+            "expected the default: with adapters off the base is another model than the one that was loaded. Set "
+            "`init_lora_weights=True`, or pass `reference=` to `attach`."
+        )
     if moving:
         raise ValueError(
             f"`{moving[0]}` and {len(moving) - 1} other parameters of the base model are trained along with the adapter – "
