@@ -118,7 +118,7 @@ def attach(
             `interp/measure/<name>/mean`: a text to a float. On rollouts.
         drift (`DriftConfig`, *optional*): adds a `DriftCallback` with the same monitors.
         reference (`nn.Module`, *optional*): the frozen reference, where the trainer has none (GRPO at β = 0, SFT, without
-            PEFT). Without it, that case loads the model again from the path it came from.
+            PEFT). Without it, the policy as it is now is copied: what training begins with.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
         arm (`str`): name of this run where several are compared.
         samples_every (`int`, defaults to 10): rollout batches between two that leave sample completions in the run log.
