@@ -189,30 +189,39 @@ def test_what_a_template_writes_around_an_answer_is_found(style, styles):
     assert switched_off.prefix == ()  # then it is in the prompt
 
 
-def templates_of_trl():
-    """Of the model families that TRL knows, as it ships them; two take nothing that it trains on without an image or a tool."""
+def templates_of_trl(training=False):
+    """Of the model families that TRL knows, as it ships them; Cohere 2's preamble alone is longer than a tiny row."""
     import trl
 
     folder = Path(trl.__file__).parent / "chat_templates"
     return [
-        path
-        for path in sorted(folder.glob("*.jinja"))
-        if not path.stem.endswith("_training") and path.stem != "cohere2"
+        p
+        for p in sorted(folder.glob("*.jinja"))
+        if p.stem.endswith("_training") == training and "cohere2" not in p.stem
     ]
+
+
+def with_template(path):
+    """A tokenizer with a template and the special tokens that stand in it."""
+    import re
+
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.chat_template = path.read_text()
+    forms = (
+        r"<\|[^<>|\s]{2,40}\|>", "</?[a-z_]{3,20}>", r"<\|[a-z]+>", r"<[a-z]+\|>", "<｜[^<>]{2,40}｜>", r"\[/?[A-Z_]{3,20}\]",
+        "<[a-z]+_of_[a-z]+>",
+    )  # fmt: skip
+    special = {*re.findall("|".join(forms), tokenizer.chat_template), "<bos>", "<start_of_turn>", "<end_of_turn>"}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(special)})
+    if ChatMarks.of(tokenizer).parts:
+        pytest.skip("a vision model's template: content in parts, which TRL makes for its processor only")
+    return tokenizer
 
 
 @pytest.mark.parametrize("path", templates_of_trl(), ids=lambda path: path.stem)
 def test_templates_that_trl_ships_count_the_answer_alone(path, tmp_path):
     """Think blocks, channels, line breaks, generation prompts that the training row lacks: DPO's monitors against by hand."""
-    import re
-
-    tokenizer = make_tokenizer("gemma")
-    tokenizer.chat_template = path.read_text()
-    marks = r"<\|[^<>|\s]{2,40}\|>|</?[a-z_]{3,20}>|<\|[a-z]+>|<[a-z]+\|>|<｜[^<>]{2,40}｜>|\[/?[A-Z_]{3,20}\]|<[a-z]+_of_[a-z]+>"
-    special = sorted({*re.findall(marks, tokenizer.chat_template), "<bos>", "<start_of_turn>", "<end_of_turn>"})
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    if ChatMarks.of(tokenizer).parts:
-        pytest.skip("a vision model's template: content in parts, which TRL makes for its processor only")
+    tokenizer = with_template(path)
     make_model("llama", tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     frozen, rows = load(tmp_path), rows_of("DPO", 2, 5)
@@ -237,6 +246,29 @@ def test_templates_that_trl_ships_count_the_answer_alone(path, tmp_path):
             for key in ("chosen", "rejected")
         ]
         assert logs[f"interp/{readout.name}/mean_score"] == pytest.approx(sum(right) / len(right), abs=1e-5)
+
+
+@pytest.mark.parametrize("path", templates_of_trl(training=True), ids=lambda path: path.stem)
+def test_the_assistants_turns_of_a_conversation_are_found_whatever_part_of_it_is_trained_on(path, tmp_path):
+    """TRL's own templates for `assistant_only_loss` mark other tokens than the answer too: headers, line breaks, channels."""
+    tokenizer = with_template(path)
+    make_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    talk = [
+        {"role": "user", "content": "what is it"}, {"role": "assistant", "content": "warm rain"},
+        {"role": "user", "content": "cold bad"}, {"role": "assistant", "content": "good day"},
+    ]  # fmt: skip
+    for only in (True, False):
+        trainer = make_trainer(
+            "SFT", str(tmp_path), tokenizer, tmp_path / "out", rows=[{"messages": talk}] * 2, max_steps=1,
+            assistant_only_loss=only, max_length=None,
+        )  # fmt: skip
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        rows, counts = counted(batch, ChatMarks.of(tokenizer)).texts(batch["input_ids"])
+        said = [
+            tokenizer.decode([i for i, c in zip(r, n, strict=True) if c]) for r, n in zip(rows, counts, strict=True)
+        ]
+        assert said == ["warm rain", "good day"], only
 
 
 @pytest.mark.parametrize("style", sorted(STYLES))

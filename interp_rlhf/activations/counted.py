@@ -44,6 +44,8 @@ class ChatMarks:
         prefix (`tuple[int, ...]`): what it writes between that and the answer: an empty think block, in Qwen3's.
         closing (`tuple[int, ...]`): what it writes after the answer.
         ends (`frozenset[int]`): ids that end a turn.
+        inner (`frozenset[int]`): ids that end a turn in the middle of a rendered conversation only (`<|end|>`, in gpt-oss's); a
+            policy may write them within its answer.
         special (`frozenset[int]`): ids that are no text.
         parts (`bool`): whether the template takes a message's content as a list of parts only, as those of vision models do.
     """
@@ -53,6 +55,7 @@ class ChatMarks:
     prefix: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
     ends: frozenset[int] = frozenset()
+    inner: frozenset[int] = frozenset()
     special: frozenset[int] = frozenset()
     parts: bool = False
 
@@ -70,11 +73,10 @@ class ChatMarks:
         around = _around(tokenizer, chat_template, dict(chat_template_kwargs or {}))
         if around is None:
             return cls(ends=frozenset(known), special=special)
-        header, dropped, prefix, closing, parts = around
+        header, dropped, prefix, closing, within, parts = around
         marks = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
-        close = next((token for token in closing if token in marks), None)
-        ends = frozenset(known if close is None else known | {close})
-        return cls(header, dropped, prefix, closing, ends, special, parts)
+        close, inner = (next(((t,) for t in after if t in marks), ()) for after in (closing, within))
+        return cls(header, dropped, prefix, closing, frozenset(known) | set(close), frozenset(inner), special, parts)
 
     @property
     def closing_head(self) -> tuple[int, ...]:
@@ -278,23 +280,23 @@ def _answers(
 ) -> _Answers:
     """The answers' own tokens among those of `mask` (B, T), in texts that begin where `starts` (B, T) says.
 
-    A turn begins after the template's header and where the mask begins, and is over at the end-of-turn token. With `texts`, a
-    text whose mask begins at its first token and which has no header is no answer to anything: all of it but special tokens
-    counts.
+    A turn begins after the template's header (where there is none, where the mask begins), and is over at the end-of-turn
+    token. With `texts`, a text whose mask begins at its first token and which has no header is no answer to anything: all of
+    it but special tokens counts.
     """
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     start = torch.where(starts, place, 0).cummax(1).values
     after_header = _after(ids, marks.header, start, place)
-    # The mask of a completion begins after the prompt. That of a text begins with it: there only headers begin a turn.
     before = torch.zeros_like(mask)
     before[:, 1:] = mask[:, :-1]
     edge = mask & (~before | starts)
     text_of = starts.flatten().cumsum(0).view_as(ids)
+    # Only where the header was cut away, or there is no template, does the mask say where the answer begins.
     with_header = torch.isin(text_of, text_of[after_header])
     whole = edge & starts
-    opens = after_header | (edge & ~(whole & with_header))
+    opens = after_header | (edge & ~with_header)
     opened = torch.where(opens, place, -1).cummax(1).values
-    ends = torch.isin(ids, _tensor(marks.ends, ids))
+    ends = torch.isin(ids, _tensor(marks.ends | marks.inner, ids))
     ended = torch.where(ends, place, -1).cummax(1).values
     if include_end_of_turn:
         ended = torch.cat([torch.full_like(ended[:, :1], -1), ended[:, :-1]], dim=1)
@@ -307,7 +309,7 @@ def _answers(
             moved = torch.zeros_like(last)
             moved[:, : ids.shape[1] - shift] = last[:, shift:]
             first = place - (size - 1 - shift)
-            template |= moved & (opened == first) & (first >= 0)
+            template |= moved & (opened == first) & (first >= 0) & mask  # what stands in the prompt stays there
     found = mask & inside & ~template
     head = marks.closing_head
     if head:  # the template's tokens between the answer and the end of its turn
@@ -349,15 +351,15 @@ _Ids = tuple[int, ...]
 
 def _around(
     tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]
-) -> tuple[_Ids, _Ids, _Ids, _Ids, bool] | None:
-    """Ids of header, dropped rest, prefix and closing, and whether content comes in parts; None for a tokenizer without a
-    template, or one that takes no such conversation."""
+) -> tuple[_Ids, _Ids, _Ids, _Ids, _Ids, bool] | None:
+    """Ids of header, dropped rest, prefix, closing and what follows an answer within a conversation, and whether content comes
+    in parts; None for a tokenizer without a template, or one that takes no such conversation."""
     if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
         return None
     from jinja2.exceptions import TemplateError
 
-    def rendered(parts: bool, answered: bool, **more: Any) -> str:
-        said = [("user", "What is it?")] + [("assistant", _ANSWER)] * answered
+    def rendered(parts: bool, turns: int, **more: Any) -> str:
+        said = [("user", "What is it?"), ("assistant", _ANSWER), ("user", "And then?")][:turns]
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in said
         ]
@@ -367,8 +369,8 @@ def _around(
 
     for parts in (False, True):
         try:
-            whole, bare = rendered(parts, True), rendered(parts, False)
-            prompt = rendered(parts, False, add_generation_prompt=True)
+            bare, whole, longer = rendered(parts, 1), rendered(parts, 2), rendered(parts, 3)
+            prompt = rendered(parts, 1, add_generation_prompt=True)
         except (TemplateError, TypeError, KeyError, AttributeError):
             continue
         place = whole.rfind(_ANSWER)
@@ -379,7 +381,8 @@ def _around(
         # As TRL cuts: where the ids of prompt and conversation part.
         shared = _common(prompt_ids, (*before, *answer, *after))
         opening = min(_common(asked_ids, before), shared)
-        return before[opening:shared], prompt_ids[shared:], before[shared:], after, parts
+        within = _in_three(tokenizer, longer, longer.rfind(_ANSWER))[2] if _ANSWER in longer else ()
+        return before[opening:shared], prompt_ids[shared:], before[shared:], after, within, parts
     logger.warning(
         "The chat template renders no conversation of one question and one answer: what it writes around an answer is not known, "
         "and counts in DPO, KTO and SFT on conversations."
