@@ -183,6 +183,17 @@ def test_the_evidence_figures_of_the_readme_are_the_committed_ones():
     anchor = found["summary"]["compared_with_plain"]["anchor"]
     assert anchor["share_of_plain_shift"] <= 0.5
     assert anchor["accuracy_difference_95"][0] > -0.05
+    [again], [first, *_] = found["read_again_with_0.2"]["runs"], found["runs"]
+    assert (again["arm"], again["seed"]) == (first["arm"], first["seed"]) == ("plain", 0)
+    assert (again["accuracy"], again["perplexity"]) == (first["accuracy"], first["perplexity"])
+    shifts = [
+        "{warmth:.2f}{0} {sentiment:.2f}{1} and {city_truth:.2f}{2}".format(
+            *names, **{name: run["drift"][name]["mean_shift"] for name in run["drift"]}
+        )
+        for run, names in ((again, (" (warmth),", " (sentiment)", " (city truth)")), (first, (",", "", "")))
+    ]
+    assert f"accuracy {again['accuracy']:.3f} and perplexity {again['perplexity']:.1f} are the same" in readme
+    assert f"the mean shifts are {shifts[0]}, where 0.1 read {shifts[1]}." in readme
     turned = json.loads((ROOT / "recipes" / "watch_the_inside" / "rotation.json").read_text())
     point, monitor = (turned["rotated"][key] for key in ("hook_points", "monitors"))
     for figure in (
