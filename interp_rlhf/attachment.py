@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 from .activations import has_adapters, of_all_ranks, reference_pass
 from .concepts.card import LoadedCard, load_card
 from .concepts.readout import Readout, same_artifact
-from .drift.callback import DriftCallback, DriftConfig
+from .drift.callback import DriftCallback, DriftConfig, whole_number
 from .drift.own_text import values_of
 from .drift.recorder import record
 from .messages import as_list, completion_text, prompt_text
@@ -93,7 +94,7 @@ def attach(
     interventions: Sequence[TrainingIntervention | Mapping[str, Any]] = (),
     monitors: Sequence[str | Path | Readout] = (),
     measures: Mapping[str, Measure] | None = None,
-    drift: DriftConfig | None = None,
+    drift: DriftConfig | Mapping[str, Any] | None = None,
     reference: torch.nn.Module | None = None,
     run_log: str | Path | None = None,
     arm: str = "",
@@ -116,7 +117,7 @@ def attach(
             drift where the trainer runs its reference anyway.
         measures (`dict[str, Callable]`, *optional*): independent measures of a completion's text, logged as
             `interp/measure/<name>/mean`: a text to a float. On rollouts.
-        drift (`DriftConfig`, *optional*): adds a `DriftCallback` with the same monitors.
+        drift (`DriftConfig`, or a mapping of its fields, *optional*): adds a `DriftCallback` with the same monitors.
         reference (`nn.Module`, *optional*): the frozen reference, where the trainer has none (GRPO at β = 0, SFT, without
             PEFT). Without it, the policy as it is now is copied: what training begins with.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
@@ -133,6 +134,10 @@ def attach(
         raise ValueError(
             f"`measures` is {measures!r} – expected a mapping of names to functions of a text: `{{'length': len}}`."
         )
+    samples_every = whole_number("samples_every", samples_every)
+    if samples_every < 1:
+        raise ValueError(f"`samples_every` is {samples_every} – expected a number of rollout batches, at least 1.")
+    drift = _drift_config(drift)
     kind = trainer_kind(trainer)
     rollouts = kind in ("GRPO", "RLOO")
     terms_wanted = [make_regularizer(given, trainer.model) for given in as_list(regularizers)]
@@ -193,6 +198,18 @@ def attach(
         trainer.add_callback(ResumeCallback(parts, aligned=rollouts, prompts=prompts_of(trainer)))
     added = [own for own in trainer.callback_handler.callbacks if own not in known]
     return Attachment(trainer, rollout, terms, log, stock, added)
+
+
+def _drift_config(given: Any) -> DriftConfig | None:
+    if given is None or isinstance(given, DriftConfig):
+        return given
+    known = sorted(field.name for field in fields(DriftConfig))
+    if not isinstance(given, Mapping) or not set(given) <= set(known):
+        raise ValueError(
+            f"`drift` is {given!r} – expected a `DriftConfig`, or a mapping of its fields: "
+            f"{', '.join(f'`{name}`' for name in known)}."
+        )
+    return DriftConfig(**given)
 
 
 def _forget_callbacks(trainer: Any, known: Sequence[TrainerCallback]) -> None:
@@ -441,7 +458,9 @@ class _Watch:
         self._seen: dict[str, list[dict[str, Any]]] = {}
         self._usual: dict[str, float] = {}
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], rewards: torch.Tensor) -> None:
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], rewards: torch.Tensor, trained: torch.Tensor
+    ) -> None:
         found: dict[str, list[float | None]] = {}
         for readout, reader in self._monitors.items():
             found[readout.name] = self._rollout.values(readout, reader)
@@ -453,7 +472,7 @@ class _Watch:
             found[name] = [None if v != v else v for v in values_of(name, measure, texts)]
             self._metric(f"interp/measure/{name}/mean", found[name], np.mean)
             self._metric(f"interp/measure/{name}/std", found[name], np.std)
-        self._about_reward(rewards, found)
+        self._about_reward(trained, found)
         if not self._trainer.model.training:
             return  # evaluation: metrics, no samples of training
         if hasattr(self._trainer, "sample_scores"):  # it writes samples itself, token by token
@@ -510,7 +529,7 @@ class _Watch:
         total = (
             (rewards * weights).nansum(1).double()
         )  # of all ranks, as TRL adds them up, which leaves out what none judged
-        total = total.masked_fill(torch.isnan(rewards).all(1), torch.nan).cpu().numpy()
+        total = total.masked_fill(torch.isnan(rewards).all(1) | total.isinf(), torch.nan).cpu().numpy()
         others = {"length": [float(len(own)) for own in ids]} | {name: found[name] for name in self._measures}
         mode = "train" if trainer.model.training else "eval"
         for name, values in others.items():
@@ -519,8 +538,9 @@ class _Watch:
         size = trainer.num_generations if mode == "train" else trainer.num_generations_eval
         groups = total.reshape(-1, size) if size > 1 and len(total) % size == 0 else np.empty((0, 1))
         groups = groups[np.isfinite(groups).sum(1) > 1]  # of one row alone there is no variance
-        if len(groups) and np.nanstd(groups) > 0:
-            share = float(np.nanvar(groups, axis=1).mean() / np.nanvar(groups))
+        if len(groups) and np.nanmax(groups) > np.nanmin(groups):
+            within = groups - np.nanmean(groups, axis=1, keepdims=True)  # groups count by the rows that were judged
+            share = float(np.nanmean(within**2) / np.nanvar(groups))
             trainer._metrics[mode]["interp/reward/within_group_share"].append(share)
             if share < WITHIN_GROUP and len(groups) > 1 and not self._warned:
                 self._warned = True
@@ -549,6 +569,6 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Pearson's correlation; None where either does not vary or there are fewer than three pairs."""
     kept = np.isfinite(a) & np.isfinite(b)
     a, b = a[kept], b[kept]
-    if len(a) < 3 or a.std() < 1e-12 or b.std() < 1e-12:
+    if len(a) < 3 or any(np.ptp(values) <= 1e-12 * np.abs(values).max() for values in (a, b)):
         return None
     return float(np.corrcoef(a, b)[0, 1])

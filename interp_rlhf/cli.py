@@ -18,12 +18,20 @@ MODEL_HELP = "folder or Hub id of the causal LM (default: the embedded SmolLM2-1
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `interp-rlhf`; returns the exit code: 0 done, 1 a card that may not be what it says, 2 bad input."""
     arguments = build_parser().parse_args(argv)
+    from safetensors import SafetensorError
+
     from . import commands
 
     try:
         return int(getattr(commands, arguments.run)(arguments))
     except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SafetensorError as error:
+        print(
+            f"error: a file of weights (`.safetensors`) is not whole ({error}) – expected one. Copy it again.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was written so far is kept", file=sys.stderr)

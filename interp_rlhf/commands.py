@@ -43,10 +43,10 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def probe_fit(arguments: argparse.Namespace) -> int:
     """`interp-rlhf probe fit`."""
-    from .concepts.card import load_card, require_name
+    from .concepts.card import load_card
     from .concepts.examples import load_examples
     from .concepts.probe import fit_probe, sweep_points
-    from .concepts.publish import plot_sweep, publish
+    from .concepts.publish import plot_sweep, publish, require_new
 
     latents = _indices(arguments.latents)
     if (arguments.kind == "sae_latents") != (arguments.sae is not None and latents is not None):
@@ -60,7 +60,9 @@ def probe_fit(arguments: argparse.Namespace) -> int:
         )
     if latents is not None and len(set(latents)) < len(latents):
         raise ValueError(f"`--latents {arguments.latents}` names one twice – expected each once.")
-    require_name(arguments.name)
+    require_new(
+        arguments.out, name=arguments.name, role=arguments.role, version=arguments.version, weight=arguments.weight
+    )
     if arguments.sweep is not None and arguments.sweep < 1:
         raise ValueError(f"`--sweep` is {arguments.sweep} – expected every how many layers to look at, at least 1.")
     examples = load_examples(arguments.data, arguments.positive)
@@ -447,10 +449,29 @@ def _sae_of(arguments: argparse.Namespace, model: Any) -> Any:
 
 def _html(path: str) -> Path:
     """Where a page goes, looked at before the work."""
+    from .report.page import require_own_pages
+
     out = Path(path)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"`--out` is `{path}` – expected an HTML file, such as `{out.with_suffix('.html')}`.")
+    _require_own(out.with_name(f"{out.stem}.events.jsonl"))
+    require_own_pages(out)
     return out
+
+
+def _require_own(log: Path) -> None:
+    """Refuses to replace a log that `sae inspect` or `sae find` did not write."""
+    if not log.exists():
+        return
+    try:
+        first = json.loads(log.read_text(encoding="utf-8").split("\n", 1)[0])
+    except ValueError:
+        first = None
+    if not isinstance(first, dict) or first.get("arm") not in ("sae inspect", "sae find"):
+        raise ValueError(
+            f"`{log}` would be replaced, and this command did not write it – expected no such file. Pass another `--out`, or "
+            "move it away."
+        )
 
 
 def _write_latents(
@@ -461,6 +482,7 @@ def _write_latents(
     from .runlog import RunLog
 
     log = RunLog(out.with_name(f"{out.stem}.events.jsonl"))
+    _require_own(log.path)
     log.path.unlink(missing_ok=True)
     command = f"sae {arguments.run.removeprefix('sae_')}"
     left_out = ("run", "json", "out")

@@ -11,9 +11,14 @@ from typing import Any
 
 
 def as_list(given: Any) -> list[Any]:
-    """What a user gave where a list is expected: one text, path, card or mapping is a list of that one."""
+    """What a user gave where a list is expected: one text, path, card or mapping is a list of that one, a table its rows."""
     if given is None:
         return []
+    if hasattr(given, "columns") and hasattr(given, "to_dict"):  # a DataFrame, which iterates over its columns
+        return [
+            {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
+            for row in given.to_dict("records")
+        ]
     if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
         return [given]
     return list(given)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .concepts.card import locate
-from .concepts.examples import read_rows
+from .concepts.examples import SPOKEN, read_rows
 from .drift.callback import DriftConfig, whole_number
 from .messages import as_list
 from .training.from_mapping import yaml_numbers
@@ -25,6 +25,7 @@ from .validation import measures
 EMBEDDED = "SmolLM2-135M-Instruct"
 LISTS = ("regularizers", "interventions", "monitors", "rewards", "measures")
 MEASURES = ("vader",)
+TEXTS = ("text", *SPOKEN)  # columns whose cells are words, whatever they look like
 KEYS = (*LISTS, "drift", "arm", "run_log", "samples_every")
 
 
@@ -110,6 +111,17 @@ def _section(given: Any) -> dict[str, Any]:
         raise ValueError(f"`interp` is {given!r} – expected a mapping with {', '.join(f'`{key}`' for key in KEYS)}.")
     _refuse_unknown("interp", given, KEYS)
     given = {key: as_list(value) if key in LISTS else value for key, value in given.items()}
+    for key in ("monitors", "rewards"):
+        wrong = [card for card in given.get(key, []) if not isinstance(card, str | Path | Mapping)]
+        if wrong or (key == "monitors" and any(isinstance(card, Mapping) for card in given.get(key, []))):
+            raise ValueError(
+                f"`interp.{key}` is {given[key]!r} – expected a list of cards, such as `[path/to/card.yaml]`."
+            )
+    for card in given.get("rewards", []):
+        if isinstance(card, Mapping):
+            _refuse_unknown("interp.rewards", card, ("path", "sham", "seed", "dense", "shaping"))
+            if not isinstance(card.get("path"), str | Path):
+                raise ValueError(f"`interp.rewards` has {dict(card)!r} – expected the `path` of a card in each.")
     drift = given.get("drift", {})
     if not isinstance(drift, Mapping):
         raise ValueError(f"`interp.drift` is {drift!r} – expected a mapping such as `{{every: 50}}`.")
@@ -123,11 +135,13 @@ def _section(given: Any) -> dict[str, Any]:
             )
     if "samples_every" in section:
         section["samples_every"] = whole_number("samples_every", section["samples_every"])
+        if section["samples_every"] < 1:
+            raise ValueError(f"`interp.samples_every` is {section['samples_every']} – expected at least 1.")
     return section
 
 
 def _refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:
-    unknown = sorted(set(given) - set(known))
+    unknown = sorted(str(key) for key in given if key not in known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ValueError(
@@ -139,22 +153,51 @@ def _refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:
 def datasets_of(script: Any) -> dict[str, Any]:
     """`train_dataset` and, where there is one, `eval_dataset` of TRL's `ScriptArguments`.
 
+    Raises:
+        `FileNotFoundError`: no such file.
+        `ValueError`: a file without rows, or a split that is not there.
+
     `dataset_name` is a file (`.jsonl`, `.json`, `.csv`, `.parquet`), from here or among the shipped recipes, or what
     `datasets.load_dataset` takes.
     """
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
     name = str(script.dataset_name)
-    suffix = Path(name).suffix
-    if suffix in (".jsonl", ".json", ".csv", ".parquet"):
-        kind = "json" if suffix in (".jsonl", ".json") else suffix[1:]
-        loaded = load_dataset(kind, data_files=str(locate(name)))
+    loaded: Any
+    if Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        rows = read_rows(locate(name))
+        if not rows:
+            raise ValueError(f"`{name}` has no rows – expected at least one to train on.")
+        columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+        if Path(name).suffix.lower() in (".csv", ".tsv"):
+            columns = {key: values if key in TEXTS else _typed(values) for key, values in columns.items()}
+        loaded = {"train": Dataset.from_dict(columns)}
     else:
         loaded = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    if script.dataset_train_split not in loaded:
+        raise ValueError(
+            f"`dataset_train_split` is `{script.dataset_train_split}` – expected one of the splits of `{name}`: "
+            f"{', '.join(f'`{split}`' for split in sorted(loaded))}."
+        )
     found = {"train_dataset": loaded[script.dataset_train_split]}
     if script.dataset_test_split in loaded:
         found["eval_dataset"] = loaded[script.dataset_test_split]
     return found
+
+
+def _typed(values: list[Any]) -> list[Any]:
+    """A column of a CSV file, as booleans or numbers where all its cells are such."""
+    given = [value for value in values if value is not None]
+    if not given or not all(isinstance(value, str) for value in given):
+        return values
+    if {value.lower() for value in given} <= {"true", "false"}:
+        return [None if value is None else value.lower() == "true" for value in values]
+    for kind in (int, float):
+        try:
+            return [None if value is None else kind(value) for value in values]
+        except ValueError:
+            continue
+    return values
 
 
 def model_of(model: Any, args: Any) -> str:

@@ -692,3 +692,188 @@ def test_what_trl_leaves_out_is_left_out_of_correlations_too():
     assert correlation(total, np.array(length)) == pytest.approx(
         float(np.corrcoef(total[kept], np.array(length)[kept])[0, 1])
     )
+
+
+# What another reader of this code found.
+
+
+def opt(tokenizer, **changes):
+    from transformers import OPTConfig
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=128, dropout=0.0, attention_dropout=0.0, pad_token_id=1, eos_token_id=0,
+        bos_token_id=0, **changes,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_noise_that_one_pass_misses_is_known_from_its_rate(tokenizer):
+    model = opt(tokenizer, layerdrop=0.01)
+    assert all("layerdrop" in causes(model.train()).noise[0] for _ in range(3))
+    model.model.decoder.layerdrop = 0.0  # switched off: the rate stays in the config
+    assert causes(model).noise == ()
+    assert causes(opt(tokenizer, layerdrop=0.0)).noise == ()
+
+
+def test_dropout_of_every_adapter_is_told(tokenizer):
+    from peft import LoHaConfig, LoKrConfig, VeraConfig
+
+    more = {"target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+    for config in (
+        VeraConfig(r=8, vera_dropout=0.5, **more),
+        LoKrConfig(r=4, rank_dropout=0.5, **more),
+        LoHaConfig(r=4, module_dropout=0.5, **more),
+        LoraConfig(r=4, lora_dropout=0.5, **more),
+    ):
+        found = causes(get_peft_model(make_model("llama", tokenizer), config))
+        assert "0.5" in found.adapters[0], config
+        assert found.noise == (), config
+    assert causes(get_peft_model(make_model("llama", tokenizer), LoKrConfig(r=4, **more))).adapters == ()
+
+
+def pruned(tokenizer):
+    model = make_model("llama", tokenizer)
+    del model.model.layers[0]
+    return model
+
+
+def scaled(tokenizer):
+    model = make_model("llama", tokenizer)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 1.5
+    return model
+
+
+def test_a_policy_that_is_not_what_its_config_says_is_not_copied(tokenizer, tmp_path):
+    for build, said in (
+        (pruned, r"`model.layers.2.*Pass `reference=`"),
+        (scaled, r"activations are off by .*reference=`"),
+    ):
+        model = build(tokenizer)
+        trainer = make_trainer("SFT", model, tokenizer, tmp_path / build.__name__, max_steps=1)
+        with pytest.raises(ValueError, match=said):
+            attach(
+                trainer,
+                regularizers=[ConceptAnchor(readout=make_readout(make_model("llama", tokenizer)), weight=1.0)],
+            )
+
+
+def test_a_head_that_was_untied_is_copied_untied(tokenizer):
+    from interp_rlhf.training.reference import frozen_copy
+
+    model = make_model("llama", tokenizer, tie_word_embeddings=True)
+    copied = frozen_copy(model)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.3)
+    copied = frozen_copy(model)
+    assert torch.equal(copied.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(copied.lm_head.weight, copied.model.embed_tokens.weight)
+
+
+def two_adapters(folder):
+    model = with_lora(load(folder), seed=3)
+    model.add_adapter("sft", lora_config())
+    model.base_model.set_adapter(["default", "sft"])
+    return model.train()
+
+
+def test_one_of_several_adapters_is_no_reference(fitted, tokenizer, tmp_path):
+    from interp_rlhf.activations import reference_pass
+
+    folder, _ = fitted
+    trainer = make_trainer("DPO", two_adapters(folder), tokenizer, tmp_path)
+    trainer.model.base_model.set_adapter(["default", "sft"])
+    with pytest.raises(ValueError, match=r"active adapters `default`, `sft` – expected one"):
+        attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(load(folder)), weight=1.0)])
+    with reference_pass(trainer.model):
+        assert trainer.model.base_model.active_adapters == ["ref"]
+    assert trainer.model.base_model.active_adapters == ["default", "sft"]
+
+
+def test_a_monitor_of_another_model_is_refused_when_all_weights_are_trained(fitted, tokenizer, tmp_path, caplog):
+    folder, card = fitted
+    readout = Readout.from_card(str(card))
+    stranger = make_model("llama", tokenizer, seed=7)
+    stranger.save_pretrained(tmp_path / "stranger")
+    trainer = make_trainer("SFT", str(tmp_path / "stranger"), tokenizer, tmp_path / "out")
+    with pytest.raises(ValueError, match="It is another model"):
+        attach(trainer, monitors=[readout])
+    assert not caplog.text
+    readout.check_model(stranger, exact=False, trained=True)
+    assert "What it says of this model is about another one" in caplog.text
+    caplog.clear()
+    readout.check_model(one_matrix_rescaled(folder, tokenizer)["reference"], exact=False)
+    assert "a related one" in caplog.text
+    caplog.clear()
+    readout.check_model(load(folder), exact=False)
+    assert not caplog.text
+
+
+def test_own_text_is_not_read_on_a_base_that_moves(tokenizer, tmp_path):
+    from interp_rlhf import DriftCallback
+
+    for changes in ({"bias": "all"}, {"init_lora_weights": "pissa"}):
+        model = get_peft_model(make_model("qwen2", tokenizer), lora_config(**changes))
+        trainer = make_trainer("SFT", model, tokenizer, tmp_path / next(iter(changes)))
+        DriftCallback(trainer)
+        with pytest.raises(ValueError, match=r"frozen base|initialized by `pissa`"):
+            DriftCallback(trainer, prompts=["what is it"])
+
+
+def test_only_what_is_really_coarse_widens_what_is_allowed(fitted, tokenizer):
+    folder, card = fitted
+    readout = Readout.from_card(str(card))
+    head = one_matrix_rescaled(folder, tokenizer)["reference"]
+    head.lm_head.bfloat16()
+    left_over = one_matrix_rescaled(folder, tokenizer)["reference"]
+    left_over.config.quantization_config = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    adapter = get_peft_model(one_matrix_rescaled(folder, tokenizer)["reference"], lora_config())
+    for name, parameter in adapter.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    for model in (head, left_over, adapter):
+        with pytest.raises(ValueError, match="allowed in float32"):
+            readout.check_model(model, exact=model is not adapter)
+
+
+def test_canaries_of_a_model_in_16_bits_are_of_the_checkpoint_in_float32_too(fitted, tokenizer):
+    folder, _ = fitted
+    directions = make_readout(load(folder)).weight[None]
+    for made in (torch.float32, torch.bfloat16, torch.float16):
+        kept = make_canaries(load(folder, made), tokenizer, LAYER, directions)
+        assert kept.made_in == ("float32" if made == torch.float32 else "16 bits")
+        again = Canaries.of(kept.entry())
+        assert again.made_in == kept.made_in
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert agreement(load(folder, dtype), again, LAYER, directions).agrees
+        assert not agreement(make_model("llama", tokenizer, seed=7), again, LAYER, directions).agrees
+    assert Canaries.of({k: v for k, v in kept.entry().items() if k != "made_in"}).made_in == "float32"
+
+
+def test_canaries_are_read_on_an_offloaded_model(fitted, tmp_path):
+    from accelerate import disk_offload
+
+    model = load(fitted[0])
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    kept = Canaries.of(Readout.from_card(str(fitted[1])).header.canaries)
+    readout = Readout.from_card(str(fitted[1]))
+    assert agreement(model, kept, readout.hook_point, readout.read_directions).agrees
+
+
+def test_the_input_of_what_is_given_ids_is_no_hook_point(tokenizer):
+    model = make_model("llama", tokenizer)
+    with pytest.raises(ValueError, match="expected a module that is given activations"):
+        read(model, ["what is it"], [Readout("x", "model.input", torch.ones(32))], tokenizer=tokenizer)
+
+
+def test_an_adapter_of_a_reward_model_is_refused_by_name(fitted, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    from interp_rlhf.activations.loading import load_model
+
+    base = AutoModelForSequenceClassification.from_pretrained(fitted[0], num_labels=1, dtype=torch.float32)
+    get_peft_model(base, lora_config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter of the task `SEQ_CLS` – expected one of a language model"):
+        load_model(tmp_path)

@@ -618,3 +618,321 @@ def test_ppo_gives_a_critic_of_its_own_the_width_that_its_trunk_gives_out(tokeni
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+# What was given in another form than is expected
+
+
+def test_reward_metrics_are_of_the_totals_that_the_trainer_uses(model_folder, tokenizer, tmp_path):
+    from interp_rlhf import ConceptReward
+
+    class Abstaining(ConceptReward):
+        def __call__(self, completion_ids, **kwargs):
+            values = super().__call__(completion_ids=completion_ids, **kwargs)
+            return [None if i == 0 else 10 + value for i, value in enumerate(values)]
+
+    def other(completions, **kwargs):
+        return [float(i % 3) for i in range(len(completions))]
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder())
+    trainer = make_trainer(
+        "GRPO", str(model_folder()), tokenizer, tmp_path, reward_funcs=[Abstaining(make_readout(model)), other],
+        per_device_train_batch_size=8, num_generations=4, max_steps=1, logging_steps=1,
+    )  # fmt: skip
+    attach(trainer)
+    real, given = trainer._calculate_rewards, []
+    trainer._calculate_rewards = lambda *arguments: given.append(real(*arguments)) or given[-1]
+    trainer.train()
+    totals = given[0].sum(1).double().view(2, 4)  # without an abstention: it was filled in
+    logged = [entry for entry in trainer.state.log_history if "interp/reward/within_group_share" in entry]
+    expected = totals.var(1, unbiased=False).mean() / totals.var(unbiased=False)
+    assert logged[0]["interp/reward/within_group_share"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_share_within_groups_counts_every_judged_row_once():
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    from interp_rlhf.attachment import _Watch
+
+    nan = float("nan")
+    trainer = SimpleNamespace(
+        reward_weights=torch.ones(1), model=SimpleNamespace(training=True), num_generations=8,
+        _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    watch = object.__new__(_Watch)
+    watch._trainer, watch._measures, watch._warned = trainer, {}, False
+    watch._rollout = SimpleNamespace(completion_ids=[[0]] * 16)
+    watch._about_reward(torch.tensor([0.0, 10.0, *[nan] * 6, *[0.0] * 8])[:, None], {})
+    # Within: 2 · 25 = 50. In all: a 10 and nine 0, 81 + 9 · 1 = 90.
+    assert trainer._metrics["train"]["interp/reward/within_group_share"] == [pytest.approx(50 / 90)]
+
+
+@pytest.mark.parametrize(
+    "form", ["json", "end mark", "indented", "null", "quoted null", "byte-order mark", "as written"]
+)
+def test_evidence_goes_into_a_card_of_any_form(form, load, tokenizer, tmp_path):
+    import yaml
+    from tiny import make_card
+
+    from interp_rlhf.concepts.card import load_card, with_evidence
+
+    path = make_card(tmp_path, load(), tokenizer)
+    card = load_card(path).card
+    plain = path.read_text()
+    assert card.evidence is not None
+    bare = plain[: plain.index("\nevidence:") + 1]
+    text = {
+        "json": json.dumps(yaml.safe_load(bare)),
+        "end mark": bare + "...\n",
+        "indented": "".join(f"  {line}\n" for line in bare.splitlines()),
+        "null": "evidence: null\n" + bare,
+        "quoted null": bare + '"evidence": null\n',
+        "byte-order mark": "\ufeff" + bare,
+        "as written": "# by hand\n" + bare,
+    }[form]
+    new = with_evidence(text, card.evidence)
+    path.write_text(new)
+    assert load_card(path).card == card
+    assert ("# by hand" in new) == (form == "as written")
+
+
+def test_messages_as_json_are_messages_in_every_file(tmp_path):
+    prompts = [row["messages"][:1] for row in TALK]
+    answers = [row["messages"][1]["content"] for row in TALK]
+    labels = [row["label"] for row in TALK]
+    table = pandas.DataFrame({"prompt": prompts, "completion": answers, "label": labels})
+    for text in (json.dumps, lambda prompt: " " + json.dumps(prompt, indent=1), lambda prompt: json.dumps(prompt[0])):
+        written_so = table.assign(prompt=table["prompt"].map(text))
+        written_so.to_csv(tmp_path / "a.csv", index=False)
+        written_so.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+        written_so.to_parquet(tmp_path / "a.parquet")
+        for name in ("a.csv", "a.jsonl", "a.parquet"):
+            assert load_examples(tmp_path / name).rows[0]["prompt"] == prompts[0], name
+    table.to_csv(tmp_path / "repr.csv", index=False)
+    with pytest.raises(ValueError, match=r"`prompt` holds messages that are no JSON: .* Write them with `json.dumps`"):
+        load_examples(tmp_path / "repr.csv")
+    answer = '{"name": "Ann", "role": "admin"}'
+    table.assign(prompt="who is it", completion=answer).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    assert load_examples(tmp_path / "b.jsonl").rows[0]["completion"] == answer
+
+
+def test_tables_and_generators_in_memory_are_rows(load, tokenizer):
+    from interp_rlhf.concepts.examples import make_examples
+
+    expected = make_examples(ROWS).fingerprint
+    for rows in (pandas.DataFrame(ROWS), (row for row in ROWS), Dataset.from_list(ROWS)):
+        assert make_examples(rows).fingerprint == expected
+    with pytest.raises(ValueError, match=r"is a DatasetDict with the keys `train` – expected rows"):
+        make_examples(datasets.DatasetDict(train=Dataset.from_list(ROWS)))
+    model = load()
+    readout = make_readout(model)
+    texts = [{"text": row["text"]} for row in ROWS[:3]]
+    table, rows = (read(model, given, [readout], tokenizer=tokenizer) for given in (pandas.DataFrame(texts), texts))
+    assert readout.score(table["concept"]) == pytest.approx(readout.score(rows["concept"]))
+
+
+def test_labels_in_other_types_are_0_and_1_and_nan_is_none():
+    import numpy
+
+    from interp_rlhf.concepts.examples import make_examples
+
+    expected = make_examples(ROWS).labels.tolist()
+
+    def labels(kind, positive=None):
+        return make_examples([{**row, "label": kind(row["label"])} for row in ROWS], positive=positive).labels.tolist()
+
+    for kind in (bool, float, str, numpy.float32, numpy.bool_, torch.tensor, lambda label: f"{label}.0"):
+        for positive in (None, 1, True, "1", "true"):
+            assert labels(kind, positive) == expected
+    with pytest.raises(ValueError, match=r"rows have no `label`"):
+        labels(lambda label: "warm" if label else float("nan"), "warm")
+
+
+@pytest.mark.parametrize("case", ["latin-1", "binary", "empty", "weights", "version", "weight", "exists"])
+def test_broken_files_and_options_end_in_one_line(case, model_folder, load, tokenizer, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    from tiny import make_card
+
+    import interp_rlhf.commands
+
+    written(tmp_path / "data.csv", ROWS)
+    data, model, more = tmp_path / "data.csv", tmp_path / "model", []
+    shutil.copytree(model_folder(), model)
+    if case in ("latin-1", "binary"):
+        card = make_card(tmp_path, load(), tokenizer)
+        card.write_bytes(
+            card.read_text().replace("concept:", "concept: wärme ").encode("latin-1")
+            if case == "latin-1"
+            else bytes(range(256))
+        )
+        assert main(["probe", "check", str(card), "--fit-data", str(data), "--data", str(data)]) == 2
+    else:
+        if case == "empty":
+            data = tmp_path / "empty.json"
+            data.write_text("")
+        elif case == "weights":
+            whole = (model / "model.safetensors").read_bytes()
+            (model / "model.safetensors").write_bytes(whole[:-100])
+        elif case == "exists":
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "reward.v1.yaml").write_text("mine")
+        else:
+            more = [f"--{case}", {"version": "0", "weight": "nan"}[case]]
+        if case != "weights":
+            monkeypatch.setattr(interp_rlhf.commands, "_load", lambda name: pytest.fail("the model was loaded"))
+        fit = [
+            "probe",
+            "fit",
+            "--data",
+            str(data),
+            "--name",
+            "c",
+            "--out",
+            str(tmp_path / "out"),
+            "--model",
+            str(model),
+        ]
+        assert main([*fit, "--hook-point", LAYER, *more]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s" not in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+
+
+def test_files_of_others_next_to_a_page_stay(tmp_path, capsys):
+    from interp_rlhf.runlog import RunLog
+
+    log = RunLog(tmp_path / "interp.jsonl")
+    log.append("run", title="t", arm="a", model="m")
+    log.append("end", seconds=1.0)
+    (tmp_path / "README.md").write_text("# Mine")
+    report = ["report", str(log.path), "--out"]
+    assert main([*report, str(tmp_path / "README.html")]) == 2
+    assert "README.md` would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Mine"
+    for _ in range(2):  # its own it replaces
+        assert main([*report, str(tmp_path / "report.html")]) == 0
+    (tmp_path / "u.events.jsonl").write_text('{"event": "run", "arm": "mine"}\n')
+    inspect = ["sae", "inspect", "none", "--texts", str(tmp_path / "README.md"), "--out", str(tmp_path / "u.html")]
+    assert main(inspect) == 2
+    assert "u.events.jsonl` would be replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("concept_anchor", {"weight": True}, "`weight` of a `ConceptAnchor` is True"),
+        ("concept_anchor", {"weight": 1, "pooled": "false"}, "`pooled` of a `ConceptAnchor` is 'false'"),
+        ("concept_anchor", {"weight": 1, "name": False}, "`name` of a `ConceptAnchor` is False"),
+        ("concept_anchor", {"weight": 1, "random_direction": True}, "`random_direction` of a `ConceptAnchor` is True"),
+        ("concept_anchor", {"weight": 1, "schedule": "warmup"}, "`schedule` is 'warmup'"),
+        ("concept_anchor", {"weight": 1, "card": 5}, "`card` of a regularizer of kind `concept_anchor` is 5"),
+        ("preventative_steering", {"alpha": True}, "`alpha` of a `PreventativeSteering` is True"),
+    ],
+)
+def test_words_and_flags_are_no_numbers(kind, options, said, load, tokenizer, tmp_path):
+    from tiny import make_card
+
+    from interp_rlhf.training.interventions import make_intervention
+    from interp_rlhf.training.regularizers import make_regularizer
+
+    make = make_intervention if kind == "preventative_steering" else make_regularizer
+    with pytest.raises(ValueError, match=said):
+        make({"kind": kind, "card": str(make_card(tmp_path, load(), tokenizer)), **options})
+
+
+@pytest.mark.parametrize("wrong", [{"weight": float("nan")}, {"role": "monitor"}, {"reader": "nobody"}])
+def test_a_concept_reward_refuses_what_it_cannot_be(wrong, load):
+    from interp_rlhf import ConceptReward
+
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` of `ConceptReward` is"):
+        ConceptReward(make_readout(load()), **wrong)
+
+
+def test_saves_that_are_exact_up_to_the_last_step_are_accepted():
+    from types import SimpleNamespace
+
+    from interp_rlhf.training.checkpoints import require_aligned_saves
+
+    # 33 prompts, one per batch: an epoch of ⌈33 · 3 / 2⌉ = 50 steps, not a multiple of 3; inside of it every third is aligned.
+    args = SimpleNamespace(
+        save_strategy="steps", steps_per_generation=3, num_iterations=1, gradient_accumulation_steps=2,
+        generation_batch_size=2, num_generations=2, max_steps=48,
+    )  # fmt: skip
+    require_aligned_saves(args, 3, 33)
+    for steps, every in ((54, 3), (-1, 3), (48, 4)):
+        args.max_steps = steps
+        with pytest.raises(ValueError, match=r"expected a multiple of 50 steps"):
+            require_aligned_saves(args, every, 33)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors.index.json", '{"weight'), ("model.safetensors.index.json", "[]"), ("trainer_state.json", "[]"),
+     ("optimizer.pt", ""), ("scheduler.pt", "")],
+)  # fmt: skip
+def test_a_torn_checkpoint_is_passed_over(file, content, tmp_path):
+    from safetensors.torch import save_file
+
+    from interp_rlhf.training.checkpoints import last_complete_checkpoint
+
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for name in ("rng_state.pth", "scheduler.pt", "optimizer.pt"):
+            (folder / name).write_text("x")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / file).write_text(content)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_recipes_read_tables_as_people_have_them(tmp_path):
+    from types import SimpleNamespace
+
+    from interp_rlhf.concepts.sae.stream import load_corpus
+    from interp_rlhf.recipe import datasets_of
+
+    def found(path, split="train"):
+        script = SimpleNamespace(
+            dataset_name=str(path), dataset_config=None, dataset_streaming=False, dataset_train_split=split,
+            dataset_test_split="test",
+        )  # fmt: skip
+        return datasets_of(script)["train_dataset"]
+
+    rows = [{"prompt": json.dumps(row["messages"][:1]), "completion": "7", "label": "True"} for row in TALK]
+    fields = ("prompt", "completion", "label")
+    for how in ({}, {"delimiter": ";"}, {"encoding": "utf-16", "delimiter": "\t"}):
+        data = found(written(tmp_path / "a.csv", rows, fields, **how))
+        assert data[0] == {"prompt": TALK[0]["messages"][:1], "completion": "7", "label": True}
+    with pytest.raises(
+        ValueError, match=r"`dataset_train_split` is `dev` – expected one of the splits of .*: `train`"
+    ):
+        found(tmp_path / "a.csv", "dev")
+    for name in ("e.jsonl", "e.json", "e.csv"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(ValueError, match="has no rows"):
+            found(tmp_path / name)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="is not a whole Parquet file"):
+        found(tmp_path / "t.parquet")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwarm rain")
+    assert load_corpus(tmp_path / "a.txt") == ["warm rain"]
+
+
+def test_attach_checks_how_often_it_samples_and_takes_drift_as_a_mapping(model_folder, tokenizer, tmp_path):
+    def trainer():
+        return make_trainer("SFT", str(model_folder()), tokenizer, tmp_path)
+
+    for wrong in (0, -1, "x", 2.5, None, True):
+        with pytest.raises(ValueError, match=r"`samples_every` is"):
+            attach(trainer(), samples_every=wrong)
+    for wrong in (True, 5, {"evry": 1}):
+        with pytest.raises(ValueError, match=r"`drift` is .* – expected a `DriftConfig`, or a mapping of its fields"):
+            attach(trainer(), drift=wrong)
+    with pytest.raises(ValueError, match=r"`every` is 0"):
+        attach(trainer(), drift={"every": 0})
+    attached = attach(trainer(), drift={"every": 7})
+    assert any(isinstance(callback, DriftCallback) for callback in attached.trainer.callback_handler.callbacks)

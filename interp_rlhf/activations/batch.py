@@ -173,7 +173,11 @@ def tokenize_examples(
         if example.get("completion_ids") is not None:
             completion_ids = list(example["completion_ids"])
         else:
-            completion_ids = list(tokenizer(text=completion, add_special_tokens=False)["input_ids"])
+            if isinstance(prompt, str):
+                completion_ids = _behind(prompt, completion, tokenizer)
+            else:
+                written = len(marks.prefix) if marks.space else 0
+                completion_ids = _behind(marks.lead, marks.space + completion, tokenizer, written, completion)
         counted = counted_length(completion_ids, marks.ends, include_end_of_turn)
         prompts.append(prompt_ids)
         completions.append(completion_ids)
@@ -228,6 +232,16 @@ def tokenize_prompt(
             "Where it has no system role, put those words into the first user message."
         ) from None
     return list(encoded["input_ids"])
+
+
+def _behind(lead: str, text: str, tokenizer: Any, written: int = 0, bare: str | None = None) -> list[int]:
+    """Ids of a text as they are behind what comes before it, without the first `written`; those of `bare` (by default, of the
+    text) by itself where tokens of both sides would merge, since what is generated never does."""
+    before = list(tokenizer(text=lead, add_special_tokens=False)["input_ids"])
+    both = list(tokenizer(text=lead + text, add_special_tokens=False)["input_ids"])
+    if both[: len(before)] == before:
+        return both[len(before) + written :]
+    return list(tokenizer(text=text if bare is None else bare, add_special_tokens=False)["input_ids"])
 
 
 def _tools(example: Mapping[str, Any], index: int) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .batch import TokenBatch
-from .hook_points import unwrap
+from .hook_points import READABLE, adapter_parts, device_of, unwrap
 from .read import read
 from .sharding import is_sharded
 
@@ -32,6 +32,21 @@ COLUMNS = 8
 # another batch; 1.2e-3 after one step of AdamW at 1e-6; 0.017 in bfloat16; 0.028 with weights rounded to 8 bits and 0.46 to 4
 # bits.
 ALLOWED = {"float32": 1e-3, "16 bits": 0.08, "8 bits": 0.15, "4 bits": 0.5}
+# In the names of files that define quantized modules.
+_QUANTIZED = (
+    "aqlm",
+    "awq",
+    "bitnet",
+    "eetq",
+    "fbgemm",
+    "finegrained_fp8",
+    "gptq",
+    "hqq",
+    "mxfp4",
+    "quant",
+    "spqr",
+    "vptq",
+)
 # Below this correlation it is not the same model, however coarse its numbers.
 RELATED = 0.9
 
@@ -45,18 +60,21 @@ class Canaries:
         scores (`tuple[tuple[float, ...], ...]`): per token but the first of each sequence, one after the other, K scores.
         mean_norm (`float`): of the activations of these tokens.
         numbers (`str`): what the weights held: `float32`, or `16 bits` where all of them are numbers of that precision.
+        made_in (`str`, defaults to `"float32"`): of the model that they were made on, a key of `ALLOWED`.
     """
 
     ids: tuple[tuple[int, ...], ...]
     scores: tuple[tuple[float, ...], ...]
     mean_norm: float
     numbers: str
+    made_in: str = "float32"
 
     def entry(self) -> dict[str, Any]:
         """For a header in JSON."""
         return {
             "ids": [list(line) for line in self.ids], "scores": [[float(f"{v:.7g}") for v in row] for row in self.scores],
             "mean_norm": float(f"{self.mean_norm:.7g}"), "numbers": self.numbers,
+            **({"made_in": self.made_in} if self.made_in != "float32" else {}),
         }  # fmt: skip
 
     @classmethod
@@ -66,7 +84,10 @@ class Canaries:
             return None
         ids = tuple(tuple(int(token) for token in line) for line in entry["ids"])
         scores = tuple(tuple(float(value) for value in row) for row in entry["scores"])
-        return cls(ids, scores, float(entry["mean_norm"]), str(entry["numbers"]))
+        made_in = str(entry.get("made_in", "float32"))
+        return cls(
+            ids, scores, float(entry["mean_norm"]), str(entry["numbers"]), made_in if made_in in ALLOWED else "float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,10 @@ def make_canaries(model: nn.Module, tokenizer: Any, hook_point: str, directions:
     if not torch.isfinite(found).all():
         raise ValueError("The model's activations on plain sentences hold NaN or infinity – expected finite numbers.")
     scores = tuple(tuple(row) for row in found[:, :-1].tolist())
-    return Canaries(ids, scores, float(found[:, -1].mean()), _numbers(model))
+    coarse = _coarse(model, adapters=False)
+    return Canaries(
+        ids, scores, float(found[:, -1].mean()), _numbers(model), coarse[0] if coarse is not None else "float32"
+    )
 
 
 def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions: torch.Tensor) -> Agreement:
@@ -157,9 +181,11 @@ def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions:
     now, before = (found[:, :-1] - then.mean(0)) / spread, (then - then.mean(0)) / spread
     error = float((now - before).pow(2).mean().sqrt())
     correlation = float(torch.corrcoef(torch.stack([now.flatten(), before.flatten()]))[0, 1])
-    coarse = _coarse(model)
+    coarse = _coarse(model, adapters=False)
     precision = coarse[0] if coarse else "float32"
     why = coarse[1] if coarse else ""
+    if list(ALLOWED).index(canaries.made_in) > list(ALLOWED).index(precision):
+        precision, why = canaries.made_in, f"its canaries were made in {canaries.made_in}"
     if precision == "float32" and canaries.numbers == "float32" and _numbers(model) == "16 bits":
         precision, why = "16 bits", "its weights were rounded to 16 bits"
     ratio = float(found[:, -1].mean()) / max(canaries.mean_norm, 1e-12)
@@ -175,31 +201,49 @@ def _read(model: nn.Module, ids: Sequence[Sequence[int]], hook_point: str, direc
     return scores.scores[scores.mask]
 
 
-def _coarse(model: nn.Module) -> tuple[str, str] | None:
-    """What in a model is coarser than float32, and which precision that makes it."""
+def _coarse(model: nn.Module, adapters: bool = True) -> tuple[str, str] | None:
+    """What in a model is coarser than float32, and which precision that makes it; a head of its own is not looked at.
+
+    Args:
+        adapters (`bool`, defaults to `True`): look at adapters too, not only at the base that canaries are about.
+    """
     base = unwrap(model)
     given = getattr(base.config, "quantization_config", None)
     bits = {8: "8 bits", 4: "4 bits"}
-    for module in base.modules():
+    left_out = set() if adapters else adapter_parts(base)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    modules = [module for name, module in base.named_modules() if name not in left_out and module is not head]
+    for module in modules:
         kind = type(module).__name__.lower()
         for size, name in bits.items():
             if f"{size}bit" in kind:
                 return name, f"`{type(module).__name__}` modules"
         if "quantized" in type(module).__module__:
             return "8 bits", f"`{type(module).__module__}` modules"
-    if given is not None and not getattr(given, "dequantize", False):
+    if given is not None and not getattr(given, "dequantize", False) and any(map(_is_quantized, modules)):
         return "4 bits" if "4" in str(given) else "8 bits", "its `quantization_config`"
-    types = {parameter.dtype for parameter in base.parameters()}
-    if whole := sorted(str(kind) for kind in types if not kind.is_floating_point):
+    types = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
+    if whole := sorted(str(kind) for kind in types if kind not in READABLE):
         return "8 bits", f"weights of type {', '.join(whole)}"
     if half := sorted(str(kind) for kind in types if kind in (torch.bfloat16, torch.float16)):
         return "16 bits", f"weights of type {', '.join(half)}"
-    device = next(base.parameters()).device.type
+    device = device_of(base).type
     if torch.is_autocast_enabled(device):
         return "16 bits", "automatic mixed precision"
     if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return "16 bits", "TF32 products"
     return None
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module holds quantized numbers, as a configuration says: one may be left over from what was dequantized."""
+    own = list(module.parameters(recurse=False))
+    if any(p.dtype not in READABLE or type(p.data).__module__.startswith(("torchao", "optimum")) for p in own):
+        return True
+    whole = (torch.int8, torch.uint8, torch.int16, torch.int32)
+    if any(buffer.dim() > 1 and buffer.dtype in whole for buffer in module.buffers(recurse=False)):
+        return True
+    return any(word in type(module).__module__.lower() for word in _QUANTIZED)
 
 
 def precision_of(model: nn.Module) -> str:

@@ -48,6 +48,11 @@ class ChatMarks:
             policy may write them within its answer.
         special (`frozenset[int]`): ids that are no text.
         parts (`bool`): whether the template takes a message's content as a list of parts only, as those of vision models do.
+        asked (`tuple[int, ...]`): what opens a user's turn after an answer.
+        opener (`int`, *optional*): a mark of its own by which every turn opens (`<|im_start|>`).
+        stem (`int`): how many ids of `header` come before its last white space, which may merge with an answer's own.
+        lead (`str`): the end of the generation prompt as text: an answer is tokenized behind it.
+        space (`str`): white space that a rendered conversation has between that and the answer.
     """
 
     header: tuple[int, ...] = ()
@@ -58,6 +63,11 @@ class ChatMarks:
     inner: frozenset[int] = frozenset()
     special: frozenset[int] = frozenset()
     parts: bool = False
+    asked: tuple[int, ...] = ()
+    opener: int | None = None
+    stem: int = 0
+    lead: str = ""
+    space: str = ""
 
     @classmethod
     def of(
@@ -73,10 +83,29 @@ class ChatMarks:
         around = _around(tokenizer, chat_template, dict(chat_template_kwargs or {}))
         if around is None:
             return cls(ends=frozenset(known), special=special)
-        header, dropped, prefix, closing, within, parts = around
         marks = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
-        close, inner = (next(((t,) for t in after if t in marks), ()) for after in (closing, within))
-        return cls(header, dropped, prefix, closing, frozenset(known) | set(close), frozenset(inner), special, parts)
+        close, inner = (next(((t,) for t in after if t in marks), ()) for after in (around.closing, around.within))
+        ends = frozenset(known) | set(close)
+
+        def blank(token: int) -> bool:
+            return token not in marks and not tokenizer.decode([token]).strip()
+
+        header, asked = around.header, around.asked
+        if all(blank(token) for token in header):  # no mark: a line break stands in any text
+            header = ()
+        stem = len(header)
+        while stem and blank(header[stem - 1]):
+            stem -= 1
+        while asked and blank(asked[0]):
+            asked = asked[1:]
+        while asked and blank(asked[-1]):
+            asked = asked[:-1]
+        own = set(ends) | {tokenizer.bos_token_id, tokenizer.pad_token_id}
+        opener = asked[0] if asked and asked[0] in marks and asked[0] not in own else None
+        return cls(
+            header, around.dropped, around.prefix, around.closing, ends, frozenset(inner), special, around.parts,
+            asked, opener, stem, around.lead, around.space,
+        )  # fmt: skip
 
     @property
     def closing_head(self) -> tuple[int, ...]:
@@ -255,11 +284,18 @@ def counted(
 
 
 def turns_in(ids: Sequence[int], marks: ChatMarks) -> int:
-    """How many turns of an assistant a completion holds: its own, and one for each header in it."""
-    size = len(marks.header)
-    if not size or marks.header[0] not in ids:
+    """How many turns of an assistant a completion holds: its own, and one for each header in it; where the template has no
+    header, one for each end of a turn that more follows on."""
+    stem = marks.header[: marks.stem]
+    if not stem:
+        rest = list(ids)
+        while rest and (rest[-1] in marks.ends or rest[-1] in marks.closing):
+            rest.pop()
+        return 1 + (sum(token in marks.ends for token in rest) if marks.closing else 0)
+    if stem[0] not in ids:
         return 1
-    return 1 + sum(tuple(ids[i : i + size]) == marks.header for i in range(len(ids) - size + 1))
+    size = len(stem)
+    return 1 + sum(tuple(ids[i : i + size]) == stem for i in range(len(ids) - size + 1))
 
 
 @dataclass(frozen=True)
@@ -281,12 +317,18 @@ def _answers(
     """The answers' own tokens among those of `mask` (B, T), in texts that begin where `starts` (B, T) says.
 
     A turn begins after the template's header (where there is none, where the mask begins), and is over at the end-of-turn
-    token. With `texts`, a text whose mask begins at its first token and which has no header is no answer to anything: all of
-    it but special tokens counts.
+    token, or where a user's turn opens. With `texts`, a text whose mask begins at its first token and which has no mark of a
+    turn is no answer to anything: all of it but special tokens counts. Where it has one, but no header, the conversation was cut
+    before the answer, and nothing counts.
     """
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     start = torch.where(starts, place, 0).cummax(1).values
     after_header = _after(ids, marks.header, start, place)
+    if (
+        0 < marks.stem < len(marks.header)
+    ):  # the answer's white space merged with the header's: that token is of the answer
+        after_stem = _after(ids, marks.header[: marks.stem], start, place)
+        after_header |= after_stem & (ids != marks.header[marks.stem])
     before = torch.zeros_like(mask)
     before[:, 1:] = mask[:, :-1]
     edge = mask & (~before | starts)
@@ -294,12 +336,23 @@ def _answers(
     # Only where the header was cut away, or there is no template, does the mask say where the answer begins.
     with_header = torch.isin(text_of, text_of[after_header])
     whole = edge & starts
-    opens = after_header | (edge & ~with_header)
+    cut = torch.zeros_like(mask)  # conversations that are all counted, and end before an answer begins
+    turned = torch.zeros_like(mask)
+    if texts:
+        # TRL leaves the first token of each text of a pack out of the loss.
+        whole[:, 1:] |= edge[:, 1:] & starts[:, :-1] & ~mask[:, :-1]
+        turned = _begins(ids, marks.asked, start, place)
+        marked = turned if marks.opener is None else turned | (ids == marks.opener)
+        cut = torch.isin(text_of, text_of[whole]) & torch.isin(text_of, text_of[marked]) & ~with_header
+    opens = after_header | (edge & ~with_header & ~cut)
     opened = torch.where(opens, place, -1).cummax(1).values
-    ends = torch.isin(ids, _tensor(marks.ends | marks.inner, ids))
+    ends = torch.isin(ids, _tensor(marks.ends | marks.inner, ids)) | turned
     ended = torch.where(ends, place, -1).cummax(1).values
     if include_end_of_turn:
-        ended = torch.cat([torch.full_like(ended[:, :1], -1), ended[:, :-1]], dim=1)
+        kept = ends & ~turned
+        ended = torch.where(turned, place, -1).cummax(1).values
+        earlier = torch.where(kept, place, -1).cummax(1).values
+        ended = torch.maximum(ended, torch.cat([torch.full_like(earlier[:, :1], -1), earlier[:, :-1]], dim=1))
     inside = (opened >= start) & (ended < opened)
     template = torch.zeros_like(mask)
     size = len(marks.prefix)
@@ -322,8 +375,15 @@ def _answers(
             moved[:, : ids.shape[1] - shift] = closed[:, shift:]
             found &= ~moved
     if texts:
-        plain = torch.isin(text_of, text_of[whole]) & ~with_header
-        found = torch.where(plain, mask & ~torch.isin(ids, _tensor(marks.special, ids)), found)
+        plain = torch.isin(text_of, text_of[whole]) & ~with_header & ~cut
+        every = mask & ~torch.isin(ids, _tensor(marks.special, ids))
+        if any(
+            token in marks.ends for token in marks.closing
+        ):  # a piece of an answer: what the template closes it with
+            closed = _after(ids, marks.closing, start, place, gap=0)
+            for shift in range(len(marks.closing)):
+                every[:, : ids.shape[1] - shift] &= ~closed[:, shift:]
+        found = torch.where(plain, every, found)
     return _Answers(found & ~starts, template, opens.cumsum(1), opens)
 
 
@@ -342,6 +402,15 @@ def _after(
     return found & (place - last >= start)
 
 
+def _begins(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Where a pattern of ids begins, within one text."""
+    size = len(pattern)
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    if 0 < size <= ids.shape[1]:
+        found[:, : ids.shape[1] - size + 1] = _after(ids, pattern, start, place, gap=0)[:, size - 1 :]
+    return found
+
+
 def _tensor(values: Collection[int], like: torch.Tensor, ordered: bool = False) -> torch.Tensor:
     return torch.tensor(list(values) if ordered else sorted(values), dtype=like.dtype, device=like.device)
 
@@ -349,17 +418,30 @@ def _tensor(values: Collection[int], like: torch.Tensor, ordered: bool = False) 
 _Ids = tuple[int, ...]
 
 
-def _around(
-    tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]
-) -> tuple[_Ids, _Ids, _Ids, _Ids, _Ids, bool] | None:
-    """Ids of header, dropped rest, prefix, closing and what follows an answer within a conversation, and whether content comes
-    in parts; None for a tokenizer without a template, or one that takes no such conversation."""
+@dataclass(frozen=True)
+class _Around:
+    header: _Ids
+    dropped: _Ids
+    prefix: _Ids
+    closing: _Ids
+    within: _Ids  # what follows an answer within a conversation
+    parts: bool
+    asked: _Ids
+    lead: str
+    space: str
+
+
+def _around(tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]) -> _Around | None:
+    """What a template writes around questions and answers; None for a tokenizer without a template, or one that takes no such
+    conversation. See `ChatMarks`."""
     if chat_template is None and getattr(tokenizer, "chat_template", None) is None:
         return None
     from jinja2.exceptions import TemplateError
 
-    def rendered(parts: bool, turns: int, **more: Any) -> str:
-        said = [("user", "What is it?"), ("assistant", _ANSWER), ("user", "And then?")][:turns]
+    first, second = "What is it?", "And then?"
+
+    def rendered(parts: bool, turns: int, question: str = first, **more: Any) -> str:
+        said = [("user", question), ("assistant", _ANSWER), ("user", second)][:turns]
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in said
         ]
@@ -370,6 +452,7 @@ def _around(
     for parts in (False, True):
         try:
             bare, whole, longer = rendered(parts, 1), rendered(parts, 2), rendered(parts, 3)
+            other = rendered(parts, 2, "Tell me more")
             prompt = rendered(parts, 1, add_generation_prompt=True)
         except (TemplateError, TypeError, KeyError, AttributeError):
             continue
@@ -381,8 +464,26 @@ def _around(
         # As TRL cuts: where the ids of prompt and conversation part.
         shared = _common(prompt_ids, (*before, *answer, *after))
         opening = min(_common(asked_ids, before), shared)
+        header = before[opening:shared]
+        if (
+            not header and _ANSWER in other
+        ):  # a template without a generation prompt: what closes every question opens an answer
+            beside = _in_three(tokenizer, other, other.rfind(_ANSWER))[0]
+            header = before[len(before) - _common(before[::-1], beside[::-1]) :]
         within = _in_three(tokenizer, longer, longer.rfind(_ANSWER))[2] if _ANSWER in longer else ()
-        return before[opening:shared], prompt_ids[shared:], before[shared:], after, within, parts
+        asked: _Ids = ()
+        if longer.rfind(second) > longer.rfind(_ANSWER) >= 0:
+            to = _in_three(tokenizer, longer, longer.rfind(second), len(second))[0]
+            at = len(_in_three(tokenizer, longer, longer.rfind(_ANSWER))[0]) + len(answer)
+            asked = to[at:]
+            asked = asked[_common(asked, after) :]
+        ended = prompt.rfind(first) + len(first)
+        lead = prompt[ended:] if prompt.rfind(first) >= 0 else ""
+        between = whole[len(prompt) : place] if whole.startswith(prompt) else ""
+        space = "" if between.strip() else between
+        # A space merges with most answers, and belongs to them then: to all of them, so that one rule holds.
+        prefix = () if space and "\n" not in space else before[shared:]
+        return _Around(header, prompt_ids[shared:], prefix, after, within, parts, asked, lead, space)
     logger.warning(
         "The chat template renders no conversation of one question and one answer: what it writes around an answer is not known, "
         "and counts in DPO, KTO and SFT on conversations."
@@ -390,9 +491,9 @@ def _around(
     return None
 
 
-def _in_three(tokenizer: Any, whole: str, place: int) -> tuple[_Ids, _Ids, _Ids]:
+def _in_three(tokenizer: Any, whole: str, place: int, length: int = len(_ANSWER)) -> tuple[_Ids, _Ids, _Ids]:
     """Ids before the answer, of it and after it, in their context; a token that reaches into the answer is of it."""
-    end = place + len(_ANSWER)
+    end = place + length
     if not getattr(tokenizer, "is_fast", False):  # without places of tokens: each part by itself
         return _ids(tokenizer, whole[:place]), _ids(tokenizer, whole[place:end]), _ids(tokenizer, whole[end:])
     found = tokenizer(text=whole, add_special_tokens=False, return_offsets_mapping=True)

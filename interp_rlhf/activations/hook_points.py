@@ -16,6 +16,8 @@ from torch import nn
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INPUT = ".input"
+# What PEFT calls the module that an adapter's layer wraps.
+WRAPPED = ("base_layer", "original_module")
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -38,6 +40,21 @@ def has_adapters(model: nn.Module) -> bool:
     from accelerate.utils import extract_model_from_parallel
 
     return hasattr(extract_model_from_parallel(model, keep_torch_compile=False), "disable_adapter")
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether PEFT put this module around one of the model's own: it has a property that says whether adapters are off."""
+    return isinstance(getattr(type(module), "disable_adapters", None), property)  # a `PreTrainedModel` has a method
+
+
+def adapter_parts(base: nn.Module) -> set[str]:
+    """Names of the modules of a causal LM that belong to adapters: inside of PEFT's layers, but for what these wrap."""
+    found: set[str] = set()
+    for name, _module in base.named_modules():
+        parent, _, own = name.rpartition(".")
+        if parent in found or (own not in WRAPPED and is_tuner_layer(base.get_submodule(parent))):
+            found.add(name)
+    return found
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -225,6 +242,12 @@ class _Input(nn.Module):
         """Hook before the owner: what it is given goes through this module, and may be changed there."""
         if args:
             return (self(args[0]), *args[1:]), kwargs
+        if "hidden_states" not in kwargs:
+            given = ", ".join(f"`{key}`" for key, value in kwargs.items() if value is not None) or "nothing"
+            raise ValueError(
+                f"A hook point that ends in `{INPUT}` names a `{type(module).__name__}`, which is given {given} – expected a "
+                "module that is given activations. Name a decoder layer, such as `model.layers.0.input`."
+            )
         return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
 
 

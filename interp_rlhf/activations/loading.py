@@ -34,6 +34,12 @@ def adapter_base(path: str | Path) -> str | None:
     return str(base)
 
 
+def _task(path: str | Path) -> str | None:
+    """What an adapter's configuration says that it does; None where it does not say."""
+    found = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    return None if found is None else str(found)
+
+
 def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """A language model of a folder or Hub id, in evaluation mode; of an adapter's folder, its base with the adapter on.
 
@@ -67,6 +73,12 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
         return model.eval()
     from peft import PeftModel
 
+    task = _task(path)
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"`{path}` is an adapter of the task `{task}` – expected one of a language model (`CAUSAL_LM`): a reward model or a "
+            "classifier predicts no tokens. Name the model that it was made from, or an adapter that was trained with it."
+        )
     rows = _embedding_rows(Path(path))
     own = model.get_input_embeddings().num_embeddings
     if rows is not None and rows != own:

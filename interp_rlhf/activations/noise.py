@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hook_points import backbone, device_of, unwrap
+from .hook_points import adapter_parts, backbone, device_of, is_tuner_layer, unwrap
 from .sharding import is_sharded
 from .tap import adapters_off, first_adapter_layer, reading
 
@@ -26,6 +26,8 @@ PADS, LENGTH = 7, 12
 # Of layers that a causal LM does not run.
 _OF_OTHER_HEADS = ("summary", "classifier")
 _NOISY = ("drop", "jitter", "noise")
+# Rates of what is drawn rarely, or moves little: one pass may not show it.
+_RARE = ("layerdrop", "layer_drop", "drop_path", "drop_prob", "jitter")
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,27 @@ def causes(model: nn.Module, args: Any = None) -> Causes:
         args (`TrainingArguments`, *optional*): the trainer's: what it switches on when training begins.
     """
     base = unwrap(model)
-    noise, adapters = [], []
+    noise: list[str] = []
     alpha = getattr(args, "neftune_noise_alpha", None) or _neftune(base)
     if alpha:
         noise.append(f"NEFTune noise on the embeddings (`neftune_noise_alpha` {alpha})")
+    adapters = _of_adapters(model)
+    inside = adapter_parts(base)
     for name, module in base.named_modules():
+        if name in inside or name.rpartition(".")[2].startswith(_OF_OTHER_HEADS):
+            continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            found = f"dropout {module.p} (`{name}`)"
-            if "lora_" in name:
-                adapters.append(found)
-            elif not name.rpartition(".")[2].startswith(_OF_OTHER_HEADS):
-                noise.append(found)
+            noise.append(f"dropout {module.p} (`{name}`)")
     padding: list[str] = []
     if runs_here(base):
         drawn, moved, limit = _measured(base)
         known = [found for found in noise if not found.startswith("dropout")]
+        rare = _rare(base, inside)
         if drawn > limit:
-            what = noise[len(known) :][:1] or _numbers(base)[:1] or ["something that is drawn at random"]
+            what = noise[len(known) :][:1] or rare[:1] or _numbers(base)[:1] or ["something that is drawn at random"]
             noise = known + [f"{what[0]}: in training mode activations move by {drawn:.1%}"]
         else:
-            noise = known
+            noise = known + rare[:1]
         if moved > limit:
             padding.append(f"left padding moves activations by {moved:.1%}")
     else:
@@ -138,6 +141,62 @@ def _numbers(base: Any) -> list[str]:
         for key, rate in vars(base.config.get_text_config()).items()
         if isinstance(rate, float) and rate > 0 and any(word in key for word in _NOISY) and not key.startswith(_OF_OTHER_HEADS)
     ]  # fmt: skip
+
+
+def _rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _rare(base: Any, inside: set[str]) -> list[str]:
+    """Rates that modules of the text decoder hold, where no module that could be switched off draws: layerdrop, paths, jitter.
+
+    A config's layerdrop or drop path counts where no module holds one. Its jitter does not: a pass would show it.
+    """
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    held = [
+        (f"`{key}` {value} (`{name or type(module).__name__}`)", key, value)
+        for name, module in (decoder if isinstance(decoder, nn.Module) else base).named_modules()
+        if name not in inside
+        for key, value in vars(module).items()
+        if isinstance(value, int | float) and any(word in key.lower() for word in _RARE)
+    ]
+    found = [said for said, _, value in held if _rate(value)]
+    if not any(key for _, key, _ in held if "jitter" not in key):
+        config = vars(base.config.get_text_config()).items()
+        words = [word for word in _RARE if word != "jitter"]
+        found += [f"`{k}` {v}" for k, v in config if _rate(v) and any(w in k for w in words) and "encoder" not in k]
+    return found
+
+
+def _of_adapters(model: nn.Module) -> list[str]:
+    """Dropout in adapters: of modules, of rates that tuner layers hold, and of configurations whose layers show neither."""
+    base = unwrap(model)
+    modules, inside = dict(base.named_modules()), adapter_parts(base)
+    found, shown = [], False
+    for name in sorted(inside):
+        module = modules[name]
+        if "dropout" in type(module).__name__.lower():
+            shown = True
+            if _rate(getattr(module, "p", 0)):
+                found.append(f"dropout {module.p} (`{name}`)")
+    for name, module in modules.items():
+        if not is_tuner_layer(module):
+            continue
+        for key in [key for key in (*vars(module), *module._modules) if "dropout" in key]:
+            shown = True
+            rates = vars(module).get(key)
+            for rate in rates.values() if isinstance(rates, Mapping) else [rates]:
+                if _rate(rate):
+                    found.append(f"`{key}` {rate} (`{name}`)")
+    if not shown:
+        from accelerate.utils import extract_model_from_parallel
+
+        peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+        configs = getattr(peft_model, "peft_config", None) or getattr(base, "peft_config", None) or {}
+        for adapter, config in configs.items():
+            rates = {key: rate for key, rate in vars(config).items() if "dropout" in key and _rate(rate)}
+            found += [f"`{key}` {rate} (adapter `{adapter}`)" for key, rate in rates.items()]
+    return found
 
 
 def _neftune(base: Any) -> float:

@@ -341,12 +341,14 @@ def reference_pass(model: nn.Module, reference: nn.Module | None = None) -> Iter
         with peft_model.disable_adapter():
             yield model
         return
-    active = peft_model.active_adapter
+    active, together = peft_model.active_adapter, list(peft_model.base_model.active_adapters)
     peft_model.set_adapter("ref")
     try:
         yield model
     finally:
         peft_model.set_adapter(active)
+        if together != [active]:  # several at once, which only the tuner knows of
+            peft_model.base_model.set_adapter(together)
 
 
 def _forward(

@@ -174,11 +174,12 @@ def load_card(path: str | Path) -> LoadedCard:
     """
     found = locate(path)
     data = found.read_bytes()
-    loader = _Loader(data)
     try:
+        loader = _Loader(data)
         content = loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{found}` is not YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date or number that is none
+        said = " ".join(str(error).split())
+        raise ValueError(f"`{found}` is not YAML: {said} – expected a reward card in UTF-8.") from None
     problems = loader.doubled
     if not isinstance(content, dict):
         problems.append(f"the file holds {type(content).__name__} – expected a mapping with the keys of a card")
@@ -217,7 +218,21 @@ def dump_card(card: Card) -> str:
 
 
 def with_evidence(text: str, evidence: Evidence) -> str:
-    """Text of a card with its evidence replaced; everything else stays to the letter, comments too."""
+    """Text of a card with its evidence replaced; everything else stays to the letter, comments too.
+
+    Of a card that is not written as `dump_card` does (as JSON, indented, with an end mark) it is the card dumped anew.
+    """
+    expected = Card.model_validate(_Loader(text).get_single_data()).model_copy(update={"evidence": evidence})
+    new = _spliced(text, evidence)
+    try:
+        loader = _Loader(new)
+        same = Card.model_validate(loader.get_single_data()) == expected and not loader.doubled
+    except (yaml.YAMLError, ValidationError):
+        same = False
+    return new if same else dump_card(expected)
+
+
+def _spliced(text: str, evidence: Evidence) -> str:
     kept: list[str] = []
     inside = False
     for line in text.splitlines():

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ..messages import split_example
+from ..messages import as_list, split_example
 
 CONTENT = ("text", "messages", "prompt", "completion")
 # Columns that TRL renders along with them, or that hold a completion as it was generated.
 BESIDE = ("completion_ids", "tools", "chat_template_kwargs")
+# Columns that hold text or messages; a file may hold the latter as JSON.
+SPOKEN = ("messages", "prompt", "completion", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -74,30 +77,45 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
         `ValueError`: no rows, a row without content or label, one class only, or labels that are not binary.
     """
     source = str(source)
-    rows = read_rows(source)
-    if not rows:
-        raise ValueError(f"`{source}` holds no examples – expected at least two, one of each label.")
-    return make_examples(rows, source=source, positive=positive)
+    return make_examples(read_rows(source), source=source, positive=positive)
 
 
 def make_examples(
-    rows: Sequence[Mapping[str, Any]], source: str = "examples", positive: str | None = None
+    rows: Iterable[Mapping[str, Any]], source: str = "examples", positive: str | None = None
 ) -> Examples:
-    """Labelled examples of rows in memory; see `load_examples`."""
-    unlabelled = [i for i, row in enumerate(rows) if row.get("label") is None or row.get("label") == ""]
+    """Labelled examples of rows in memory, such as a list, a `Dataset` or a `DataFrame`; see `load_examples`."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        keys = f" with the keys {', '.join(f'`{key}`' for key in rows)}" if isinstance(rows, Mapping) else ""
+        raise ValueError(
+            f"`{source}` is a {type(rows).__name__}{keys} – expected rows, each with a `label`. Of a `DatasetDict`, "
+            "pass one split."
+        )
+    rows = as_list(rows)
+    if not rows:
+        raise ValueError(f"`{source}` holds no examples – expected at least two, one of each label.")
+    if strange := [i for i, row in enumerate(rows) if not isinstance(row, Mapping)]:
+        raise ValueError(
+            f"`{source}`: row {strange[0]} is a {type(rows[strange[0]]).__name__} – expected a mapping with `label`."
+        )
+    labels = [_plain(row.get("label")) for row in rows]
+    unlabelled = [i for i, label in enumerate(labels) if label is None or label == "" or label != label]
     if unlabelled:
         raise ValueError(
             f"`{source}`: {len(unlabelled)} of {len(rows)} rows have no `label`, the first is row {unlabelled[0]} – "
             "expected one of two labels in each."
         )
     for i, row in enumerate(rows):
-        filled = {key: value for key, value in row.items() if value != "" or key not in ("text", "messages")}
+        filled = {
+            key: value
+            for key, value in row.items()
+            if key not in ("text", "messages") or not isinstance(value, str) or value
+        }
         split_example(filled, f"`{source}`: row {i}")
-    labels, names = _binary([row["label"] for row in rows], source, positive)
+    found, names = _binary(labels, source, positive)
     keep = (*CONTENT, *BESIDE)
     kept = [{key: row[key] for key in keep if row.get(key) is not None} for row in rows]
-    fingerprint = _digest([kept, labels.tolist()])
-    return Examples(kept, labels, names, f"sha256:{fingerprint}")
+    fingerprint = _digest([kept, found.tolist()])
+    return Examples(kept, found, names, f"sha256:{fingerprint}")
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
@@ -110,10 +128,16 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
 def read_rows(source: str | Path) -> list[dict[str, Any]]:
     """Rows of a file or a data set: JSONL, JSON, CSV (also Excel's), Parquet, or what `datasets` reads.
 
+    Messages that stand in a text column as JSON are read.
+
     Raises:
         `FileNotFoundError`: no such file.
         `ValueError`: a file of another form; the message says which line.
     """
+    return [{key: _spoken(str(source), key, value) for key, value in row.items()} for row in _rows(source)]
+
+
+def _rows(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in {".jsonl", ".json", ".csv", ".tsv", ".parquet"} and not path.exists():
@@ -135,6 +159,8 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
             loaded = datasets.load_dataset("json", data_files=str(source))
         else:
             loaded = datasets.load_dataset(str(source))
+    except StopIteration:  # a file without a byte
+        return []
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"`{source}` is no JSONL, CSV or Parquet file, and `datasets` does not read it ({error}) – expected one of the two."
@@ -197,19 +223,40 @@ def _cell(name: str, value: str | None) -> Any:
     """A cell, read as JSON where it holds messages, tools or ids."""
     if value is None or value == "":
         return None
-    if name in ("messages", *BESIDE) or (name in ("prompt", "completion") and value.lstrip().startswith('[{"')):
+    if name in ("messages", *BESIDE):
         try:
-            found = json.loads(value)
+            return json.loads(value)
         except ValueError:
-            if name in ("prompt", "completion"):
-                return value  # text that begins so
             raise ValueError(
                 f"A cell of the column `{name}` is no JSON: {value[:60]!r} – expected a list, such as "
                 '[{"role": "user", "content": "…"}], in double quotes.'
             ) from None
-        messages = isinstance(found, list) and all(isinstance(item, dict) and "role" in item for item in found)
-        return found if messages or name not in ("prompt", "completion") else value
     return value
+
+
+def _spoken(source: str, name: str, value: Any) -> Any:
+    """A value of a row, messages where it is a text that holds them as JSON.
+
+    Raises:
+        `ValueError`: it holds them in another form, as `str` writes a list in Python.
+    """
+    if name not in SPOKEN or not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    if not re.search(r"""["']role["']\s*:""", value):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        if not re.match(r"""\s*(\[\s*)?\{\s*["']""", value) or not re.search(r"""["']content["']\s*:""", value):
+            return value  # a text that begins so
+        raise ValueError(
+            f"`{source}`: the column `{name}` holds messages that are no JSON: {value[:60]!r} – expected such as "
+            '[{"role": "user", "content": "…"}], in double quotes. Write them with `json.dumps`.'
+        ) from None
+    if isinstance(found, dict) and "role" in found and "content" in found:
+        return [found]
+    messages = isinstance(found, list) and all(isinstance(item, dict) and "role" in item for item in found)
+    return found if messages else value
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -248,6 +295,7 @@ def _binary(values: Sequence[Any], source: str, positive: str | None) -> tuple[n
                 "two means that the concept is present."
             )
         positive = "1"
+    positive = _label_name(positive)
     if positive not in distinct:
         raise ValueError(f"`positive` is `{positive}` – expected one of the labels of `{source}`: {shown}.")
     negative = next(name for name in distinct if name != positive)
@@ -259,7 +307,12 @@ def _label_name(value: Any) -> str:
         return str(int(str(value).lower() == "true"))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value)
+    return re.sub(r"^([01])\.0+$", r"\1", str(value))
+
+
+def _plain(label: Any) -> Any:
+    """A label of numpy or torch as Python's own."""
+    return label.item() if hasattr(label, "item") and getattr(label, "ndim", 1) == 0 else label
 
 
 def _scored_text(row: Mapping[str, Any]) -> str:

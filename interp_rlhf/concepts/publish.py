@@ -7,6 +7,7 @@ card is not edited, the next version is added.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -44,21 +45,13 @@ def publish(
     Raises:
         `ValueError`: one of the files exists, or the artifact is not calibrated for this pooling.
     """
-    require_name(name)
+    card_path, artifact_path = require_new(folder, name=name, role=role, version=version, weight=weight)
     header = fit.artifact.header
     pooling = pooling or DEFAULT_POOLING[role]
     if pooling not in header.calibration:
         raise ValueError(
             f"`pooling` is `{pooling}` – the fit is calibrated for {', '.join(sorted(header.calibration))}. Choose one."
         )
-    folder = Path(folder)
-    card_path, artifact_path = folder / f"{role}.v{version}.yaml", folder / f"{name}.v{version}.safetensors"
-    for path in (card_path, artifact_path):
-        if path.exists():
-            raise ValueError(
-                f"`{path}` exists – expected a new version: a released card is never edited. Pass version {version + 1} "
-                "(`--version`) or another folder."
-            )
     card = Card(
         schema=1,
         name=name,
@@ -84,6 +77,32 @@ def publish(
     card = card.model_copy(update={"readout": card.readout.model_copy(update={"artifact": reference})})
     write_atomically(card_path, dump_card(card).encode())
     return card_path
+
+
+def require_new(
+    folder: str | Path, *, name: str, role: Role = "reward", version: int = 1, weight: float = 1.0
+) -> tuple[Path, Path]:
+    """Where a new card and its artifact go, looked at before anything is read.
+
+    Raises:
+        `ValueError`: what no card can have, or one of the files exists.
+    """
+    require_name(name)
+    if version < 1:
+        raise ValueError(f"`version` is {version} – expected at least 1.")
+    if not 0 < weight < math.inf:
+        raise ValueError(f"`weight` is {weight} – expected a finite number above 0.")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`{folder}` is a file – expected a folder for the card and the artifact.")
+    card_path, artifact_path = folder / f"{role}.v{version}.yaml", folder / f"{name}.v{version}.safetensors"
+    for path in (card_path, artifact_path):
+        if path.exists():
+            raise ValueError(
+                f"`{path}` exists – expected a new version: a released card is never edited. Pass version {version + 1} "
+                "(`--version`) or another folder."
+            )
+    return card_path, artifact_path
 
 
 def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:

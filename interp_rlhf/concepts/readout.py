@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..activations import (
+    Agreement,
     Canaries,
     ConceptScores,
     adapters_off_in,
@@ -25,6 +26,7 @@ from ..activations import (
     runs_here,
     structure,
 )
+from ..activations.canaries import RELATED
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
 from .latents import Latents
@@ -165,15 +167,17 @@ class Readout:
         pooled = self.scale * pool(scores, mask, self.pooling)[:, 0] + self.offset  # (B,)
         return pooled if self.transform is None else self.transform(pooled)
 
-    def check_model(self, model: Any, exact: bool = True) -> None:
+    def check_model(self, model: Any, exact: bool = True, trained: bool = False) -> None:
         """Refuse a model that this readout was not made on.
 
         Args:
             model (`nn.Module`): the model that will be read.
             exact (`bool`, defaults to `True`): check that it is the very model too, by the artifact's canaries: right for the
                 reference model, wrong for a policy whose own weights are trained. With adapters these are frozen, and what is
-                below the adapters is checked all the same. Where an engine has taken the model apart, `check_canaries` comes
-                later.
+                below the adapters is checked all the same. Without adapters, a related model is allowed with a warning.
+                Where an engine has taken the model apart, `check_canaries` comes later.
+            trained (`bool`, defaults to `False`): the model's own weights have been trained, however far: where it is not exact,
+                any that has the architecture is allowed with a warning.
 
         Raises:
             `ValueError`: no such hook point, another width, another architecture, or another model.
@@ -196,6 +200,7 @@ class Readout:
                 f"architecture: {shown}. Fit and check a probe on this model."
             )
         if not exact and not has_adapters(model):
+            self._check_related(model, trained)
             return
         if self.canaries is not None and runs_here(model):
             with nullcontext(model) if exact else adapters_off_in(model) as bare:
@@ -207,6 +212,27 @@ class Readout:
                 "and check it on this one."
             )
 
+    def _check_related(self, model: Any, trained: bool) -> None:
+        """Raises `ValueError` for a policy that is no relative of the model that it was made on; warns of a related one."""
+        if self.canaries is None or self.header is None or not runs_here(model):
+            return
+        found = self._agreement(model, self.canaries)
+        if found.agrees:
+            return
+        if found.correlation < RELATED and not trained:
+            raise ValueError(
+                f"Readout `{self.name}` was made on `{self.header.model_id}` and the policy does not begin with that one: "
+                f"{found}. Its scores mean nothing here – expected the model that it was fitted on, or one that was made from "
+                "it. Fit and check a probe on this one (`interp-rlhf probe fit`)."
+            )
+        logger.warning(
+            "Readout `%s` was made on `%s`: %s. What it says of this model is about another one.",
+            self.name, self.header.model_id, found,
+        )  # fmt: skip
+
+    def _agreement(self, model: Any, canaries: Canaries) -> Agreement:
+        return agreement(model, canaries, self.hook_point, (self.made_of or self).read_directions)
+
     def check_canaries(self, model: Any) -> None:
         """Read the artifact's canaries on a model that is said to be the one it was made on; by all ranks together.
 
@@ -216,7 +242,7 @@ class Readout:
         """
         if self.canaries is None or self.header is None:
             return
-        found = agreement(model, self.canaries, self.hook_point, (self.made_of or self).read_directions)
+        found = self._agreement(model, self.canaries)
         if not found.agrees:
             same = identity(model, self.hook_point) == self.header.identity
             raise ValueError(

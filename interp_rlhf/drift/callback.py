@@ -29,6 +29,7 @@ from ..activations import (
     decoder_layers,
     end_of_turn_ids,
     from_rank_zero,
+    has_adapters,
     layers_or_none,
     predicts,
     require_positions,
@@ -41,6 +42,7 @@ from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..concepts.sae.files import load_sae
 from ..messages import as_list, as_prompts
 from ..runlog import read_run_log
+from ..training.reference import require_reference_below
 from .battery import Battery, Snapshot, spread
 from .monitors import LabelledSet, Reading, concept_angle, scores_of
 from .own_text import OwnText, Sampled, per_prompt, summarize
@@ -180,7 +182,7 @@ class DriftCallback(TrainerCallback):
         model: Any = trainer.model
         self.monitors = [m if isinstance(m, Readout) else Readout.from_card(m) for m in as_list(monitors)]
         for monitor in self.monitors:
-            monitor.check_model(model, exact=False)
+            monitor.check_model(model, exact=False, trained=trainer.state.global_step > 0)
         self.pressure, self.holdouts = dict(pressure or {}), dict(holdouts or {})
         names = [monitor.name for monitor in self.monitors]
         if wrong := sorted({n for n in names if names.count(n) > 1} | ({*self.pressure, *self.holdouts} - {*names})):
@@ -228,9 +230,11 @@ class DriftCallback(TrainerCallback):
                     f"`prompts` are given and `{type(model).__name__}` has no language-model head – expected none: it answers "
                     "nothing. Leave them out; activations, monitors and labelled examples are read all the same."
                 )
+            reference = reference if reference is not None else getattr(trainer, "ref_model", None)
+            if reference is None and has_adapters(model):
+                require_reference_below(trainer)
             self._own = OwnText(
-                trainer, config.prompts, self.monitors, config.measures or {},
-                reference if reference is not None else getattr(trainer, "ref_model", None), ends, config.max_new_tokens,
+                trainer, config.prompts, self.monitors, config.measures or {}, reference, ends, config.max_new_tokens,
                 seed=config.seed, chat=chat, sae=self._sae,
             )  # fmt: skip
         self._baseline = _shifts(config.baseline) if config.baseline is not None else {}

@@ -91,7 +91,7 @@ def compare_checkpoints(
             for point in battery.hook_points:
                 resolve(model, point)
             for readout in readouts:
-                readout.check_model(model, exact=False)
+                readout.check_model(model, exact=False, trained=True)
             require_positions(model, battery.batch)
             old = found[0][1] if found else None
             found.append((battery.read(model), examples.read(model, readouts, old) if examples and readouts else {}))

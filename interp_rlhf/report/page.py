@@ -44,13 +44,15 @@ def write_report(
         `list[Path]`: the files written: plots, Markdown, HTML. The same logs give the same bytes.
 
     Raises:
-        `ValueError`: no run, a log without a complete event, or an `out` that does not end in `.html`.
+        `ValueError`: no run, a log without a complete event, an `out` that does not end in `.html`, or one next to which a
+            Markdown or JSON file of that name is not of an earlier report.
         `FileNotFoundError`: a path that does not exist, or a folder without a run log.
         `OSError`: the files cannot be written (a full disk). No temporary file is left, an earlier report stays.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"`out` is `{out}` – expected an HTML file – pass for example `{out / 'report.html'}`.")
+    require_own_pages(out)
     loaded = load_runs(runs)
     content = page_content(loaded, title)
     folder = out.with_name(f"{out.stem}_plots")
@@ -65,6 +67,32 @@ def write_report(
     files[out.with_suffix(".md")] = _render("template.md.j2", content)
     files[out] = _render("template.html.j2", content)
     return write_all(files)
+
+
+def require_own_pages(out: Path) -> None:
+    """Refuse to replace files that are named after the page and are not of an earlier report.
+
+    Raises:
+        `ValueError`: a Markdown or JSON file that somebody else wrote, a `README.md` next to `README.html` say.
+    """
+    for path, own in ((out.with_suffix(".md"), _own_markdown), (out.with_suffix(".json"), _own_json)):
+        if path.exists() and not own(path):
+            raise ValueError(
+                f"`{path}` would be replaced, and it is not of an earlier report – expected no such file. Pass another name for "
+                f"the page, such as `{out.with_name('report.html')}`, or move it away."
+            )
+
+
+def _own_markdown(path: Path) -> bool:
+    return path.is_file() and b"\n## How to read this\n" in path.read_bytes()
+
+
+def _own_json(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"title", "runs"} <= set(found)
 
 
 def write_model_card(

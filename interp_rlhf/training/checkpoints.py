@@ -53,8 +53,13 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
         state = json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return "no whole `trainer_state.json`"
+    if not isinstance(state, Mapping):
+        return "no whole `trainer_state.json`"
     if state.get("global_step") != step:
         return f"its `trainer_state.json` is of step {state.get('global_step')}"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if (folder / name).exists() and (folder / name).stat().st_size == 0:
+            return f"`{name}` is empty"
     engine = [*folder.glob("global_step*"), *folder.glob("pytorch_model*")]
     if not weights_only and (absent := _absent_state(folder, state, bool(list(folder.glob("global_step*"))))):
         return f"no `{absent}`"
@@ -67,7 +72,10 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
             return f"`{file.name}` is torn"
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"`{index.name}` is torn"
         if lacking := sorted(shards - {file.name for file in weights}):
             return f"no `{lacking[0]}`"
     return None if weights or engine else "no weights"
@@ -75,7 +83,8 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
 
 def _absent_state(folder: Path, state: Mapping[str, Any], deepspeed: bool) -> str | None:
     """A file of optimizer, schedule or random state that is not there; every rank writes its own, rank 0 perhaps first."""
-    ranks = int(state.get("stateful_callbacks", {}).get(STATE_KEY, {}).get("processes", 1))
+    own = (state.get("stateful_callbacks") or {}).get(STATE_KEY) or {}
+    ranks = int(own.get("processes", 1))
     needed = ["rng_state*.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     if deepspeed:  # it keeps the schedule itself where its configuration has one, and says last that all is written
         needed += ["latest"] + [f"global_step*/*_rank_{rank}_mp_rank_*_optim_states.pt" for rank in range(ranks)]
@@ -136,6 +145,9 @@ def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | No
     if multiple == 1 or strategy == "no" or (strategy == "steps" and (save_steps is None or save_steps < 1)):
         return
     if strategy == "steps" and int(save_steps or 0) % multiple == 0:
+        return
+    saves = range(int(save_steps or 0), args.max_steps + 1, int(save_steps or 0)) if strategy == "steps" else ()
+    if saves and all(is_aligned(args, step, prompts) for step in saves):  # before the epoch's end it may be less
         return
     if strategy == "epoch" and prompts is not None:
         return

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from ..messages import as_list
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # Options whose value is a word, whatever it looks like.
@@ -33,13 +36,17 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
     if not isinstance(given, Mapping):
         names = ", ".join(f"`{kind.__name__}`" for kind in kinds.values())
         raise ValueError(f"{given!r} is no {what} – expected one of {names}, or a mapping with `kind`.")
-    options = yaml_numbers(dict(given))
+    options = {str(key): value for key, value in yaml_numbers(given).items()}
     kind = options.pop("kind", None)
     if kind not in kinds:
         raise ValueError(
             f"`kind` of a {what} is {kind!r} – expected one of {', '.join(f'`{k}`' for k in sorted(kinds))}."
             + _nearest(str(kind), kinds)
         )
+    for key in ("card", "cards"):
+        files = as_list(options.get(key)) if key == "cards" else [options[key]] if key in options else []
+        if wrong := [file for file in files if not isinstance(file, str | os.PathLike)]:
+            raise ValueError(f"`{key}` of a {what} of kind `{kind}` is {wrong[0]!r} – expected the path of a card.")
     load(kind, options)
     fields = {field.name: field for field in dataclasses.fields(kinds[kind]) if field.init}
     unknown = sorted(set(options) - set(fields))
@@ -63,6 +70,29 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
             f"A {what} of kind `{kind}` has no {', '.join(f'`{key}`' for key in absent)} – expected it{files}."
         )
     return kinds[kind](**options)
+
+
+def check_options(made: Any) -> None:
+    """Refuse a word where an object's field is a number or a flag, and a flag where it is a number.
+
+    Raises:
+        `ValueError`: the first such field.
+    """
+    for field in dataclasses.fields(made):
+        value, kind = getattr(made, field.name), str(field.type)
+        said = f"`{field.name}` of a `{type(made).__name__}` is {value!r}"
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{said} – expected true or false, without quotes in YAML.")
+        if kind in ("str", "str | None") and not isinstance(value, str) and not (value is None and "None" in kind):
+            raise ValueError(f"{said} – expected a word. Put it in quotes: YAML takes no and yes for false and true.")
+        if kind in ("int", "float", "int | None") and not (value is None and "None" in kind):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                what = "a finite number" if kind == "float" else "a whole number"
+                raise ValueError(f"{said} – expected {what}, without quotes in YAML.")
+            if kind != "float" and not float(value).is_integer():
+                raise ValueError(f"{said} – expected a whole number.")
+            if kind != "float":  # YAML takes 1e1 for a float
+                object.__setattr__(made, field.name, int(value))
 
 
 def yaml_numbers(given: Any) -> Any:

@@ -16,7 +16,7 @@ from ..concepts.card import load_card
 from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
 from ..messages import as_list
-from .from_mapping import from_mapping
+from .from_mapping import check_options, from_mapping
 
 TRAINERS = ("DPO", "KTO", "SFT")
 
@@ -42,6 +42,7 @@ class ConceptAblation:
     random_direction: int | None = None
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.random_direction is not None:
             object.__setattr__(self, "subspace", self.subspace.random(self.random_direction))
 
@@ -78,6 +79,7 @@ class PreventativeSteering:
     random_direction: int | None = None
 
     def __post_init__(self) -> None:
+        check_options(self)
         weight = self.readout.direction
         if self.random_direction is not None:
             weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(self.random_direction))

@@ -266,6 +266,13 @@ class LossTerms:
                     batch = trainer.data_collator(rows)
                     ids = batch["input_ids"].to(trainer.accelerator.device)
                     mask = batch["attention_mask"].to(ids.device).bool()
+                    if self.causes.reach is not None and ids.shape[1] >= self.causes.reach:
+                        raise ValueError(
+                            f"`precompute_ref_log_probs` is True and a row of `{name}` has {ids.shape[1]} tokens, where rotary "
+                            f"positions look at the longest row of a batch from {self.causes.reach} on – expected shorter rows: "
+                            "the reference would be read beside other rows than the policy. Set "
+                            "`precompute_ref_log_probs=False`, or a smaller `max_length`."
+                        )
                     scores = read_inputs(model, {"input_ids": ids, "attention_mask": mask.long()}, self._keyed)
                     for row in range(len(ids)):
                         found = {key: values[row][mask[row]].cpu() for key, values in scores.items()}
@@ -489,7 +496,7 @@ class LossTerms:
         elif self.source == "pass":
             reference = next((p for p in here if p.kind == "reference"), None)
             references = reference.scores if reference is not None else self._early
-        elif self.source == "cache":
+        elif self.source == "cache" and self._keyed:
             references = self._cached(inputs)
         unread = [r for regularizer in active for r in regularizer.references if self._keys[r] not in references]
         if unread:
@@ -678,8 +685,11 @@ class LossTerms:
             self._policy_recheck.require(self.trainer.model, taken, again["policy"], spread, self.trainer.args)
         if "reference" in again:
             taken, spread = {}, {}
+            # Of what was read apart on both sides nothing is taken from the trainer's pass.
+            terms = {readout for regularizer in self.regularizers for readout in regularizer.references}
+            apart = {self._keys[m] for m in self._read_monitors.get("reference", {}) if m not in terms}
             for key, values in references.items():
-                if key in again["reference"] and again["count"] > 1:
+                if key in again["reference"] and key not in apart and again["count"] > 1:
                     every = values.to(tokens.mask.device)[tokens.mask]
                     taken[key], spread[key] = every[mine], every.double().std(0, correction=0)
             model = self._reference if self._reference is not None else self.trainer.model

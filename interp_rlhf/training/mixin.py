@@ -65,7 +65,8 @@ class RolloutMixin(LossMixin):
     Attributes:
         interp_rollout (`Rollout`, *optional*): reads the batches.
         interp_abstaining (`list[int]`): which reward functions are concept rewards.
-        interp_watchers (`list`): called with (prompts, completions, rewards as TRL gathered them) after the rewards.
+        interp_watchers (`list`): called after the rewards with (prompts, completions, rewards as TRL gathered them, rewards as it
+            trains on them).
     """
 
     interp_rollout: Rollout | None = None
@@ -85,10 +86,11 @@ class RolloutMixin(LossMixin):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
         self.interp_rollout.open(self._interp_prompt_ids, completion_ids_list)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        filled = self._with_neutral_abstentions(rewards)
         for watch in self.interp_watchers:
-            watch(prompts, completions, rewards)
+            watch(prompts, completions, rewards, filled)
         self.interp_rollout.close()
-        return self._with_neutral_abstentions(rewards)
+        return filled
 
     def _with_neutral_abstentions(self, rewards: Any) -> Any:
         """Rewards (N, F) in which a `ConceptReward` that said nothing of a completion counts as its group's mean.

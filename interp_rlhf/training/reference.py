@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import has_adapters, runs_here, unwrap
+from ..activations import backbone, has_adapters, runs_here, unwrap
+from ..activations.hook_points import device_of
+from ..activations.noise import LENGTH, rope_from_the_start
+from ..activations.read import measuring
 from ..activations.sharding import in_one_piece, is_sharded
+from ..activations.tap import reading
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,7 @@ def reference_of(trainer: Any, given: Any, needed: bool) -> Any:
     if not needed:
         return None
     if has_adapters(trainer.model):
-        _require_frozen_base(trainer)
+        require_reference_below(trainer)
         return None
     return _copied(trainer)
 
@@ -99,25 +103,49 @@ def _copied(trainer: Any) -> Any:
     if not runs_here(base):
         return _loaded(trainer, base, ask)
     logger.info("There is no reference model: the policy as it is now is copied.")
-    return _on_engine(trainer, frozen_copy(base))
+    copy = frozen_copy(base)
+    if why := _unlike(copy, base):
+        raise ValueError(
+            f"The `{name}` has no reference model, and a copy of its policy, built from its configuration, is another model: "
+            f"{why} – expected a policy that is what its configuration says. Pass `reference=` to `attach`: what training begins "
+            "with, frozen."
+        )
+    return _on_engine(trainer, copy)
 
 
 def frozen_copy(base: Any) -> Any:
-    """A copy of a causal LM that runs on weights of its own, frozen and in evaluation mode.
+    """A copy of a causal LM that runs on weights of its own, frozen and in evaluation mode; weights that it shares are shared.
 
     `copy.deepcopy` is a trap: TRL patches `forward` on the instance, and the copy's would run on the original's weights.
+
+    Raises:
+        `ValueError`: a model with other weights than its configuration says.
     """
     from transformers.initialization import no_init_weights
 
     with torch.random.fork_rng(), torch.device("cpu"), no_init_weights():
         copy = type(base)._from_config(deepcopy(base.config), dtype=base.dtype)
-    state = {name: value.detach().clone() for name, value in base.state_dict().items()}
-    copy.load_state_dict(state, strict=False, assign=True)
+    cloned: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, value in base.state_dict(keep_vars=True).items():
+        if id(value) not in cloned:
+            own = value.detach().clone()
+            cloned[id(value)] = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
+        state[name] = cloned[id(value)]
+    shapes = {name: tuple(value.shape) for name, value in copy.state_dict().items()}
+    odd = sorted(n for n in shapes.keys() ^ state.keys()) or [n for n in state if tuple(state[n].shape) != shapes[n]]
+    if odd:
+        raise ValueError(
+            f"The policy's weights are not those that its configuration says: `{odd[0]}` and {len(odd) - 1} others are missing, "
+            f"too many or of another shape – expected a `{type(base).__name__}` as its `config` describes it, so that its "
+            "reference can be a copy. Pass `reference=` to `attach`, or correct the configuration, save the model and load it "
+            "again."
+        )
+    copy.load_state_dict(state, assign=True)
     for name, buffer in base.named_buffers():  # of what is computed when the model is built, not saved
         parent, _, own = name.rpartition(".")
         if own in copy.get_submodule(parent)._buffers:
             copy.get_submodule(parent)._buffers[own] = buffer.detach().clone()
-    copy.tie_weights()
     copy.generation_config = getattr(base, "generation_config", None)
     stream = {
         p.dtype for name, p in copy.named_parameters() if p is not copy.get_input_embeddings().weight and p.dim() > 1
@@ -127,6 +155,27 @@ def frozen_copy(base: Any) -> Any:
         (kind,) = stream
         copy.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(kind))
     return copy.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _unlike(copy: Any, base: Any) -> str | None:
+    """How a copy differs from the model that it was made of, in words; None where a pass of both gives the same."""
+    if (differing := _first_difference(base, copy)) is not None:
+        return f"`{differing}` differs"
+    vocabulary = int(base.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device_of(base))
+    found = []
+    for model in (base, copy):
+        core = backbone(model)
+        with reading(), measuring(core), rope_from_the_start(model):
+            output = core(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        found.append(output.double())
+    gap = float((found[1] - found[0]).pow(2).mean().sqrt() / found[0].pow(2).mean().sqrt().clamp(min=1e-12))
+    if gap <= (1e-4 if base.dtype in (torch.float32, torch.float64) else 1e-2):
+        return None
+    return (
+        f"its weights are the same and its activations are off by {gap:.1%}: a hook or a number that was set in memory"
+    )
 
 
 def _loaded(trainer: Any, base: Any, ask: str) -> Any:
@@ -192,15 +241,26 @@ def _require_apart(trainer: Any, reference: Any) -> None:
         reference.eval().requires_grad_(False)
 
 
-def _require_frozen_base(trainer: Any) -> None:
-    """Raises `ValueError` where something below the adapters is trained: with adapters off, the model would be another one."""
+def require_reference_below(trainer: Any) -> None:
+    """Raises `ValueError` where a PEFT policy without its adapters, or with TRL's copy of them, is not what training begins with.
+
+    Something below the adapters is trained, their initialization changed the base, or TRL copied one of several.
+    """
+    peft_model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    together = list(getattr(peft_model.base_model, "active_adapters", []))
+    if "ref" in peft_model.peft_config and len(together) > 1:
+        raise ValueError(
+            f"The policy has the active adapters {', '.join(f'`{name}`' for name in together)} – expected one: TRL copies one of "
+            "them as the reference (`ref`), which is not what training begins with. Merge the others into the base first "
+            "(`merge_and_unload`), or pass `reference=` to `attach`."
+        )
     moving = trained_below_adapters(trainer.model)
     changed = [
-        name for name, config in trainer.accelerator.unwrap_model(trainer.model).peft_config.items()
+        name for name, config in peft_model.peft_config.items()
         if str(getattr(config, "init_lora_weights", "")).startswith(CHANGING)
     ]  # fmt: skip
     if changed:
-        how = trainer.accelerator.unwrap_model(trainer.model).peft_config[changed[0]].init_lora_weights
+        how = peft_model.peft_config[changed[0]].init_lora_weights
         raise ValueError(
             f"The adapter `{changed[0]}` was initialized by `{how}`, which takes a part of the base model's weights into the "
             "adapter – "

@@ -63,18 +63,35 @@ def refuse_terms(
 
 def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
     """Raises:
-    `ValueError`: completions of a preference data set that hold several turns of the assistant: they are not one answer.
+    `ValueError`: completions that hold several turns of the assistant: they are not one answer; or conversations that are cut
+        into pieces without their marks.
     """
-    columns = [
-        c for c in ("chosen_ids", "rejected_ids", "completion_ids") if c in (trainer.train_dataset.column_names or [])
-    ]
+    held_out = trainer.eval_dataset
+    strategy = getattr(trainer.args, "packing_strategy", None)
+    if (
+        getattr(trainer.args, "packing", False)
+        and strategy in ("bfd_split", "wrapped")
+        and (marks.asked or marks.header)
+    ):
+        data = trainer.train_dataset
+        rows = data["input_ids"] if "input_ids" in (data.column_names or []) else []
+        if any(turns_in(ids, marks) > 1 for ids in rows):
+            raise ValueError(
+                f"`packing_strategy` is `{strategy}` on conversations – expected `bfd`: a piece of a conversation does not say "
+                "whose words it holds, and a question's would be scored as an answer's. Set `packing_strategy='bfd'`, or score "
+                "plain texts."
+            )
+    sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
     several, every, first = 0, 0, None
-    for column in columns:
-        for row, ids in enumerate(trainer.train_dataset[column]):
-            every += 1
-            if turns_in(ids, marks) > 1:
-                several += 1
-                first = row if first is None else first
+    for data in sets:
+        for column in ("chosen_ids", "rejected_ids", "completion_ids"):
+            if data is None or column not in (data.column_names or []):
+                continue
+            for row, ids in enumerate(data[column]):
+                every += 1
+                if turns_in(ids, marks) > 1:
+                    several += 1
+                    first = row if first is None else first
     if several:
         raise ValueError(
             f"{several} of {every} completions hold several turns of the assistant, the first in row {first} – expected one "

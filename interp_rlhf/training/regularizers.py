@@ -7,12 +7,14 @@ cut: `loss_terms` reduces.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch.nn.functional import logsigmoid, softplus
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +25,7 @@ from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
 from ..messages import as_list
 from ..validation.gate import require_passed
-from .from_mapping import from_mapping
+from .from_mapping import check_options, from_mapping
 from .schedule import Schedule
 
 # Loss types of `DPOTrainer` whose value depends on β · (chosen − rejected score) alone (METHODS: EA-DPO), and those that divide
@@ -119,7 +121,8 @@ class Regularizer:
     trainers: ClassVar[tuple[str, ...]] = ("DPO", "GRPO", "KTO", "RLOO", "SFT")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, int | float) or self.weight != self.weight or abs(self.weight) == float("inf"):
+        check_options(self)
+        if self.weight != self.weight or abs(self.weight) == float("inf"):
             raise ValueError(f"`weight` of a `{type(self).__name__}` is {self.weight!r} – expected a finite number.")
         if self.weight < 0 and not isinstance(self, ExplainAway):
             raise ValueError(
@@ -516,9 +519,28 @@ def make_regularizer(given: Any, model: Any = None) -> Regularizer:
     return made
 
 
+def _schedule(given: Any) -> Schedule:
+    """Schedule of a mapping as YAML gives it, where 1e2 steps are a float.
+
+    Raises:
+        `ValueError`: an unknown key or a wrong value.
+    """
+    if isinstance(given, Mapping):
+        steps = given.get("steps")
+        whole = isinstance(steps, float) and steps > 1 and steps.is_integer()
+        given = {**given, "steps": int(steps)} if whole else dict(given)
+    try:
+        return Schedule.model_validate(given)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors())
+        raise ValueError(
+            f"`schedule` is {given!r} ({said}) – expected such as `{{kind: warmup, steps: 100, floor: 0.0}}`."
+        ) from None
+
+
 def _load(model: Any, kind: str, options: dict[str, Any]) -> None:
     if "schedule" in options and not isinstance(options["schedule"], Schedule):
-        options["schedule"] = Schedule.model_validate(options["schedule"])
+        options["schedule"] = _schedule(options["schedule"])
     if kind == "drift_penalty" and "cards" in options:
         cards = as_list(options.pop("cards"))
         options["subspace"] = Subspace.from_readouts([Readout.from_card(load_card(card)) for card in cards])

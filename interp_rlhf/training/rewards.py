@@ -6,6 +6,7 @@ or, where a pass of the trainer can be used, nobody.
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,18 @@ class ConceptReward:
     ):
         if sham is not None and sham not in SHAMS:
             raise ValueError(f"`sham` is {sham!r} – expected one of {', '.join(SHAMS)}, or None.")
+        if not isinstance(readout, Readout):
+            raise ValueError(
+                f"`readout` is {str(readout)!r} – expected a `Readout`. Use `ConceptReward.from_card(path)` for a card."
+            )
+        for name, given, known in (
+            ("role", role, ("reward", "penalty")), ("reader", reader, ("reference", "policy", "both")),
+        ):  # fmt: skip
+            if given not in known:
+                words = ", ".join(f"`{word}`" for word in known)
+                raise ValueError(f"`{name}` of `ConceptReward` is {given!r} – expected one of {words}.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"`weight` of `ConceptReward` is {weight!r} – expected a finite number.")
         self.readout = readout
         self.role, self.reader, self.weight = role, reader, weight
         self.sham, self.seed = sham, seed

@@ -36,7 +36,7 @@ def load_corpus(paths: Sequence[str | Path]) -> list[str]:
         if Path(path).suffix == ".txt":
             if not Path(path).exists():
                 raise FileNotFoundError(f"`{path}` does not exist – expected a text file.")
-            texts.append(Path(path).read_text(encoding="utf-8"))
+            texts.append(Path(path).read_text(encoding="utf-8-sig"))
             continue
         for index, row in enumerate(read_rows(path)):
             if not isinstance(row.get("text"), str):
