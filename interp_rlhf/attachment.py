@@ -29,7 +29,7 @@ from .training.interventions import TrainingIntervention, make_intervention
 from .training.loss_terms import LossTerms, reference_source, trainer_kind
 from .training.mixin import LossMixin, with_mixin
 from .training.reference import kl_option, reference_of, warn_of_other_start
-from .training.refusals import refuse_noise, refuse_terms, refuse_turns
+from .training.refusals import refuse_noise, refuse_pieces, refuse_terms, refuse_turns
 from .training.regularizers import ConceptPenalty, ExplainAway, Regularizer, make_regularizer
 from .training.rewards import ConceptReward
 from .training.rollout import Reader, Rollout
@@ -297,6 +297,8 @@ def _terms(
         refuse_noise(trainer, terms.regularizers, terms.causes)
         if terms.kind in ("DPO", "KTO") and (terms.regularizers or monitors):
             refuse_turns(trainer, terms.marks)
+        if terms.kind == "SFT" and (terms.regularizers or monitors):
+            refuse_pieces(trainer, terms.marks)
         terms.precompute()
     except BaseException:
         terms.remove()

@@ -860,6 +860,11 @@ def test_canaries_are_read_on_an_offloaded_model(fitted, tmp_path):
     kept = Canaries.of(Readout.from_card(str(fitted[1])).header.canaries)
     readout = Readout.from_card(str(fitted[1]))
     assert agreement(model, kept, readout.hook_point, readout.read_directions).agrees
+    readout.check_model(model)
+    wrong = one_matrix_rescaled(fitted[0], None)["reference"]
+    disk_offload(wrong, tmp_path / "wrong", execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="with the same norm weights"):
+        readout.check_model(wrong)
 
 
 def test_the_input_of_what_is_given_ids_is_no_hook_point(tokenizer):
@@ -877,3 +882,18 @@ def test_an_adapter_of_a_reward_model_is_refused_by_name(fitted, tmp_path):
     get_peft_model(base, lora_config(task_type="SEQ_CLS")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"adapter of the task `SEQ_CLS` – expected one of a language model"):
         load_model(tmp_path)
+
+
+def test_principal_components_of_another_model_are_refused_and_of_a_trained_one_are_told(fitted, tokenizer, caplog):
+    from interp_rlhf import Subspace
+
+    folder, _ = fitted
+    made = Subspace.from_pca(load(folder), tokenizer, sentences(24), LAYER, rank=3)
+    for subspace in (made, made.random(0)):
+        subspace.check_model(load(folder))
+        subspace.check_model(with_lora(load(folder), seed=3))  # the base is the one
+        with pytest.raises(ValueError, match="Its components mean nothing here"):
+            subspace.check_model(make_model("llama", tokenizer, seed=7))
+    assert not caplog.text
+    made.check_model(one_matrix_rescaled(folder, tokenizer)["reference"])
+    assert "a related one" in caplog.text

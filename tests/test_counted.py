@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import STYLES, WORDS, make_model, make_readout, make_tokenizer
-from training import lora_config, make_trainer, randomize_adapters, rows_of
+from tiny import STYLES, WORDS, make_model, make_readout, make_tokenizer, sentences
+from training import logged, lora_config, make_trainer, randomize_adapters, rows_of
 
 from interp_rlhf import ConceptAnchor, ConceptReward, PPOConfig, PPOTrainer, attach, read
 from interp_rlhf.activations import ChatMarks, TokenBatch, counted, end_of_turn_ids, tokenize_examples
@@ -498,3 +498,179 @@ def test_the_old_place_of_the_rule_still_imports():
 
     assert old is counted
     assert Path(__file__).exists()
+
+
+# Templates that open an answer without a mark of its own, put a space before it, or close no turn; and what they write by hand.
+OTHERS = {
+    "inst": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} "
+        "{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+        ("[INST] {} [/INST]", " {}", "</s>"),
+    ),
+    "named": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} {% else %}ASSISTANT: "
+        "{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        ("USER: {} ASSISTANT:", " {}", "</s>"),
+    ),
+    "endless": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}### Question: {{ m['content'] }}\n\n{% else %}### "
+        "Answer:\n{{ m['content'] }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Answer:\n{% endif %}",
+        ("### Question: {}\n\n### Answer:\n", "{}", "\n\n"),
+    ),
+}  # fmt: skip
+
+
+def other_tokenizer(name, marked=True):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["</s>", "<pad>", "<s>", *(["[INST]", "[/INST]"] if marked and name == "inst" else [])]
+    bpe = Tokenizer(models.BPE(unk_token=None))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )  # fmt: skip
+    bpe.train_from_iterator(sentences(400), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>", bos_token="<s>", chat_template=OTHERS[name][0],
+        padding_side="left", extra_special_tokens=special[3:],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "marked"), [("inst", True), ("inst", False), ("named", True), ("endless", True)])
+def test_templates_without_a_header_or_an_end_count_the_answers_alone(name, marked, tmp_path):
+    tokenizer = other_tokenizer(name, marked)
+    model = make_model("llama", tokenizer)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    readout = make_readout(model, name="probe")
+    asked, answered, close = OTHERS[name][1]
+    said = [("what is it", "warm kind hope care"), ("please read", "cold bad day")]
+    right, before = [], "<s>"
+    for question, answer in said:
+        before += asked.format(question)
+        context = text_ids(tokenizer, before)
+        whole = text_ids(tokenizer, before + answered.format(answer))
+        assert whole[: len(context)] == context
+        right.append(by_hand(model, readout, context, whole[len(context) :]))
+        before += answered.format(answer) + close
+    conversation = [
+        {"role": role, "content": text}
+        for turn in said
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    scores = readout.score(
+        read(model, [{"messages": conversation[:2]}, {"messages": conversation}], [readout], tokenizer=tokenizer)[
+            "probe"
+        ]
+    )
+    assert scores == pytest.approx(right, abs=2e-5)
+    for kind, rows, expected in (
+        ("SFT", [{"messages": conversation}] * 2, sum(right) / 2),
+        ("SFT", [{"prompt": conversation[:3], "completion": conversation[3:]}] * 2, right[1]),
+        (
+            "KTO",
+            [{"prompt": conversation[:3], "completion": conversation[3:], "label": i < 1} for i in (0, 1)],
+            right[1],
+        ),
+    ):
+        trainer = make_trainer(
+            kind, str(tmp_path / "m"), tokenizer, tmp_path / "o", rows=rows, max_steps=1, learning_rate=0.0,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        attach(trainer, monitors=[readout])
+        trainer.train()
+        assert logged(trainer, "interp/probe/mean_score") == pytest.approx([expected], abs=2e-4), (kind, rows[0])
+
+
+@pytest.mark.parametrize("name", ["inst", "chatml"])
+def test_completions_of_several_turns_are_refused_in_evaluation_data_and_without_a_header_too(name, styles, tmp_path):
+    if name == "chatml":
+        tokenizer, folder = styles["chatml"]
+    else:
+        tokenizer, folder = other_tokenizer("inst"), tmp_path / "m"
+        make_model("llama", tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    one, other = ({"role": "assistant", "content": "warm rain"}, {"role": "user", "content": "cold bad"})
+    prompt = [{"role": "user", "content": "what is it"}]
+    good, several = (
+        [{"prompt": prompt, "chosen": chosen, "rejected": [one]}] * 4 for chosen in ([one], [one, other, one])
+    )
+    trainer = make_trainer(
+        "DPO", str(folder), tokenizer, tmp_path / "o", rows=good, eval_rows=several, eval_strategy="steps"
+    )
+    with pytest.raises(ValueError, match=r"4 of 16 completions hold several turns of the assistant"):
+        attach(trainer, monitors=[make_readout(trainer.model)])
+
+
+@pytest.mark.parametrize("more", [{}, {"packing": True}])
+def test_a_conversation_that_is_cut_before_its_answer_has_none(more, styles, tmp_path):
+    tokenizer, folder = styles["chatml"]
+    model = load(folder)
+    readout = make_readout(model, name="probe")
+    answer = {"role": "assistant", "content": "warm kind hope care"}
+    rows = [{"messages": [{"role": "user", "content": "what is it" + " cold" * n}, answer]} for n in (0, 90)]
+    trainer = make_trainer(
+        "SFT", str(folder), tokenizer, tmp_path, rows=rows, max_steps=1, learning_rate=0.0, max_length=60,
+        per_device_train_batch_size=2, **more,
+    )  # fmt: skip
+    attach(trainer, monitors=[readout])
+    trainer.train()
+    found = read(model, rows[:1], [readout], tokenizer=tokenizer)["probe"]
+    assert logged(trainer, "interp/probe/mean_score") == pytest.approx(readout.score(found), abs=2e-4)
+    question = tokenizer.apply_chat_template(rows[0]["messages"][:1], tokenize=False)
+    found = read(model, [{"text": question}, {"text": "w"}], [readout], tokenizer=tokenizer)["probe"]
+    assert readout.score(found) == [None, None]
+
+
+def test_pieces_of_conversations_are_refused(styles, tmp_path):
+    tokenizer, folder = styles["chatml"]
+    rows = [{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "warm rain"}]}] * 4
+    trainer = make_trainer(
+        "SFT", str(folder), tokenizer, tmp_path, rows=rows, packing=True, packing_strategy="wrapped", max_length=12
+    )
+    with pytest.raises(ValueError, match=r"`packing_strategy` is `wrapped` on conversations – expected `bfd`"):
+        attach(trainer, monitors=[make_readout(trainer.model)])
+
+
+def test_a_piece_of_an_answer_counts_without_what_closes_it(styles):
+    tokenizer, _ = styles["chatml"]
+    marks = ChatMarks.of(tokenizer)
+    ids = text_ids(tokenizer, "warm kind hope<|im_end|>\n")
+    assert counted_in_text(ids, marks) == [False, *[True] * (len(ids) - 3), False, False]
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+@pytest.mark.parametrize("long", [False, True])
+def test_monitors_alone_read_with_precomputed_log_probs_and_positions_of_the_longest_row(kind, long, styles, tmp_path):
+    tokenizer, _ = styles["chatml"]
+    changes = {}
+    if long:
+        changes["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        changes["max_position_embeddings"] = 24
+    model = make_model("llama", tokenizer, **changes)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    readout = make_readout(model, name="probe")
+    rows = rows_of(kind, 4)
+    answers = [
+        {"prompt": row["prompt"], "completion": row[key][0]["content"]}
+        for row in rows
+        for key in ("chosen", "rejected", "completion")
+        if key in row
+    ]
+    scores = readout.score(read(model, answers, [readout], tokenizer=tokenizer)["probe"])
+    for precompute in (True, False):
+        trainer = make_trainer(
+            kind, str(tmp_path / "m"), tokenizer, tmp_path / "o", rows=rows, max_steps=1, learning_rate=0.0,
+            precompute_ref_log_probs=precompute,
+        )  # fmt: skip
+        attach(trainer, monitors=[readout])
+        trainer.train()
+        assert logged(trainer, "interp/probe/mean_score") == pytest.approx([sum(scores) / len(scores)], abs=2e-4)
+    if long:
+        trainer = make_trainer(
+            kind, str(tmp_path / "m"), tokenizer, tmp_path / "o", rows=rows, precompute_ref_log_probs=True
+        )
+        with pytest.raises(ValueError, match=r"rotary positions look at the longest row of a batch from"):
+            attach(trainer, regularizers=[ConceptAnchor(readout=readout, weight=1.0)])

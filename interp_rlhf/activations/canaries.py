@@ -267,4 +267,4 @@ def _numbers(model: nn.Module) -> str:
         looked += 1
         if looked == 16:
             break
-    return "16 bits"
+    return "16 bits" if looked else "float32"  # what is offloaded is not known

@@ -64,6 +64,11 @@ def backbone(model: nn.Module) -> nn.Module:
     return core
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere and brings them in for each pass: it can be run, and not be looked at."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in unwrap(model).modules())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model is fed on, also where accelerate keeps its weights elsewhere (CPU and disk offload)."""
     for module in unwrap(model).modules():

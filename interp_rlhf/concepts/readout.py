@@ -27,6 +27,7 @@ from ..activations import (
     structure,
 )
 from ..activations.canaries import RELATED
+from ..activations.hook_points import is_offloaded
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
 from .latents import Latents
@@ -202,7 +203,7 @@ class Readout:
         if not exact and not has_adapters(model):
             self._check_related(model, trained)
             return
-        if self.canaries is not None and runs_here(model):
+        if self.canaries is not None and (runs_here(model) or is_offloaded(model)):
             with nullcontext(model) if exact else adapters_off_in(model) as bare:
                 self.check_canaries(bare)
         elif (own := identity(model, self.hook_point)) != self.header.identity:

@@ -6,6 +6,7 @@ held, measured or ablated.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,17 +14,26 @@ from typing import Any
 import torch
 
 from ..activations import (
+    Canaries,
     TokenBatch,
+    adapters_off_in,
+    agreement,
     end_of_turn_ids,
+    has_adapters,
     hidden_size,
+    make_canaries,
     norm_outliers,
     read_activations,
     resolve,
+    runs_here,
     tokenize_examples,
 )
+from ..activations.canaries import RELATED
 from ..messages import as_list
 from .latents import Latents
 from .readout import Readout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,20 +44,46 @@ class Subspace:
         hook_point (`str`): where it lives.
         basis (`torch.FloatTensor` of shape (R, D)): orthonormal rows, float32.
         sources (`tuple[Readout, ...]`): readouts that span it: claims about one model, checked against it.
+        claim (`tuple[Canaries, torch.Tensor]`, *optional*): canaries of the model whose activations it was made of, and the
+            directions (R, D) that they were read along.
     """
 
     hook_point: str
     basis: torch.Tensor
     sources: tuple[Readout, ...] = ()
+    claim: tuple[Canaries, torch.Tensor] | None = None
 
     def check_model(self, model: Any) -> None:
-        """Raises `ValueError` for a model without the hook point or of another width."""
+        """Refuse a model that it was not made on.
+
+        One of principal components carries canaries. On a related model, one that was trained further, it is allowed with a
+        warning.
+
+        Raises:
+            `ValueError`: a model without the hook point, of another width, or another model.
+        """
         resolve(model, self.hook_point)
         if (width := hidden_size(model)) != self.basis.shape[1]:
             raise ValueError(
                 f"The subspace at `{self.hook_point}` has width {self.basis.shape[1]} – the model's is {width}: it was made on "
                 "another one. Make one on this model."
             )
+        if self.claim is None or not runs_here(model):
+            return
+        canaries, directions = self.claim
+        found = agreement(model, canaries, self.hook_point, directions)  # it was made as the adapters stood
+        if not found.agrees and has_adapters(model):
+            with adapters_off_in(model) as bare:
+                below = agreement(bare, canaries, self.hook_point, directions)
+            found = max(found, below, key=lambda one: one.correlation)
+        if found.correlation < RELATED:
+            raise ValueError(
+                f"The subspace at `{self.hook_point}` was made on another model: {found}. Its components mean nothing here – "
+                "expected the model whose activations they are of, or one that was made from it. Make one on this model "
+                "(`Subspace.from_pca`)."
+            )
+        if not found.agrees:
+            logger.warning("The subspace at `%s` was made on another model: %s.", self.hook_point, found)
 
     @classmethod
     def spanned_by(cls, hook_point: str, vectors: torch.Tensor) -> Subspace:
@@ -111,7 +147,8 @@ class Subspace:
             )
         centered = found.double() - found.double().mean(0)
         _, _, components = torch.linalg.svd(centered, full_matrices=False)
-        return cls(hook_point, components[:rank].float().contiguous())
+        basis = components[:rank].float().contiguous()
+        return cls(hook_point, basis, claim=(make_canaries(model, tokenizer, hook_point, basis), basis))
 
     def random(self, seed: int) -> Subspace:
         """The control: a random subspace of the same rank, orthogonal to this one, drawn from `seed`.
@@ -127,7 +164,7 @@ class Subspace:
         drawn = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         own = self.basis.double().cpu()
         drawn -= drawn @ own.T @ own
-        return Subspace(self.hook_point, torch.linalg.qr(drawn.T)[0].T.float().contiguous(), self.sources)
+        return Subspace(self.hook_point, torch.linalg.qr(drawn.T)[0].T.float().contiguous(), self.sources, self.claim)
 
     def coordinates(self, activation: torch.Tensor) -> torch.Tensor:
         """Coordinates (..., R) of an activation (..., D)."""

@@ -44,8 +44,8 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
             + _nearest(str(kind), kinds)
         )
     for key in ("card", "cards"):
-        files = as_list(options.get(key)) if key == "cards" else [options[key]] if key in options else []
-        if wrong := [file for file in files if not isinstance(file, str | os.PathLike)]:
+        given_here = as_list(options.get(key)) if key == "cards" else [options[key]] if key in options else []
+        if wrong := [file for file in given_here if not isinstance(file, str | os.PathLike)]:
             raise ValueError(f"`{key}` of a {what} of kind `{kind}` is {wrong[0]!r} – expected the path of a card.")
     load(kind, options)
     fields = {field.name: field for field in dataclasses.fields(kinds[kind]) if field.init}

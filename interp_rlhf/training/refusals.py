@@ -5,9 +5,10 @@ In: a built trainer and what shall join its loss. Out: nothing, or an error that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..activations import Causes, ChatMarks, embedding_point, has_adapters, layers_or_none, resolve, runs_after, unwrap
@@ -61,33 +62,38 @@ def refuse_terms(
             _refuse_both(trainer, regularizer, intervention)
 
 
-def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
+def refuse_pieces(trainer: Any, marks: ChatMarks) -> None:
     """Raises:
-    `ValueError`: completions that hold several turns of the assistant: they are not one answer; or conversations that are cut
-        into pieces without their marks.
+    `ValueError`: conversations that are packed in pieces: a piece without marks does not say whose words it holds.
     """
-    held_out = trainer.eval_dataset
     strategy = getattr(trainer.args, "packing_strategy", None)
-    if (
-        getattr(trainer.args, "packing", False)
-        and strategy in ("bfd_split", "wrapped")
-        and (marks.asked or marks.header)
-    ):
-        data = trainer.train_dataset
-        rows = data["input_ids"] if "input_ids" in (data.column_names or []) else []
-        if any(turns_in(ids, marks) > 1 for ids in rows):
+    if not getattr(trainer.args, "packing", False) or strategy not in ("bfd_split", "wrapped"):
+        return
+    own = {token for token in (*marks.header, *marks.asked) if token in marks.special or token == marks.opener}
+    for ids in _column(trainer.train_dataset, "input_ids"):
+        if own.intersection(ids) or turns_in(ids, marks) > 1:
             raise ValueError(
                 f"`packing_strategy` is `{strategy}` on conversations – expected `bfd`: a piece of a conversation does not say "
                 "whose words it holds, and a question's would be scored as an answer's. Set `packing_strategy='bfd'`, or score "
                 "plain texts."
             )
+
+
+def _column(data: Any, name: str) -> Iterable[Any]:
+    """A column of a data set; of a stream none, since what is read of it is gone."""
+    return data[name] if isinstance(data, Dataset) and name in data.column_names else ()
+
+
+def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
+    """Raises:
+    `ValueError`: completions of a preference data set that hold several turns of the assistant: they are not one answer.
+    """
+    held_out = trainer.eval_dataset
     sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
     several, every, first = 0, 0, None
     for data in sets:
         for column in ("chosen_ids", "rejected_ids", "completion_ids"):
-            if data is None or column not in (data.column_names or []):
-                continue
-            for row, ids in enumerate(data[column]):
+            for row, ids in enumerate(_column(data, column)):
                 every += 1
                 if turns_in(ids, marks) > 1:
                     several += 1

@@ -527,8 +527,9 @@ def _schedule(given: Any) -> Schedule:
     """
     if isinstance(given, Mapping):
         steps = given.get("steps")
-        whole = isinstance(steps, float) and steps > 1 and steps.is_integer()
-        given = {**given, "steps": int(steps)} if whole else dict(given)
+        given = dict(given)
+        if isinstance(steps, float) and steps > 1 and steps.is_integer():
+            given["steps"] = int(steps)
     try:
         return Schedule.model_validate(given)
     except ValidationError as error:
