@@ -282,9 +282,9 @@ def _terms(
         if reference is not None:
             readout.check_model(reference)
         elif has_adapters(trainer.model):
-            readout.check_model(trainer.model, exact=False)
+            readout.check_model(trainer.model, exact=False, trained=trainer.state.global_step > 0)
         else:  # the policy is what the reference was, until training begins
-            readout.check_model(trainer.model, exact=source == "cache")
+            readout.check_model(trainer.model, exact=source == "cache", trained=trainer.state.global_step > 0)
     if needed and source == "pass":
         warn_of_other_start(trainer, reference)
     if source == "own" and needed and reference is None and _changes_already(trainer.model):
@@ -404,7 +404,7 @@ def _rollout(
         readouts[reader].append(monitor)
     reference = reference_of(trainer, reference, needed=bool(readouts["reference"]))
     for readout in readouts["policy"]:
-        readout.check_model(trainer.model, exact=False)
+        readout.check_model(trainer.model, exact=False, trained=trainer.state.global_step > 0)
     if readouts["reference"]:
         begun = reference is None and "ref" in trainer.accelerator.unwrap_model(trainer.model).peft_config
         if begun:

@@ -26,7 +26,6 @@ from ..activations import (
     runs_here,
     structure,
 )
-from ..activations.canaries import RELATED
 from ..activations.hook_points import is_offloaded
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
@@ -34,6 +33,10 @@ from .latents import Latents
 from .pooling import pool
 
 logger = logging.getLogger(__name__)
+
+# A policy may have been trained far from what its monitor was made on, which is told; of a model below this correlation with its
+# canaries it says nothing: of another seed it is about 0, with 1 added to norm weights 0.85.
+STRANGER = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +178,7 @@ class Readout:
             model (`nn.Module`): the model that will be read.
             exact (`bool`, defaults to `True`): check that it is the very model too, by the artifact's canaries: right for the
                 reference model, wrong for a policy whose own weights are trained. With adapters these are frozen, and what is
-                below the adapters is checked all the same. Without adapters, a related model is allowed with a warning.
+                below the adapters is checked all the same. Without adapters, one that was trained further is told.
                 Where an engine has taken the model apart, `check_canaries` comes later.
             trained (`bool`, defaults to `False`): the model's own weights have been trained, however far: where it is not exact,
                 any that has the architecture is allowed with a warning.
@@ -220,7 +223,7 @@ class Readout:
         found = self._agreement(model, self.canaries)
         if found.agrees:
             return
-        if found.correlation < RELATED and not trained:
+        if found.correlation < STRANGER and not trained:
             raise ValueError(
                 f"Readout `{self.name}` was made on `{self.header.model_id}` and the policy does not begin with that one: "
                 f"{found}. Its scores mean nothing here – expected the model that it was fitted on, or one that was made from "

@@ -36,13 +36,13 @@ from ..activations import (
     resolve,
     tokenize_examples,
 )
+from ..activations.read import require_reference_below
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..concepts.sae.files import load_sae
 from ..messages import as_list, as_prompts
 from ..runlog import read_run_log
-from ..training.reference import require_reference_below
 from .battery import Battery, Snapshot, spread
 from .monitors import LabelledSet, Reading, concept_angle, scores_of
 from .own_text import OwnText, Sampled, per_prompt, summarize
@@ -232,7 +232,7 @@ class DriftCallback(TrainerCallback):
                 )
             reference = reference if reference is not None else getattr(trainer, "ref_model", None)
             if reference is None and has_adapters(model):
-                require_reference_below(trainer)
+                require_reference_below(model)
             self._own = OwnText(
                 trainer, config.prompts, self.monitors, config.measures or {}, reference, ends, config.max_new_tokens,
                 seed=config.seed, chat=chat, sae=self._sae,

@@ -17,17 +17,11 @@ from torch import nn
 from ..activations import backbone, has_adapters, runs_here, unwrap
 from ..activations.hook_points import device_of
 from ..activations.noise import LENGTH, rope_from_the_start
-from ..activations.read import measuring
+from ..activations.read import measuring, require_reference_below
 from ..activations.sharding import in_one_piece, is_sharded
 from ..activations.tap import reading
 
 logger = logging.getLogger(__name__)
-
-# Initializations of LoRA that change the base model's own weights.
-CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-# Parts of a parameter's name by which PEFT marks what belongs to an adapter, beside each tuner's own prefix.
-_OF_ADAPTERS = ("modules_to_save.", "trainable_tokens_", "original_module.")
 
 
 def kl_option(trainer: Any) -> str:
@@ -61,7 +55,7 @@ def reference_of(trainer: Any, given: Any, needed: bool) -> Any:
     if not needed:
         return None
     if has_adapters(trainer.model):
-        require_reference_below(trainer)
+        require_reference_below(trainer.model)
         return None
     return _copied(trainer)
 
@@ -239,50 +233,3 @@ def _require_apart(trainer: Any, reference: Any) -> None:
         )
     if reference is not getattr(trainer, "ref_model", None):  # the user's own may be as it was loaded
         reference.eval().requires_grad_(False)
-
-
-def require_reference_below(trainer: Any) -> None:
-    """Raises `ValueError` where a PEFT policy without its adapters, or with TRL's copy of them, is not what training begins with.
-
-    Something below the adapters is trained, their initialization changed the base, or TRL copied one of several.
-    """
-    peft_model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    together = list(getattr(peft_model.base_model, "active_adapters", []))
-    if "ref" in peft_model.peft_config and len(together) > 1:
-        raise ValueError(
-            f"The policy has the active adapters {', '.join(f'`{name}`' for name in together)} – expected one: TRL copies one of "
-            "them as the reference (`ref`), which is not what training begins with. Merge the others into the base first "
-            "(`merge_and_unload`), or pass `reference=` to `attach`."
-        )
-    moving = trained_below_adapters(trainer.model)
-    changed = [
-        name for name, config in peft_model.peft_config.items()
-        if str(getattr(config, "init_lora_weights", "")).startswith(CHANGING)
-    ]  # fmt: skip
-    if changed:
-        how = peft_model.peft_config[changed[0]].init_lora_weights
-        raise ValueError(
-            f"The adapter `{changed[0]}` was initialized by `{how}`, which takes a part of the base model's weights into the "
-            "adapter – "
-            "expected the default: with adapters off the base is another model than the one that was loaded. Set "
-            "`init_lora_weights=True`, or pass `reference=` to `attach`."
-        )
-    if moving:
-        raise ValueError(
-            f"`{moving[0]}` and {len(moving) - 1} other parameters of the base model are trained along with the adapter – "
-            "expected a "
-            "frozen base: with adapters off it is the reference, and it would move. Set `bias='none'` in the adapter's "
-            "configuration and freeze the base, or pass `reference=` to `attach`."
-        )
-
-
-def trained_below_adapters(model: nn.Module) -> list[str]:
-    """Trainable parameters of a PEFT model that no adapter owns, so that they act with adapters off too."""
-    from accelerate.utils import extract_model_from_parallel
-
-    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
-    prefix = getattr(getattr(peft_model, "base_model", None), "prefix", "") or ""
-    marks = (*_OF_ADAPTERS, *([prefix] if prefix else []))
-    return [
-        name for name, parameter in peft_model.named_parameters() if parameter.requires_grad and not any(m in name for m in marks)
-    ]  # fmt: skip
