@@ -936,3 +936,19 @@ def test_attach_checks_how_often_it_samples_and_takes_drift_as_a_mapping(model_f
         attach(trainer(), drift={"every": 0})
     attached = attach(trainer(), drift={"every": 7})
     assert any(isinstance(callback, DriftCallback) for callback in attached.trainer.callback_handler.callbacks)
+
+
+def test_texts_and_prompts_of_a_drift_configuration_may_be_a_file(tmp_path):
+    from interp_rlhf.drift.callback import DriftConfig
+
+    rows = [{"text": f"text {i}", "prompt": f"prompt {i}"} for i in range(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    found = DriftConfig(texts=str(path), prompts=path)
+    assert found.texts == rows
+    assert found.prompts == [row["prompt"] for row in rows]
+    path.write_text(json.dumps({"text": "a"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 1 rows, 1 of them without a `prompt`"):
+        DriftConfig(prompts=path)
+    with pytest.raises(FileNotFoundError):
+        DriftConfig(texts=str(tmp_path / "absent.csv"))

@@ -37,7 +37,7 @@ from ..activations import (
     tokenize_examples,
 )
 from ..activations.read import require_reference_below
-from ..concepts.examples import Examples, load_examples
+from ..concepts.examples import Examples, load_examples, read_rows
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..concepts.sae.files import load_sae
@@ -64,14 +64,16 @@ class DriftConfig:
 
     Attributes:
         every (`int`, defaults to 50): optimizer steps between two evaluations; there is one at the start and one at the end.
-        texts (`Sequence`, *optional*): texts or examples (see `tokenize_examples`); by default 24 neutral ones that come with the
-            package. At most 2,048 tokens are used. The first token of each text and tokens whose norm stands out are left out.
+        texts (`Sequence`, *optional*): texts or examples (see `tokenize_examples`), or a data file of them; by default 24 neutral
+            ones that come with the package. At most 2,048 tokens are used. The first token of each text and tokens whose norm
+            stands out are left out.
         hook_points (`Sequence[str]`, *optional*): where to measure; by default four decoder layers spread over the depth. Those
             of the monitors are added.
         labelled (`str`, `Path` or `Examples`, *optional*): labelled examples (20 or more) on which monitors are read frozen,
             re-standardized and refitted; without them, monitors are read frozen on `texts`.
-        prompts (`Sequence`, *optional*): prompts (8 or more) that the policy answers at every evaluation: what the text does and
-            what the representation does are told apart on them, where there is a frozen reference (`reference_model`, or PEFT).
+        prompts (`Sequence`, *optional*): prompts (8 or more), or a data file of them, that the policy answers at every
+            evaluation: what the text does and what the representation does are told apart on them, where there is a frozen
+            reference (`reference_model`, or PEFT).
         max_new_tokens (`int`, defaults to 32): of those answers.
         measures (`dict[str, Callable]`, *optional*): independent measures of their text, of what the training is meant to
             improve: a text to a float.
@@ -105,6 +107,17 @@ class DriftConfig:
             raise ValueError(
                 f"`max_overhead` is {self.max_overhead!r} – expected a share of the training time, 0.02 say."
             )
+        for name in ("texts", "prompts"):
+            if _names_a_file(given := getattr(self, name)):
+                rows = read_rows(given)
+                if name == "prompts":
+                    without = [i for i, row in enumerate(rows) if not row.get("prompt")]
+                    if without or not rows:
+                        raise ValueError(
+                            f"`{given}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each."
+                        )
+                    rows = [row["prompt"] for row in rows]
+                object.__setattr__(self, name, rows)
         for name in ("texts", "hook_points"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_list(getattr(self, name)))
@@ -120,6 +133,17 @@ class DriftConfig:
             )
         if self.measures and not self.prompts:
             raise ValueError("`measures` was given without `prompts` – expected prompts, whose answers are measured.")
+
+
+def _names_a_file(given: Any) -> bool:
+    """Whether a text is the path of a data file: one text alone is nothing to measure on."""
+    return isinstance(given, str | Path) and Path(given).suffix.lower() in (
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".tsv",
+        ".parquet",
+    )
 
 
 @dataclass(frozen=True)
