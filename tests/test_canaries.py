@@ -11,7 +11,7 @@ from tiny import FAMILIES, labelled_rows, make_card, make_model, make_readout, s
 from training import lora_config, make_trainer, randomize_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, OlmoConfig, TrainerCallback
 
-from interp_rlhf import ConceptAnchor, ConceptReward, DriftConfig, DriftPenalty, Readout, attach, read
+from interp_rlhf import ConceptAnchor, ConceptReward, DriftConfig, DriftPenalty, Readout, Subspace, attach, read
 from interp_rlhf.activations import Canaries, agreement, causes, identity, make_canaries, resolve
 from interp_rlhf.concepts.card import load_card
 from interp_rlhf.concepts.examples import make_examples
@@ -643,6 +643,10 @@ def test_an_autoencoder_of_another_model_is_refused_and_of_a_trained_one_is_told
         load_sae(folder, model=make_model("gpt2", tokenizer))
     with pytest.raises(ValueError, match="It is another model"):
         load_sae(folder, model=make_model("llama", tokenizer, seed=7))
+    written = Subspace.from_readouts(load_sae(folder).latents([3, 5]))  # what latents write is about that model too
+    written.check_model(model)
+    with pytest.raises(ValueError, match="was made on another model"):
+        written.check_model(make_model("llama", tokenizer, seed=7))
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1.05)
     load_sae(folder, model=model)
@@ -885,7 +889,6 @@ def test_an_adapter_of_a_reward_model_is_refused_by_name(fitted, tmp_path):
 
 
 def test_principal_components_of_another_model_are_refused_and_of_a_trained_one_are_told(fitted, tokenizer, caplog):
-    from interp_rlhf import Subspace
 
     folder, _ = fitted
     made = Subspace.from_pca(load(folder), tokenizer, sentences(24), LAYER, rank=3)

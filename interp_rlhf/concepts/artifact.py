@@ -137,7 +137,9 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
 def _latents(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None:
     if header.kind != "sae_latents":
         return None
-    weights = {name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")}
+    weights: dict[str, Any] = {
+        name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")
+    }
     said = header.sae
     return Latents(
         name="sae", hook_point=header.hook_point, k=said["k"], grouped=said["grouped"], normalization=said["normalization"],

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import linear
 
-from ..activations import hidden_size, resolve
+from ..activations import Canaries, hidden_size, resolve
 
 Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
 # Added to the norm or the standard deviation by sae-lens' normalizations.
@@ -50,6 +50,8 @@ class Latents:
         columns (`torch.LongTensor` of shape (K,), *optional*): which of the S are returned, where all S are needed to tell.
         decoder (`torch.FloatTensor` of shape (K, D), *optional*): what each returned latent writes, where ablation and steering
             act.
+        claim (`tuple[Canaries, torch.Tensor]`, *optional*): canaries of the model that the autoencoder was trained on, and the
+            directions that they were read along.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Latents:
     normalization: Normalization = "none"
     columns: torch.Tensor | None = None
     decoder: torch.Tensor | None = None
+    claim: tuple[Canaries, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.encoder.dim() != 2 or not len(self.encoder):
@@ -278,5 +281,7 @@ def block_size(latents: int) -> int:
 
 
 _TENSORS = tuple(
-    field.name for field in dataclasses.fields(Latents) if "Tensor" in str(field.type) and field.name != "columns"
+    field.name
+    for field in dataclasses.fields(Latents)
+    if "Tensor" in str(field.type) and field.name not in ("columns", "claim")
 )

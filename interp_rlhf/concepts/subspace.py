@@ -79,8 +79,7 @@ class Subspace:
         if found.correlation < RELATED:
             raise ValueError(
                 f"The subspace at `{self.hook_point}` was made on another model: {found}. Its components mean nothing here – "
-                "expected the model whose activations they are of, or one that was made from it. Make one on this model "
-                "(`Subspace.from_pca`)."
+                "expected the model whose activations they are of, or one that was made from it. Make one on this model."
             )
         if not found.agrees:
             logger.warning("The subspace at `%s` was made on another model: %s.", self.hook_point, found)
@@ -119,7 +118,10 @@ class Subspace:
             )
         rows = [r.written if isinstance(r, Latents) else r.directions for r in readouts]
         made = cls.spanned_by(points[0], torch.cat([row.float().cpu() for row in rows]))
-        return replace(made, sources=tuple(r for r in readouts if isinstance(r, Readout)))
+        claims = [r.claim for r in readouts if isinstance(r, Latents) and r.claim is not None]
+        return replace(
+            made, sources=tuple(r for r in readouts if isinstance(r, Readout)), claim=claims[0] if claims else None
+        )
 
     @classmethod
     def from_pca(

@@ -115,6 +115,10 @@ class SparseAutoencoder(nn.Module):
         """D."""
         return self.encoder.shape[1]
 
+    @property
+    def _canaries(self) -> Canaries | None:
+        return Canaries.of((self.spec.source.get("metadata") or {}).get("canaries") or {})
+
     def latents(self, indices: int | Sequence[int] | None = None, name: str = "sae") -> Latents:
         """Some of its latents as a readout, all by default; weights are shared, not copied, where all are read.
 
@@ -126,6 +130,7 @@ class SparseAutoencoder(nn.Module):
                 "sae", self.spec.hook_point, self.encoder, self.encoder_bias, self.center, self.threshold, self.gate_scale,
                 self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None,
                 self.decoder if self.spec.output_point is None else None,  # a transcoder writes elsewhere than it reads
+                None if self._canaries is None else (self._canaries, self.encoder),
             )  # fmt: skip
             self._all = (self.encoder, found)
         found = self._all[1]
@@ -205,7 +210,7 @@ class SparseAutoencoder(nn.Module):
         """
         self.latents().check_model(model)
         training = self.spec.training
-        canaries = Canaries.of((self.spec.source.get("metadata") or {}).get("canaries") or {})
+        canaries = self._canaries
         name = self.spec.model_id or "another model"
         if canaries is None or not runs_here(model):
             if training and training.get("model") != identity(model, self.spec.hook_point):
