@@ -128,7 +128,7 @@ def tokenize_examples(
 ) -> TokenBatch:
     """Token batch of examples in the formats that TRL's datasets have.
 
-    A `completion` is tokenized by itself and put behind its prompt, as generation puts it; where the example has
+    A `completion` is tokenized behind the end of its prompt, by itself where tokens of both would merge; where the example has
     `completion_ids`, they are taken as they are. No end-of-turn token is added. What counts is in `counted`. Columns that TRL
     renders, `tools` and `chat_template_kwargs`, are rendered here too.
 

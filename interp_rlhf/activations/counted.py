@@ -8,7 +8,7 @@ In: token ids, and what a chat template writes around an answer. Out: a mask. Th
    that one token too).
 3. What the template writes is not the answer: role markers, a line break after the turn, an empty think block.
 4. In a plain text all tokens but the special ones count. Where it holds turns of an assistant in the template's own marks, only
-   those turns count.
+   those turns count; where it holds other marks of it alone, the conversation was cut before an answer, and nothing counts.
 5. A row without a counted token is in no denominator.
 
 Tokens with an outlying norm (`outliers`) are left out where a statistic runs over many tokens: drift metrics, principal
