@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .concepts.card import locate
-from .concepts.examples import SPOKEN, read_rows
+from .concepts.examples import SPOKEN, read_prompts, read_rows
 from .drift.callback import DriftConfig, whole_number
 from .messages import as_list
 from .training.from_mapping import yaml_numbers
@@ -64,7 +64,7 @@ class InterpArguments:
             if "measures" in drift:
                 drift["measures"] = _measures(drift["measures"])
             if isinstance(drift.get("prompts"), str):
-                drift["prompts"] = _prompts(drift["prompts"])
+                drift["prompts"] = read_prompts(locate(drift["prompts"]))
             found["drift"] = DriftConfig(**drift)
         return found
 
@@ -94,16 +94,6 @@ def _measures(names: Any) -> dict[str, Any]:
             "functions: pass them to `attach` in a script of your own."
         )
     return {name: getattr(measures, name)() for name in names}
-
-
-def _prompts(path: str) -> list[Any]:
-    rows = read_rows(locate(path))
-    without = [i for i, row in enumerate(rows) if not row.get("prompt")]
-    if without or not rows:
-        raise ValueError(
-            f"`{path}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each."
-        )
-    return [row["prompt"] for row in rows]
 
 
 def _section(given: Any) -> dict[str, Any]:

@@ -163,10 +163,7 @@ def make_canaries(model: nn.Module, tokenizer: Any, hook_point: str, directions:
     if not torch.isfinite(found).all():
         raise ValueError("The model's activations on plain sentences hold NaN or infinity – expected finite numbers.")
     scores = tuple(tuple(row) for row in found[:, :-1].tolist())
-    coarse = _coarse(model, adapters=False)
-    return Canaries(
-        ids, scores, float(found[:, -1].mean()), _numbers(model), coarse[0] if coarse is not None else "float32"
-    )
+    return Canaries(ids, scores, float(found[:, -1].mean()), _numbers(model), _coarse(model, adapters=False)[0])
 
 
 def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions: torch.Tensor) -> Agreement:
@@ -181,9 +178,7 @@ def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions:
     now, before = (found[:, :-1] - then.mean(0)) / spread, (then - then.mean(0)) / spread
     error = float((now - before).pow(2).mean().sqrt())
     correlation = float(torch.corrcoef(torch.stack([now.flatten(), before.flatten()]))[0, 1])
-    coarse = _coarse(model, adapters=False)
-    precision = coarse[0] if coarse else "float32"
-    why = coarse[1] if coarse else ""
+    precision, why = _coarse(model, adapters=False)
     if list(ALLOWED).index(canaries.made_in) > list(ALLOWED).index(precision):
         precision, why = canaries.made_in, f"its canaries were made in {canaries.made_in}"
     if precision == "float32" and canaries.numbers == "float32" and _numbers(model) == "16 bits":
@@ -201,8 +196,8 @@ def _read(model: nn.Module, ids: Sequence[Sequence[int]], hook_point: str, direc
     return scores.scores[scores.mask]
 
 
-def _coarse(model: nn.Module, adapters: bool = True) -> tuple[str, str] | None:
-    """What in a model is coarser than float32, and which precision that makes it; a head of its own is not looked at.
+def _coarse(model: nn.Module, adapters: bool = True) -> tuple[str, str]:
+    """Precision of a model, a key of `ALLOWED`, and what in it is coarser than float32; a head of its own is not looked at.
 
     Args:
         adapters (`bool`, defaults to `True`): look at adapters too, not only at the base that canaries are about.
@@ -232,7 +227,7 @@ def _coarse(model: nn.Module, adapters: bool = True) -> tuple[str, str] | None:
         return "16 bits", "automatic mixed precision"
     if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return "16 bits", "TF32 products"
-    return None
+    return "float32", ""
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -248,8 +243,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def precision_of(model: nn.Module) -> str:
     """Key of `ALLOWED` for what a model, run as things stand now, gives."""
-    coarse = _coarse(model)
-    return coarse[0] if coarse else "float32"
+    return _coarse(model)[0]
 
 
 def _numbers(model: nn.Module) -> str:

@@ -358,11 +358,8 @@ def _answers(
     size = len(marks.prefix)
     if size:
         last = _after(ids, marks.prefix, start, place, gap=0)  # at the last token of the prefix
-        for shift in range(size):  # each of its tokens, where it stands right at the beginning of the turn
-            moved = torch.zeros_like(last)
-            moved[:, : ids.shape[1] - shift] = last[:, shift:]
-            first = place - (size - 1 - shift)
-            template |= moved & (opened == first) & (first >= 0) & mask  # what stands in the prompt stays there
+        last &= opened == place - (size - 1)  # where it stands right at the beginning of the turn
+        template = _spread(last, size) & mask  # what stands in the prompt stays there
     found = mask & inside & ~template
     head = marks.closing_head
     if head:  # the template's tokens between the answer and the end of its turn
@@ -370,19 +367,14 @@ def _answers(
         following = torch.ones_like(ends)
         following[:, :-1] = ends[:, 1:] | ~mask[:, 1:]
         closed &= following & found
-        for shift in range(len(head)):
-            moved = torch.zeros_like(closed)
-            moved[:, : ids.shape[1] - shift] = closed[:, shift:]
-            found &= ~moved
+        found &= ~_spread(closed, len(head))
     if texts:
         plain = torch.isin(text_of, text_of[whole]) & ~with_header & ~cut
         every = mask & ~torch.isin(ids, _tensor(marks.special, ids))
         if any(
             token in marks.ends for token in marks.closing
         ):  # a piece of an answer: what the template closes it with
-            closed = _after(ids, marks.closing, start, place, gap=0)
-            for shift in range(len(marks.closing)):
-                every[:, : ids.shape[1] - shift] &= ~closed[:, shift:]
+            every &= ~_spread(_after(ids, marks.closing, start, place, gap=0), len(marks.closing))
         found = torch.where(plain, every, found)
     return _Answers(found & ~starts, template, opens.cumsum(1), opens)
 
@@ -400,6 +392,14 @@ def _after(
     last = size - 1 + gap
     found[:, last:] = match[:, : ids.shape[1] - last]
     return found & (place - last >= start)
+
+
+def _spread(last: torch.Tensor, size: int) -> torch.Tensor:
+    """All `size` tokens of patterns, of which `last` (B, T) says where each ends."""
+    found = last.clone()
+    for shift in range(1, min(size, last.shape[1])):
+        found[:, :-shift] |= last[:, shift:]
+    return found
 
 
 def _begins(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

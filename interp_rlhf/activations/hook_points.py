@@ -31,15 +31,20 @@ def unwrap(model: nn.Module) -> Any:
     return bare.get_base_model() if hasattr(bare, "get_base_model") else bare  # the former: a `PeftModel`
 
 
+def without_engine(model: nn.Module) -> Any:
+    """The model out of an engine's and the compiler's wrapping; PEFT's stays."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT wraps the model, so that its own weights are frozen and adapters can be switched off.
 
     Adapters that transformers loaded itself (`model.add_adapter`, `from_pretrained(ADAPTER)`) are part of the model: TRL knows no
     reference below them either.
     """
-    from accelerate.utils import extract_model_from_parallel
-
-    return hasattr(extract_model_from_parallel(model, keep_torch_compile=False), "disable_adapter")
+    return hasattr(without_engine(model), "disable_adapter")
 
 
 def is_tuner_layer(module: nn.Module) -> bool:

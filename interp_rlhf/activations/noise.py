@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hook_points import adapter_parts, backbone, device_of, is_tuner_layer, unwrap
+from .hook_points import adapter_parts, backbone, device_of, is_tuner_layer, unwrap, without_engine
 from .sharding import is_sharded
 from .tap import adapters_off, first_adapter_layer, reading
 
@@ -189,9 +189,7 @@ def _of_adapters(model: nn.Module) -> list[str]:
                 if _rate(rate):
                     found.append(f"`{key}` {rate} (`{name}`)")
     if not shown:
-        from accelerate.utils import extract_model_from_parallel
-
-        peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+        peft_model = without_engine(model)
         configs = getattr(peft_model, "peft_config", None) or getattr(base, "peft_config", None) or {}
         for adapter, config in configs.items():
             rates = {key: rate for key, rate in vars(config).items() if "dropout" in key and _rate(rate)}
@@ -252,5 +250,5 @@ def _measured(base: Any) -> tuple[float, float, float]:
 def _switch(base: Any, enabled: bool) -> None:
     """Adapters on or off for a pass of ours, in no other way than PEFT's flag: `enable_adapters` would touch gradients."""
     for module in base.modules():
-        if isinstance(getattr(type(module), "disable_adapters", None), property):
+        if is_tuner_layer(module):
             module._disable_adapters = not enabled

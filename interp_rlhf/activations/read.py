@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..messages import as_list
 from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .counted import end_of_turn_ids
-from .hook_points import INPUT, backbone, decoder_layers, device_of, on_activation, unwrap
+from .hook_points import INPUT, backbone, decoder_layers, device_of, on_activation, unwrap, without_engine
 from .noise import rope_from_the_start, rope_reach, runs_here
 from .ranks import most_of_all_ranks
 from .sharding import is_sharded, readable
@@ -316,9 +316,7 @@ def _equal(output: Any, activation: torch.Tensor) -> bool:
 @contextmanager
 def adapters_off_in(model: nn.Module) -> Iterator[nn.Module]:
     """The model below its adapters, whatever they are; as it is where it has none."""
-    from accelerate.utils import extract_model_from_parallel
-
-    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    peft_model = without_engine(model)
     with peft_model.disable_adapter() if hasattr(peft_model, "disable_adapter") else nullcontext():
         yield model
 
@@ -335,9 +333,7 @@ def reference_pass(model: nn.Module, reference: nn.Module | None = None) -> Iter
     if reference is not None:
         yield reference
         return
-    from accelerate.utils import extract_model_from_parallel
-
-    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    peft_model = without_engine(model)
     if not hasattr(peft_model, "disable_adapter"):
         raise ValueError(
             f"`{type(peft_model).__name__}` has no adapters to switch off and no reference model was given – expected "
@@ -362,9 +358,7 @@ def require_reference_below(model: nn.Module) -> None:
 
     Something below the adapters is trained, their initialization changed the base, or TRL copied one of several.
     """
-    from accelerate.utils import extract_model_from_parallel
-
-    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    peft_model = without_engine(model)
     together = list(getattr(peft_model.base_model, "active_adapters", []))
     if "ref" in peft_model.peft_config and len(together) > 1:
         raise ValueError(
@@ -396,9 +390,7 @@ def require_reference_below(model: nn.Module) -> None:
 
 def trained_below_adapters(model: nn.Module) -> list[str]:
     """Trainable parameters of a PEFT model that no adapter owns, so that they act with adapters off too."""
-    from accelerate.utils import extract_model_from_parallel
-
-    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    peft_model = without_engine(model)
     prefix = getattr(getattr(peft_model, "base_model", None), "prefix", "") or ""
     marks = (*_OF_ADAPTERS, *([prefix] if prefix else []))
     return [

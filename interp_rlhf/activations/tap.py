@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from .hook_points import backbone, on_activation, unwrap
+from .hook_points import backbone, is_tuner_layer, on_activation, unwrap
 
 PassKind = Literal["policy", "policy_no_grad", "reference"]
 
@@ -251,8 +251,7 @@ def adapters_on(model: nn.Module) -> bool:
 def first_adapter_layer(model: nn.Module) -> Any:
     """A layer that PEFT injected, which knows whether adapters are on; None without PEFT."""
     for module in unwrap(model).modules():
-        # A tuner layer of PEFT has a property of this name; a `PreTrainedModel` has a method, which says nothing.
-        if isinstance(getattr(type(module), "disable_adapters", None), property):
+        if is_tuner_layer(module):
             return module
     return None
 

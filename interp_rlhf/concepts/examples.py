@@ -137,6 +137,21 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
     return [{key: _spoken(str(source), key, value) for key, value in row.items()} for row in _rows(source)]
 
 
+def read_prompts(source: str | Path) -> list[Any]:
+    """The column `prompt` of a file or a data set; see `read_rows`.
+
+    Raises:
+        `ValueError`: no rows, or one without a prompt.
+    """
+    rows = read_rows(source)
+    without = [i for i, row in enumerate(rows) if not row.get("prompt")]
+    if without or not rows:
+        raise ValueError(
+            f"`{source}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each."
+        )
+    return [row["prompt"] for row in rows]
+
+
 def _rows(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source)
     suffix = path.suffix.lower()

@@ -37,7 +37,7 @@ from ..activations import (
     tokenize_examples,
 )
 from ..activations.read import require_reference_below
-from ..concepts.examples import Examples, load_examples, read_rows
+from ..concepts.examples import Examples, load_examples, read_prompts, read_rows
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..concepts.sae.files import load_sae
@@ -109,15 +109,7 @@ class DriftConfig:
             )
         for name in ("texts", "prompts"):
             if _names_a_file(given := getattr(self, name)):
-                rows = read_rows(given)
-                if name == "prompts":
-                    without = [i for i, row in enumerate(rows) if not row.get("prompt")]
-                    if without or not rows:
-                        raise ValueError(
-                            f"`{given}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each."
-                        )
-                    rows = [row["prompt"] for row in rows]
-                object.__setattr__(self, name, rows)
+                object.__setattr__(self, name, read_prompts(given) if name == "prompts" else read_rows(given))
         for name in ("texts", "hook_points"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_list(getattr(self, name)))
