@@ -30,7 +30,7 @@ _HOMES = {
     "InterpRLOOTrainer": "trainers",
     "InterpSFTTrainer": "trainers",
     "Latents": "concepts.latents",
-    "LinearProbe": "concepts.probe",
+    "LinearProbe": "concepts.linear",
     "PPOConfig": "training.ppo.config",
     "PPOTrainer": "training.ppo.trainer",
     "PreventativeSteering": "training.interventions",
@@ -88,7 +88,8 @@ if TYPE_CHECKING:
     from .concepts.card import load_card
     from .concepts.examples import load_examples
     from .concepts.latents import Latents
-    from .concepts.probe import LinearProbe, fit_probe
+    from .concepts.linear import LinearProbe
+    from .concepts.probe import fit_probe
     from .concepts.readout import Readout
     from .concepts.subspace import Subspace
     from .drift.callback import DriftCallback, DriftConfig

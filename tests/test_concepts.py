@@ -16,7 +16,8 @@ from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import load_examples, make_examples, write_jsonl
 from interp_rlhf.concepts.pooling import POOLINGS, ema, pool
-from interp_rlhf.concepts.probe import LinearProbe, fit_probe, sweep_points
+from interp_rlhf.concepts.linear import LinearProbe
+from interp_rlhf.concepts.probe import fit_probe, sweep_points
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
 
@@ -155,9 +156,9 @@ def test_the_sweep_chooses_the_best_layer_and_keeps_prompts_together(load, token
     best = max(fit.curve, key=lambda point: point.auroc)
     assert fit.artifact.header.hook_point == best.hook_point
     assert fit_probe(model, tokenizer, examples, points, model_id="tiny", seed=3).curve == fit.curve
-    from interp_rlhf.concepts.probe import folds
+    from interp_rlhf.concepts.linear import folds
 
-    for train, test in folds(examples, seed=0):
+    for train, test in folds(examples.labels, examples.groups, seed=0):
         assert not {examples.groups[i] for i in train} & {examples.groups[i] for i in test}
 
 

@@ -19,7 +19,7 @@ from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.latents import Latents
-from interp_rlhf.concepts.probe import fit_probe, mean_latents
+from interp_rlhf.concepts.probe import fit_probe, latent_tokens
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout, same_artifact
 from interp_rlhf.concepts.sae.autoencoder import SaeSpec, SparseAutoencoder, random_dictionary
@@ -546,7 +546,7 @@ def test_mean_latents_are_over_counted_tokens(load, tokenizer):
     sae = planted_sae(model, tokenizer)
     rows = labelled_rows(3, seed=4)
     batch = tokenize_examples(rows, tokenizer)
-    found = mean_latents(model, batch, sae.latents([7, 1]))
+    found = latent_tokens(model, batch, sae.latents([7, 1])).pooled("mean")
     for i, row in enumerate(rows):
         one = tokenize_examples([row], tokenizer)
         expected = sae.encode(read_activations(model, one, [POINT])[POINT])[:, [7, 1]].mean(0)

@@ -18,7 +18,7 @@ from interp_rlhf import ConceptPenalty, DriftCallback, DriftConfig, attach, load
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.concepts.readout import Readout
-from interp_rlhf.drift.monitors import LabelledSet, concept_angle, fit_anew
+from interp_rlhf.drift.monitors import LabelledSet, fit_anew
 from interp_rlhf.drift.own_text import repetition
 from interp_rlhf.drift.verdicts import ALARMS, NOT_ENOUGH, TABLE, Change, Evidence, gather, judge
 from interp_rlhf.runlog import read_run_log
@@ -177,17 +177,6 @@ def test_a_model_that_gives_no_numbers_any_more_has_collapsed(load, tokenizer, t
     trainer.add_callback(DriftCallback(trainer, texts=sentences(8), every=1))
     trainer.train()
     assert [name for _, name in verdicts_of(trainer)] == ["steady", *["collapsed"] * 3]
-
-
-def test_a_concepts_angle_does_not_see_rounding(load, tokenizer, tmp_path):
-    trainer = make_trainer("SFT", load(), tokenizer, tmp_path)
-    monitor = make_readout(trainer.model, "watched")
-    watch = DriftCallback(trainer, monitors=[monitor], labelled=make_examples(labelled_rows(20, seed=9)))
-    before = watch._labelled.read(trainer.model, [monitor])
-    with torch.no_grad():
-        for weight in trainer.model.parameters():
-            weight += 1e-6 * torch.randn_like(weight)
-    assert concept_angle(watch._labelled.read(trainer.model, [monitor], before), before) < 0.5
 
 
 def test_names_that_no_monitor_has_are_refused(load, tokenizer, tmp_path):

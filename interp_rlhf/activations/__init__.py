@@ -30,10 +30,13 @@ from .read import (
     read_activations,
     read_inputs,
     read_means,
+    read_pooled,
     read_predictions,
+    read_with_likelihood,
     reference_pass,
     require_positions,
     stream_point,
+    token_weights,
 )
 from .recheck import Recheck
 from .tap import Pass, Tap, TokenReadout, adapters_on
@@ -75,7 +78,9 @@ __all__ = [
     "read_activations",
     "read_inputs",
     "read_means",
+    "read_pooled",
     "read_predictions",
+    "read_with_likelihood",
     "reference_pass",
     "require_positions",
     "Recheck",
@@ -85,6 +90,7 @@ __all__ = [
     "runs_after",
     "stream_point",
     "structure",
+    "token_weights",
     "tokenize_examples",
     "unwrap",
 ]

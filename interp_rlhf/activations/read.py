@@ -7,6 +7,7 @@ position ids are right on every architecture.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -92,6 +93,12 @@ def read(
     readouts = as_list(readouts)
     groups = group_by_hook_point(readouts)
     scores: dict[str, torch.Tensor] = {}
+    _forward(model, batch, list(groups), _scoring(batch, groups, scores), batch_tokens, progress)
+    return _concept_scores(batch, readouts, scores, reader)
+
+
+def _scoring(batch: TokenBatch, groups: Mapping[str, Any], scores: dict[str, torch.Tensor]) -> Sink:
+    """A sink that keeps what readouts give on every token, flat."""
 
     def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
         found: dict[str, torch.Tensor] = {}
@@ -102,19 +109,23 @@ def read(
             real = places >= 0
             scores[name][places[real]] = values.cpu()[real]
 
-    _forward(model, batch, list(groups), sink, batch_tokens, progress)
-    shape = (*batch.input_ids.shape, -1)
-    empty = torch.zeros(*batch.input_ids.shape, 1)
+    return sink
+
+
+def _concept_scores(
+    batch: TokenBatch, readouts: Sequence[TokenReadout], scores: Mapping[str, torch.Tensor], reader: str
+) -> dict[str, ConceptScores]:
+    shape = batch.input_ids.shape
+    # What no row has been read for has as many columns as its readout says it gives.
     return {
         readout.name: ConceptScores(
-            scores[readout.name].view(shape) if readout.name in scores else empty,
-            batch.completion_mask,
-            batch.input_ids,
-            readout.name,
-            reader,
+            scores[readout.name].view(*shape, -1)
+            if readout.name in scores
+            else torch.zeros(*shape, getattr(readout, "columns", 1)),
+            batch.completion_mask, batch.input_ids, readout.name, reader,
         )
         for readout in readouts
-    }
+    }  # fmt: skip
 
 
 def read_means(
@@ -130,20 +141,105 @@ def read_means(
     Returns:
         `dict[str, torch.FloatTensor]`: hook point to means (B, D), float32; a row without counted tokens is 0.
     """
-    means: dict[str, torch.Tensor] = {}
-    counted = batch.completion_mask.flatten()
+    weights = token_weights(batch, "mean")
+    points = dict.fromkeys(as_list(hook_points))
+    return read_pooled(
+        model, batch, {point: (point, weights) for point in points}, batch_tokens=batch_tokens, progress=progress
+    )
+
+
+def token_weights(batch: TokenBatch, which: str) -> torch.Tensor:
+    """Weights (B, T) by which activations are pooled: the `mean` over the tokens that count, the `last` of them, or the token
+    `before` them, which is a prompt's last; all 0 in a row where there is none."""
+    mask = batch.completion_mask
+    if which == "mean":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    seen = mask.cumsum(1)
+    if which == "last":
+        return (mask & (seen == seen[:, -1:])).float()
+    real = batch.attention_mask & (seen == 0) & mask.any(1, keepdim=True)
+    return (real & (real.cumsum(1) == real.sum(1, keepdim=True))).float()
+
+
+# Name of what is pooled to its hook point and its weights (B, T).
+Pooled = Mapping[Any, tuple[str, torch.Tensor]]
+
+
+def read_pooled(
+    model: nn.Module,
+    batch: TokenBatch,
+    pooled: Pooled,
+    *,
+    batch_tokens: int = 4096,
+    progress: str | None = None,
+) -> dict[Any, torch.Tensor]:
+    """Weighted sums of activations per row, any number of them by one forward that stops at the deepest hook point.
+
+    Args:
+        pooled (`dict[Any, tuple[str, torch.FloatTensor]]`): name to hook point and weights (B, T), see `token_weights`.
+
+    Returns:
+        `dict[Any, torch.FloatTensor]`: name to activations (B, D), float32; a row without weights is 0.
+    """
+    found: dict[Any, torch.Tensor] = {}
+    points = list(dict.fromkeys(point for point, _ in pooled.values()))
+    _forward(model, batch, points, _pooling(batch, pooled, found), batch_tokens, progress)
+    return found
+
+
+def _pooling(batch: TokenBatch, pooled: Pooled, found: dict[Any, torch.Tensor]) -> Sink:
+    """A sink that adds up activations by their weights."""
     width = batch.input_ids.shape[1]
+    flat = {name: weights.float().flatten() for name, (_, weights) in pooled.items()}
 
     def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
-        if hook_point not in means:
-            means[hook_point] = torch.zeros(len(batch), activation.shape[-1])
-        weights = ((places >= 0) & counted[places.clamp(min=0)]).to(activation.device)  # (b, t)
-        total = torch.einsum("btd,bt->bd", activation.detach().float(), weights.float())
         rows = places.max(dim=1).values // width
-        means[hook_point][rows] = (total / weights.sum(1, keepdim=True).clamp(min=1)).cpu()
+        for name, (point, _) in pooled.items():
+            if point != hook_point:
+                continue
+            if name not in found:
+                found[name] = torch.zeros(len(batch), activation.shape[-1])
+            weights = flat[name][places.clamp(min=0)].masked_fill(places < 0, 0).to(activation.device)
+            found[name][rows] = torch.einsum("btd,bt->bd", activation.detach().float(), weights).cpu()
 
-    _forward(model, batch, list(dict.fromkeys(as_list(hook_points))), sink, batch_tokens, progress)
-    return means
+    return sink
+
+
+def read_with_likelihood(
+    model: nn.Module,
+    batch: TokenBatch,
+    readouts: Sequence[TokenReadout],
+    pooled: Pooled,
+    *,
+    batch_tokens: int = 4096,
+    reader: str = "policy",
+    progress: str | None = None,
+) -> tuple[dict[str, ConceptScores], dict[Any, torch.Tensor], torch.Tensor]:
+    """Scores as by `read`, pooled activations as by `read_pooled`, and the log-prob (B, T) of every counted token given what
+    precedes it, 0 elsewhere: all by one whole forward."""
+    groups = group_by_hook_point(readouts)
+    scores: dict[str, torch.Tensor] = {}
+    sums: dict[Any, torch.Tensor] = {}
+    keep, add = _scoring(batch, groups, scores), _pooling(batch, pooled, sums)
+    log_probs = torch.zeros(batch.input_ids.numel())
+    ids, counted = batch.input_ids.flatten(), batch.completion_mask.flatten()
+
+    def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
+        if hook_point in groups:
+            keep(hook_point, places, activation)
+        add(hook_point, places, activation)
+
+    def predictions(places: torch.Tensor, logits: torch.Tensor) -> None:
+        places = places[:, places.shape[1] - logits.shape[1] :]  # the model may have been asked for the last ones only
+        for row, line in enumerate(places):
+            here = ((line[1:] >= 0) & counted[line[1:].clamp(min=0)]).nonzero().squeeze(1)  # predicted by the position before
+            tokens = line[1:][here]
+            found = logits[row, here.to(logits.device)].float().log_softmax(-1).cpu()
+            log_probs[tokens] = found.gather(1, ids[tokens, None])[:, 0]
+
+    points = list(dict.fromkeys([*groups, *(point for point, _ in pooled.values())]))
+    _forward(model, batch, points, sink, batch_tokens, progress, predictions, only_counted=True)
+    return _concept_scores(batch, readouts, scores, reader), sums, log_probs.view(batch.input_ids.shape)
 
 
 def read_activations(
@@ -406,10 +502,12 @@ def _forward(
     batch_tokens: int,
     progress: str | None,
     predictions: LogitSink | None = None,
+    only_counted: bool = False,
 ) -> None:
     """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`.
 
-    With `predictions` the whole model runs, and its logits go there. So it does, from the wrapper that is given, where its
+    With `predictions` the whole model runs, and its logits go there; with `only_counted`, where the model can do so, only those of
+    the positions from which the counted tokens are predicted. So it does, from the wrapper that is given, where its
     parameters are sharded: then on all ranks together, the same number of times, and without stopping early.
     """
     _check(model, batch)
@@ -417,6 +515,8 @@ def _forward(
     whole = sharded or predictions is not None
     core = unwrap(model) if whole else backbone(model)
     run = model if sharded else core
+    trimmed = only_counted and not sharded and "logits_to_keep" in inspect.signature(core.forward).parameters
+    counted = batch.completion_mask.flatten()
     waiting: set[str] = set()
     places = torch.empty(0)
     idle = False  # a rank that has no rows left runs along
@@ -455,8 +555,9 @@ def _forward(
                 forget()
                 try:
                     output = run(
-                        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-                    )
+                        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False,
+                        **({"logits_to_keep": _from_the_first(counted, places)} if trimmed else {}),
+                    )  # fmt: skip
                 except _Done:
                     pass
                 else:
@@ -470,6 +571,12 @@ def _forward(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _from_the_first(counted: torch.Tensor, places: torch.Tensor) -> int:
+    """How many positions from the end on predict all the tokens that count, in a bucket of right-padded rows."""
+    counts = ((places >= 0) & counted[places.clamp(min=0)]).any(0)
+    return places.shape[1] - max(0, int(counts.int().argmax()) - 1) if bool(counts.any()) else 1
 
 
 # What a rank without rows runs, so that the others get its part of the parameters.

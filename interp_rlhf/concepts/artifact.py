@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .latents import Latents
+from .pooling import ATTENTION
 
 HEADER_KEY = "interp_rlhf"
 
@@ -38,12 +39,16 @@ class Header:
         data (`str`): fingerprint of the examples it was fitted on.
         examples (`int`): how many.
         seed (`int`): of the fit.
-        calibration (`dict[str, tuple[float, float]]`): pooling to (scale, bias): what makes a pooled score a log-odds.
+        calibration (`dict[str, tuple[float, float]]`): pooling to (scale, bias): what makes a pooled score a log-odds, found on
+            scores out of fold.
         include_end_of_turn (`bool`): whether end-of-turn tokens counted in the fit.
         versions (`dict[str, str]`): libraries of the fit.
         canaries (`dict`): token sequences and what the readout gave on them, see `activations.canaries`; empty in artifacts of
             before 0.2.
         sae (`dict`): of `sae_latents`: indices of the latents, S, k, normalization, and where the autoencoder came from.
+        pooling (`str`): what it was fitted for.
+        regularization (`float`, *optional*), sharpness (`float`, *optional*): what cross-validation chose: inverse strength of the
+            L2 penalty, and of `attention` the standard deviation of the query's logits. None in artifacts of before 0.3.
     """
 
     kind: str
@@ -62,6 +67,16 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     canaries: dict[str, Any] = field(default_factory=dict)
     sae: dict[str, Any] = field(default_factory=dict)
+    pooling: str = "mean"
+    regularization: float | None = None
+    sharpness: float | None = None
+
+    @property
+    def strength(self) -> float | None:
+        """Regularization of the fit, for controls that are to have the same; None where a difference of means has none."""
+        if self.method == "difference_of_means" or self.regularization is not None:
+            return self.regularization
+        return 1.0 if self.kind == "sae_latents" else 0.001  # what artifacts of before 0.3 were fitted with
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +88,22 @@ class Artifact:
         bias (`float`): 0 for a direction.
         header (`Header`): what it is.
         latents (`Latents`, *optional*): of `sae_latents`: the K latents that are weighed.
+        query (`torch.FloatTensor` of the weight's shape, *optional*): of a fit for `attention`: the logit of a token is ⟨h, query⟩.
     """
 
     weight: torch.Tensor
     bias: float
     header: Header
     latents: Latents | None = None
+    query: torch.Tensor | None = None
 
     def save(self, path: str | Path) -> str:
         """Write the file whole or not at all; returns its SHA-256."""
         from safetensors.torch import save
 
         tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor([self.bias])}
+        if self.query is not None:
+            tensors["query"] = self.query.contiguous()
         if self.latents is not None:
             tensors |= {f"sae.{name}": tensor.contiguous().cpu() for name, tensor in self.latents.tensors().items()}
         data = save(tensors, metadata={HEADER_KEY: json.dumps(asdict(self.header), sort_keys=True)})
@@ -126,12 +145,15 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     weight, bias = tensors["weight"].float(), float(tensors["bias"].item())
     size = len(header.sae["latents"]) if header.kind == "sae_latents" else header.width
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-    if weight.shape != (size,) or not finite:
+    query = tensors["query"].float() if "query" in tensors else None
+    shapes = {tuple(tensor.shape) for tensor in (weight, query) if tensor is not None}
+    if shapes != {(size,)} or not finite or (query is None) != (header.pooling != ATTENTION):
         raise ValueError(
-            f"`{path}` has a weight of shape {tuple(weight.shape)}, all numbers finite: {finite} – "
-            f"expected ({size},) finite numbers. Fit it anew."
+            f"`{path}` has {'a' if query is not None else 'no'} query and a weight of shape {tuple(weight.shape)}, fitted for "
+            f"`{header.pooling}`, all numbers finite: {finite} – expected ({size},) finite numbers, and a query for `attention` "
+            "only. Fit it anew."
         )
-    return Artifact(weight, bias, header, _latents(tensors, header))
+    return Artifact(weight, bias, header, _latents(tensors, header), query)
 
 
 def _latents(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None:

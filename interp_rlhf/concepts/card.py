@@ -38,7 +38,7 @@ class ReadoutSpec(Strict):
     kind: Literal["probe", "direction", "sae_latents"]
     hook_point: str
     artifact: ArtifactRef
-    pooling: Literal["mean", "ema_max", "last", "max"]
+    pooling: Literal["mean", "ema_max", "last", "max", "attention"]
     include_end_of_turn: bool = False
 
 

@@ -1,7 +1,8 @@
 """Pooling: from one score per token to one score per completion.
 
-In: scores (B, T, K) and a mask (B, T). Out: pooled scores (B, K), NaN in rows without a counted token. Padding, masked
-tokens between counted ones, and the length of the batch do not reach the result.
+In: scores (B, T, K) and a mask (B, T); for `attention`, whose weights a query learned, K scores and the query's logit. Out:
+pooled scores (B, K), NaN in rows without a counted token. Padding, masked tokens between counted ones, and the length of the
+batch do not reach the result.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from typing import Literal, get_args
 
 import torch
 
-Pooling = Literal["mean", "ema_max", "last", "max"]
+Pooling = Literal["mean", "ema_max", "last", "max", "attention"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+ATTENTION = "attention"
+# What a probe can be fitted for; what is fitted for `mean` or `last` can be read under the others but `attention`.
+FITTED = ("mean", "last", ATTENTION)
 
 # An exponential moving average with the weight of a 16-token window: Constitutional Classifiers++ (arXiv 2601.04603)
 # averages 16 logits in training and takes an EMA at inference.
@@ -23,12 +27,13 @@ def pool(scores: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     """Pooled scores.
 
     Args:
-        scores (`torch.FloatTensor` of shape (B, T, K)): per-token scores.
+        scores (`torch.FloatTensor` of shape (B, T, K)): per-token scores; of `attention` (B, T, K + 1), the query's logit last.
         mask (`torch.BoolTensor` of shape (B, T)): True on tokens that count.
         pooling (`str`): `mean`: the default of a positive reward, where one spike must not pay for everything and
             length must not help. `ema_max`: the default of penalties and monitors, since filler cannot dilute it: the
             maximum over positions of an exponential moving average. `last`: the last counted token. `max`: the highest
-            token.
+            token. `attention`: the mean weighed by the softmax of the logits over the counted tokens; the hardest of these to
+            evade in RL-Obfuscation (Gupta & Jenner, arXiv 2506.14261).
 
     Returns:
         `torch.FloatTensor` of shape (B, K): NaN in rows without a counted token.
@@ -39,7 +44,7 @@ def pool(scores: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     if pooling not in _FUNCTIONS:
         raise ValueError(f"`pooling` is {pooling!r} – expected one of {', '.join(sorted(_FUNCTIONS))}.")
     if scores.shape[1] == 0:
-        return scores.new_full((scores.shape[0], scores.shape[2]), torch.nan)
+        return scores.new_full((scores.shape[0], scores.shape[2] - (pooling == ATTENTION)), torch.nan)
     pooled = _FUNCTIONS[pooling](scores, mask)
     return pooled.masked_fill(~mask.any(1, keepdim=True), torch.nan)
 
@@ -66,6 +71,18 @@ def _mean(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def attention_weights(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Weights (B, T) of the tokens under `attention`: 0 where a token does not count, of sum 1 in a row where some do."""
+    any_counts = mask.any(1, keepdim=True)
+    logits = scores[..., -1].masked_fill(~mask & any_counts, -torch.inf).masked_fill(~any_counts, 0)
+    return logits.softmax(1).masked_fill(~mask, 0)
+
+
+def _attention(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    values = scores[..., :-1].masked_fill(~mask.unsqueeze(-1), 0)
+    return (attention_weights(scores, mask).unsqueeze(-1) * values).sum(1)
+
+
 def _max(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
 
@@ -89,4 +106,5 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "ema_max": _ema_max,
     "last": _last,
     "max": _max,
+    ATTENTION: _attention,
 }

@@ -1,14 +1,14 @@
 """Fitting: from labelled examples to an artifact.
 
-In: a model, labelled examples, a hook point or several to choose from. Out: an `Artifact` with a calibration per
-pooling, and the curve of the layer sweep.
+In: a model, labelled examples, hook points and poolings to choose from. Out: an `Artifact` that is fitted for one pooling and
+calibrated on scores out of fold, and the curve of the sweep.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,102 +19,64 @@ from ..activations import (
     adapters_on,
     decoder_layers,
     end_of_turn_ids,
+    hidden_size,
     identity,
     make_canaries,
     read,
-    read_means,
+    read_activations,
+    read_pooled,
     structure,
+    token_weights,
     tokenize_examples,
 )
 from ..messages import as_list
 from .artifact import Artifact, Header, library_versions
+from .attention import Attended, Tokens, fit_attention
 from .examples import Examples
 from .latents import Latents
-from .pooling import POOLINGS, pool
+from .linear import CrossValidated, LinearProbe, cross_validate, fold_aurocs, folds, log_loss, platt, separates
+from .pooling import ATTENTION, FITTED, POOLINGS, pool
 from .readout import Readout
 from .sae.autoencoder import SparseAutoencoder
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("logistic_regression", "difference_of_means")
-# Inverse strength of the L2 penalty on standardized activations. There are far more dimensions than examples: at
-# scikit-learn's default of 1 the training set is separated and the weight follows its noise.
-REGULARIZATION = 0.001
-# The same for a handful of latents, of which there are fewer than examples.
-LATENT_REGULARIZATION = 1.0
 KINDS = ("direction", "probe", "sae_latents")
-FOLDS = 5
+# Activations of single tokens that a sweep with `attention` holds at once; more hook points are read in several passes.
+SWEEP_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """Cross-validated AUROC of one hook point, folds split by prompt: mean and standard deviation over folds."""
+    """Cross-validated AUROC of one hook point under one pooling, folds split by prompt: mean and standard deviation over folds.
+
+    `log_loss` is that of the scores out of fold, in nats, after calibration on them; both labels weigh alike.
+    """
 
     hook_point: str
     auroc: float
     std: float
+    pooling: str = "mean"
+    log_loss: float = float("nan")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted artifact and how its hook point was chosen (an empty curve where it was given)."""
+    """A fitted artifact and how its hook point and pooling were chosen (an empty curve where both were given)."""
 
     artifact: Artifact
     curve: list[SweepPoint]
 
 
-class LinearProbe:
-    """A linear classifier on mean-pooled activations, folded back into one weight and one bias.
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A hook point and a pooling, with what its folds say; of `attention` with the query, and the features under it."""
 
-    Since the mean over tokens commutes with a linear map, the mean of its per-token scores is exactly what was fitted.
-
-    Args:
-        method (`str`, defaults to `"logistic_regression"`): or `difference_of_means`: the direction from the mean of
-            one class to that of the other, on standardized activations, with the threshold half-way (Marks & Tegmark,
-            arXiv 2310.06824). Deviation: they do not standardize; without it, the few dimensions with massive
-            activations decide alone.
-        regularization (`float`): inverse strength of the L2 penalty (scikit-learn's `C`).
-        seed (`int`, defaults to 0): of the folds.
-    """
-
-    def __init__(self, method: str = "logistic_regression", regularization: float = REGULARIZATION, seed: int = 0):
-        if method not in METHODS:
-            raise ValueError(f"`method` is {method!r} – expected one of {', '.join(METHODS)}.")
-        self.method, self.regularization, self.seed = method, regularization, seed
-
-    def fit(self, means: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
-        """Weight (D,) and bias on raw activations.
-
-        Args:
-            means (`np.ndarray` of shape (N, D)): mean-pooled activations.
-            labels (`np.ndarray` of shape (N,)): 0 or 1.
-
-        Raises:
-            `ValueError`: activations that are not finite.
-        """
-        if not np.isfinite(means).all():
-            bad = int((~np.isfinite(means).all(axis=1)).sum())
-            raise ValueError(
-                f"{bad} of {len(means)} activations are NaN or infinite – expected finite numbers. Load the model in "
-                "float32 or bfloat16 and check its weights."
-            )
-        center, spread = means.mean(0), means.std(0)
-        spread = np.where(
-            spread > 1e-6 * spread.max(initial=1e-12), spread, np.inf
-        )  # constant dimensions get no weight
-        standardized = (means - center) / spread
-        if self.method == "difference_of_means":
-            weight = standardized[labels == 1].mean(0) - standardized[labels == 0].mean(0)
-            middle = (standardized[labels == 1].mean(0) + standardized[labels == 0].mean(0)) / 2
-            bias = -float(weight @ middle)
-        else:
-            from sklearn.linear_model import LogisticRegression
-
-            model = LogisticRegression(C=self.regularization, max_iter=1000, class_weight="balanced")
-            model.fit(standardized, labels)
-            weight, bias = model.coef_[0], float(model.intercept_[0])
-        weight = weight / spread
-        return weight, bias - float(weight @ center)
+    hook_point: str
+    pooling: str
+    chosen: CrossValidated
+    features: np.ndarray = field(repr=False)  # (N, D)
+    attended: Attended | None = None
 
 
 def fit_probe(
@@ -125,6 +87,7 @@ def fit_probe(
     *,
     model_id: str,
     kind: str = "probe",
+    pooling: str | Sequence[str] = "mean",
     sae: SparseAutoencoder | None = None,
     latents: Sequence[int] | None = None,
     method: str = "logistic_regression",
@@ -134,7 +97,11 @@ def fit_probe(
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> Fit:
-    """Probe or direction of a concept, at the best of the given hook points.
+    """Probe or direction of a concept, at the best of the given hook points and poolings.
+
+    How strongly to regularize, how sharply to attend, and which hook point and pooling to take is all chosen by cross-validation
+    within these examples, folds split by prompt; so is the calibration. Evidence is another matter: `check_card`, on other
+    examples.
 
     Args:
         model (`nn.Module`), tokenizer: the model that will be read: the reference.
@@ -143,73 +110,150 @@ def fit_probe(
         model_id (`str`): name that the artifact carries.
         kind (`str`, defaults to `"probe"`): or `direction`: the unit vector of the probe's weight, without a bias; or
             `sae_latents`: the probe's weight is on latents of a sparse autoencoder, at its own hook point.
+        pooling (`str` or `Sequence[str]`, defaults to `"mean"`): what it is fitted for: `mean`, `last` or `attention`; of several
+            the best is taken. A fit for `mean` or `last` is calibrated for every pooling that has no query.
         sae (`SparseAutoencoder`), latents (`Sequence[int]`): of `sae_latents`: which latents of which.
+        seed (`int`, defaults to 0): of the folds.
         include_end_of_turn (`bool`, defaults to `False`): count end-of-turn tokens that close a completion; then
             the examples must hold them, as `completion_ids`.
         progress (`bool`): show progress bars.
 
     Raises:
-        `ValueError`: too few examples of a class, an example without counted tokens, activations that are not finite, latents
-            that are never on.
+        `ValueError`: too few examples of a class or too few prompts, an example without counted tokens, activations that are not
+            finite, latents that are never on.
     """
     require_bare(model)
-    hook_points = as_list(hook_points)
+    hook_points, poolings = as_list(hook_points), _poolings(pooling)
     if kind not in KINDS or (kind == "sae_latents") != (sae is not None and latents is not None):
         raise ValueError(
             f"`kind` is {kind!r}, with{'' if sae is not None else 'out'} `sae`, `latents` {latents} – expected one of "
             f"{', '.join(KINDS)}; `sae_latents` with both, the others with none."
         )
+    if sae is not None and ATTENTION in poolings:
+        raise ValueError(
+            "`pooling` is `attention` for `sae_latents` – expected `mean` or `last`: latents are few, and have no query. "
+            "Fit a `probe` for attention."
+        )
+    LinearProbe(method)  # an unknown method is refused before anything is read
     if sae is not None:
         sae.check_model(model)
-    counts = np.bincount(examples.labels, minlength=2)
-    if counts.min() < FOLDS:
-        raise ValueError(
-            f"{counts.min()} examples of label `{examples.label_names[int(counts.argmin())]}` – expected at least "
-            f"{FOLDS} of each, and some dozens for a probe worth having."
-        )
     ends = end_of_turn_ids(model, tokenizer, chat_template)
     batch = tokenize_examples(examples.rows, tokenizer, chat_template, chat_template_kwargs, ends, include_end_of_turn)
     if not batch.completion_mask.any(1).all():
         row = int((~batch.completion_mask.any(1)).nonzero()[0])
         raise ValueError(f"Example {row} has no token that counts – expected a completion. Remove it.")
+    labels, groups = examples.labels, examples.groups
+    splits = folds(labels, groups, seed)
     label = "reading activations" if progress else None
     chosen: Latents | None = None
-    curve: list[SweepPoint] = []
     if sae is not None and latents is not None:
         chosen = sae.latents(latents)
-        best = chosen.hook_point
-        probe = LinearProbe(method, LATENT_REGULARIZATION, seed)
-        weight, bias = probe.fit(mean_latents(model, batch, chosen, label), examples.labels)
+        hook_points = [chosen.hook_point]
+        sets = iter([(chosen.hook_point, {}, latent_tokens(model, batch, chosen, label))])
     else:
-        means = read_means(model, batch, hook_points, progress=label)
-        arrays = {point: values.double().numpy() for point, values in means.items()}
-        probe = LinearProbe(method, seed=seed)
-        curve = _sweep(probe, arrays, examples) if len(arrays) > 1 else []
-        best = max(curve, key=lambda point: point.auroc).hook_point if curve else hook_points[0]
-        weight, bias = probe.fit(arrays[best], examples.labels)
+        sets = _features(model, batch, hook_points, poolings, label)
+    best: tuple[tuple[float, float], _Candidate] | None = None
+    curve: list[SweepPoint] = []
+    for point, pooled, tokens in sets:
+        for how in poolings:
+            candidate = _candidate(point, how, pooled, tokens, labels, splits, method)
+            found = _sweep_point(candidate, labels, splits)
+            curve.append(found)
+            rank = (found.auroc, -found.log_loss)
+            if best is None or rank > best[0]:
+                best = rank, candidate
+    assert best is not None
+    winner = best[1]
+    strength = winner.chosen.strength if method == "logistic_regression" else None
+    weight, bias = LinearProbe(method, strength).fit(winner.features, labels)
+    weights, biases = winner.chosen.weights, winner.chosen.biases
     if kind == "direction":
         weight, bias = weight / np.linalg.norm(weight), 0.0
+        weights, biases = weights / np.linalg.norm(weights, axis=1, keepdims=True), np.zeros(len(biases))
     vector = torch.tensor(weight, dtype=torch.float32)
-    readout = Readout("fit", best, vector, bias, latents=chosen)
+    query = None
+    if winner.attended is None:
+        out_of_fold = _out_of_fold(model, batch, winner.hook_point, weights, biases, splits, chosen)
+    else:
+        query = torch.tensor(winner.attended.query, dtype=torch.float32)
+        shift = np.zeros(len(labels))
+        for fold, (_, test) in enumerate(splits):  # a direction's scores are those of a probe, at another scale in each fold
+            scale = np.linalg.norm(weights[fold]) / np.linalg.norm(winner.chosen.weights[fold])
+            shift[test] = (winner.chosen.scores[test] - winner.chosen.biases[fold]) * scale + biases[fold]
+        out_of_fold = {ATTENTION: shift}
+    readout = Readout("fit", winner.hook_point, vector, bias, winner.pooling, latents=chosen, query=query)
     header = Header(
         kind=kind,
         method=method,
-        hook_point=best,
+        hook_point=winner.hook_point,
         width=len(weight) if chosen is None else chosen.width,
         model_id=model_id,
-        identity=identity(model, best),
+        identity=identity(model, winner.hook_point),
         structure=structure(model),
         label_names=examples.label_names,
         data=examples.fingerprint,
         examples=len(examples),
         seed=seed,
-        calibration=_calibrate(model, batch, examples.labels, readout),
+        calibration=_calibrate(labels, groups, out_of_fold),
         include_end_of_turn=include_end_of_turn,
         versions=library_versions(),
-        canaries=make_canaries(model, tokenizer, best, readout.read_directions).entry(),
+        canaries=make_canaries(model, tokenizer, winner.hook_point, readout.read_directions).entry(),
         sae={} if sae is None else _description(sae, latents or ()),
+        pooling=winner.pooling,
+        regularization=strength,
+        sharpness=None if winner.attended is None else winner.attended.sharpness,
     )
-    return Fit(Artifact(vector, bias, header, chosen), curve)
+    return Fit(Artifact(vector, bias, header, chosen, query), curve if len(curve) > 1 else [])
+
+
+def _poolings(pooling: str | Sequence[str]) -> list[str]:
+    poolings = list(dict.fromkeys(as_list(pooling)))
+    if unknown := [how for how in poolings if how not in FITTED]:
+        known = ", ".join(f"`{how}`" for how in FITTED)
+        hint = " A fit for `mean` is calibrated for it too." if unknown[0] in POOLINGS else ""
+        raise ValueError(f"`pooling` of the fit is `{unknown[0]}` – expected {known}, or several of them.{hint}")
+    if not poolings:
+        raise ValueError("`pooling` is empty – expected what to fit for, such as `mean`.")
+    return poolings
+
+
+def _features(
+    model: Any, batch: TokenBatch, hook_points: Sequence[str], poolings: Sequence[str], label: str | None
+) -> Iterator[tuple[str, dict[str, np.ndarray], Tokens | None]]:
+    """Hook point, pooled activations (N, D) per pooling that has no query, and single tokens where there is one that has."""
+    plain = [how for how in poolings if how != ATTENTION]
+    wanted = {(how, point): (point, token_weights(batch, how)) for how in plain for point in hook_points}
+    pooled = read_pooled(model, batch, wanted, progress=label) if plain else {}
+    lengths = batch.completion_mask.sum(1).numpy()
+    each = max(1, 4 * int(lengths.sum()) * hidden_size(model))
+    size = max(1, SWEEP_BYTES // each) if ATTENTION in poolings else len(hook_points)
+    for start in range(0, len(hook_points), size):
+        group = list(hook_points[start : start + size])
+        single = read_activations(model, batch, group) if ATTENTION in poolings else {}
+        for point in group:
+            tokens = Tokens.of(single.pop(point).numpy(), lengths) if single else None
+            yield point, {how: pooled[how, point].double().numpy() for how in plain}, tokens
+
+
+def _candidate(
+    point: str, how: str, pooled: dict[str, np.ndarray], tokens: Tokens | None, labels: np.ndarray,
+    splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str,
+) -> _Candidate:  # fmt: skip
+    if how == ATTENTION:
+        assert tokens is not None
+        attended, features = fit_attention(tokens, labels, splits, method)
+        return _Candidate(point, how, attended.chosen, features, attended)
+    features = pooled[how] if how in pooled else tokens.pooled(how)  # type: ignore[union-attr]
+    return _Candidate(point, how, cross_validate(features, labels, splits, method), features)
+
+
+def _sweep_point(
+    candidate: _Candidate, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> SweepPoint:
+    scores = candidate.chosen.scores
+    scale, offset = platt(labels, scores)
+    auroc, std = fold_aurocs(labels, scores, splits)
+    return SweepPoint(candidate.hook_point, auroc, std, candidate.pooling, log_loss(labels, scale * scores + offset))
 
 
 def require_bare(model: Any) -> None:
@@ -221,20 +265,20 @@ def require_bare(model: Any) -> None:
         )
 
 
-def mean_latents(model: Any, batch: TokenBatch, latents: Latents, progress: str | None = None) -> np.ndarray:
-    """Latents (N, K) averaged over each row's counted tokens.
+def latent_tokens(model: Any, batch: TokenBatch, latents: Latents, progress: str | None = None) -> Tokens:
+    """Latents of the counted tokens, K each.
 
     Raises:
         `ValueError`: none is ever on.
     """
     scores = read(model, batch, [latents], progress=progress)[latents.name]
-    means = pool(scores.scores, scores.mask, "mean").double().numpy()
-    if not means.any():
+    values = scores.scores[scores.mask].numpy()
+    if not values.any():
         raise ValueError(
-            f"None of the {means.shape[1]} latents is on anywhere in the {len(means)} examples – expected some that tell the "
+            f"None of the {values.shape[1]} latents is on anywhere in the {len(batch)} examples – expected some that tell the "
             "labels apart. Find them with `interp-rlhf sae find`."
         )
-    return means
+    return Tokens.of(values, scores.mask.sum(1).numpy())
 
 
 def _description(sae: SparseAutoencoder, indices: Sequence[int]) -> dict[str, Any]:
@@ -254,56 +298,55 @@ def sweep_points(model: Any, every: int = 1) -> list[str]:
     return layers[::-1][::every][::-1]
 
 
-def folds(examples: Examples, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Train and test rows of each fold; rows of one prompt stay together."""
-    from sklearn.model_selection import StratifiedGroupKFold
+class _Folds:
+    """The probes of all folds but one, as one readout: scores (B, T, F)."""
 
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    return list(splitter.split(np.zeros(len(examples)), examples.labels, examples.groups))
+    name = "folds"
 
+    def __init__(self, hook_point: str, weights: np.ndarray, biases: np.ndarray, latents: Latents | None):
+        self.hook_point, self.latents = hook_point, latents
+        self.weights, self.biases = torch.tensor(weights.T).float(), torch.tensor(biases).float()
 
-def _sweep(probe: LinearProbe, arrays: dict[str, np.ndarray], examples: Examples) -> list[SweepPoint]:
-    from sklearn.metrics import roc_auc_score
-
-    curve = []
-    splits = folds(examples, probe.seed)
-    for point, means in arrays.items():
-        scores = []
-        for train, test in splits:
-            if len(set(examples.labels[test])) == 2 and len(set(examples.labels[train])) == 2:
-                weight, _ = probe.fit(means[train], examples.labels[train])
-                scores.append(roc_auc_score(examples.labels[test], means[test] @ weight))
-        if not scores:
-            raise ValueError(
-                f"{len(set(examples.groups))} prompts for {len(examples)} examples – expected at least {FOLDS} prompts "
-                "with both labels among them, to choose a layer by cross-validation. Name one `hook_point` instead."
-            )
-        curve.append(SweepPoint(point, float(np.mean(scores)), float(np.std(scores))))
-    return curve
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        read = activation if self.latents is None else self.latents(activation)
+        return read @ self.weights.to(read) + self.biases.to(read)
 
 
-def _calibrate(model: Any, batch: TokenBatch, labels: np.ndarray, readout: Readout) -> dict[str, tuple[float, float]]:
-    """Scale and bias per pooling that make the pooled score a log-odds: Platt's logistic regression of one variable.
-
-    A pooling under which the concept's score does not rise with the label is left out. For the probe's own mean pooling
-    scale 1 and bias 0 are what the fit already is.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    scores = read(model, batch, [readout])["fit"]
-    found: dict[str, tuple[float, float]] = {}
+def _out_of_fold(
+    model: Any,
+    batch: TokenBatch,
+    hook_point: str,
+    weights: np.ndarray,
+    biases: np.ndarray,
+    splits: Sequence[tuple[np.ndarray, np.ndarray]],
+    latents: Latents | None,
+) -> dict[str, np.ndarray]:
+    """Pooling to pooled scores (N,), each by the probe that did not see the row's prompt."""
+    scores = read(model, batch, [_Folds(hook_point, weights, biases, latents)])["folds"]
+    found = {}
     for pooling in POOLINGS:
-        pooled = pool(scores.scores, scores.mask, pooling)[:, 0].double().numpy()
-        if pooling == "mean" and readout.bias != 0.0:
-            found[pooling] = (1.0, 0.0)
+        if pooling == ATTENTION:
             continue
-        spread = pooled.std() or 1.0
-        platt = LogisticRegression(C=1.0, class_weight="balanced").fit(pooled[:, None] / spread, labels)
-        scale = float(platt.coef_[0, 0] / spread)
-        if scale > 0:
-            found[pooling] = (scale, float(platt.intercept_[0]))
+        pooled = pool(scores.scores, scores.mask, pooling).double().numpy()
+        values = np.zeros(len(batch))
+        for fold, (_, test) in enumerate(splits):
+            values[test] = pooled[test, fold]
+        found[pooling] = values
+    return found
+
+
+def _calibrate(
+    labels: np.ndarray, groups: Sequence[str], out_of_fold: dict[str, np.ndarray]
+) -> dict[str, tuple[float, float]]:
+    """Scale and offset per pooling that make the pooled score a log-odds; a pooling that does not separate the labels out of fold
+    is left out."""
+    found: dict[str, tuple[float, float]] = {}
+    for pooling, scores in out_of_fold.items():
+        scale, offset = platt(labels, scores)
+        if scale > 0 and separates(labels, scores, groups):
+            found[pooling] = (scale, offset)
         else:
             logger.warning(
-                "Pooling `%s` does not separate the labels in the fit; the artifact leaves it out.", pooling
+                "Pooling `%s` does not separate the labels out of fold; the artifact leaves it out.", pooling
             )
     return found

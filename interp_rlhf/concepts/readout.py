@@ -30,7 +30,7 @@ from ..activations.hook_points import is_offloaded
 from .artifact import Artifact, Header, load_artifact
 from .card import Card, LoadedCard, Transform, load_card
 from .latents import Latents
-from .pooling import pool
+from .pooling import ATTENTION, pool
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ class Readout:
         header (`Header`, *optional*): the artifact's own description, checked against models.
         latents (`Latents`, *optional*): latents of a sparse autoencoder, K of them.
         made_of (`Readout`, *optional*): the artifact's own readout, whose canaries hold, where this one reads other directions.
+        query (`torch.FloatTensor` of the weight's shape, *optional*): of the pooling `attention`: each token's score is followed by
+            its logit ⟨h, query⟩.
     """
 
     name: str
@@ -69,6 +71,14 @@ class Readout:
     header: Header | None = None
     latents: Latents | None = None
     made_of: Readout | None = None
+    query: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.query is None) != (self.pooling != ATTENTION):
+            raise ValueError(
+                f"Readout `{self.name}` has the pooling `{self.pooling}` with{'' if self.query is not None else 'out'} a query – "
+                "expected one with `attention` and with no other. Fit it for the pooling it is used under."
+            )
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, name: str, pooling: str, transform: Transform | None = None) -> Readout:
@@ -81,13 +91,13 @@ class Readout:
         if pooling not in header.calibration:
             raise ValueError(
                 f"`pooling` of `{name}` is `{pooling}` – the artifact is calibrated for "
-                f"{', '.join(f'`{key}`' for key in sorted(header.calibration))}. Another pooling did not separate the "
-                "labels in the fit; choose one of these or fit on other data."
+                f"{', '.join(f'`{key}`' for key in sorted(header.calibration)) or 'none'}. Another did not separate the labels "
+                "out of fold, or needs a fit of its own (`probe fit --pooling`); choose one of these or fit on other data."
             )
         scale, offset = header.calibration[pooling]
         return cls(
             name, header.hook_point, artifact.weight, artifact.bias, pooling, scale, offset, transform,
-            header.include_end_of_turn, header, artifact.latents,
+            header.include_end_of_turn, header, artifact.latents, query=artifact.query,
         )  # fmt: skip
 
     @classmethod
@@ -111,10 +121,18 @@ class Readout:
         return replace(readout, include_end_of_turn=spec.include_end_of_turn)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
-        """Scores (B, T, 1) of an activation (B, T, D), float32."""
+        """Scores (B, T, 1) of an activation (B, T, D), float32; with a query (B, T, 2), the logit last."""
         weight = self.weight.detach().to(activation.device)  # a readout never gets a gradient
         read = activation if self.latents is None else self.latents(activation)
-        return (read @ weight + self.bias).unsqueeze(-1)
+        score = (read @ weight + self.bias).unsqueeze(-1)
+        if self.query is None:
+            return score
+        return torch.cat([score, (read @ self.query.detach().to(activation.device)).unsqueeze(-1)], dim=-1)
+
+    @property
+    def columns(self) -> int:
+        """Numbers that it gives per token: its score, and with a query its logit."""
+        return 1 if self.query is None else 2
 
     @property
     def width(self) -> int:
@@ -134,8 +152,12 @@ class Readout:
 
     @property
     def read_directions(self) -> torch.Tensor:
-        """Directions (R, D) along which it reads: its weight, or the encoder rows of its latents; what canaries are read with."""
-        return self.weight.detach().float().cpu()[None] if self.latents is None else self.latents.chosen.cpu()
+        """Directions (R, D) along which it reads: its weight and its query, or the encoder rows of its latents; what canaries are
+        read with."""
+        if self.latents is not None:
+            return self.latents.chosen.cpu()
+        rows = [self.weight] if self.query is None else [self.weight, self.query]
+        return torch.stack([row.detach().float().cpu() for row in rows])
 
     @property
     def canaries(self) -> Canaries | None:
@@ -145,6 +167,7 @@ class Readout:
     def digest(self) -> str:
         """SHA-256 of its weights."""
         tensors = [self.weight] if self.latents is None else [self.weight, *self.latents.tensors().values()]
+        tensors += [] if self.query is None else [self.query]
         found = hashlib.sha256()
         for tensor in tensors:
             found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -167,7 +190,7 @@ class Readout:
         return [value if counts else None for value, counts in zip(pooled.tolist(), counted, strict=True)]
 
     def pooled(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pooled, calibrated and transformed scores (B,) of scores per token (B, T, 1); NaN where no token counts."""
+        """Pooled, calibrated and transformed scores (B,) of what it gives per token; NaN where no token counts."""
         pooled = self.scale * pool(scores, mask, self.pooling)[:, 0] + self.offset  # (B,)
         return pooled if self.transform is None else self.transform(pooled)
 

@@ -44,7 +44,7 @@ from ..concepts.sae.files import load_sae
 from ..messages import as_list, as_prompts
 from ..runlog import read_run_log
 from .battery import Battery, Snapshot, spread
-from .monitors import LabelledSet, Reading, concept_angle, scores_of
+from .monitors import LabelledSet, Reading, scores_of
 from .own_text import OwnText, Sampled, per_prompt, summarize
 from .recorder import record
 from .sparse import changed_latents
@@ -395,7 +395,6 @@ class DriftCallback(TrainerCallback):
             sides = (side.activations[self._sae.spec.hook_point] for side in (start.snapshot, snapshot))
             event["sae"] = changed_latents(self._sae, *sides)
         if readings:
-            event["concept_angle"] = concept_angle(readings, start.readings)
         if sampled is not None and start.sampled is not None:
             event["own_text"] = summarize(sampled, start.sampled, self.config.seed)
             event["own_text"]["scores"] = per_prompt(sampled)
@@ -591,8 +590,6 @@ def _flat(event: Mapping[str, Any]) -> dict[str, float]:
         for key, value in part.items()
     }
     found |= {f"interp/drift/{key}": value for key, value in event["output"].items()}
-    if "concept_angle" in event:
-        found["interp/drift/concept_angle"] = event["concept_angle"]
     for name, part in event["monitors"].items():
         found |= {
             f"interp/{name}/drift_{key}": v for key, v in part.items() if isinstance(v, float) and key != "pressure"

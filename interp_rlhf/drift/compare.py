@@ -30,7 +30,7 @@ from ..concepts.examples import Examples, read_rows
 from ..concepts.readout import Readout
 from ..messages import as_list
 from .battery import Battery, Snapshot, spread
-from .monitors import LabelledSet, Reading, concept_angle
+from .monitors import LabelledSet, Reading
 from .texts import TEXTS
 from .verdicts import TABLE, Verdict, gather, judge
 
@@ -120,8 +120,6 @@ def compare_checkpoints(
         assert examples is not None
         summary = examples.summary(second_readings[readout.name], first_readings[readout.name])
         event["monitors"][readout.name] = {**summary, "hook_point": readout.hook_point}
-    if readouts:
-        event["concept_angle"] = concept_angle(second_readings, first_readings)
     return event, judge(gather(event))
 
 

@@ -15,12 +15,12 @@ import torch
 
 from ..activations import ConceptScores, TokenBatch, read_activations
 from ..concepts.examples import Examples
-from ..concepts.probe import FOLDS, folds
+from ..concepts.linear import FOLDS, folds
 from ..concepts.readout import Readout
 from ..validation.statistics import auroc_difference, auroc_interval
-from .metrics import direction_cosine, principal_angles
+from .metrics import direction_cosine
 
-PARTS = ("direction", "directions", "mean", "std")
+PARTS = ("direction", "mean", "std")
 READINGS = ("frozen", "restandardized", "refitted")
 # Share of false alarms that a monitor's threshold is set to at the start, to be followed by length of text.
 FALSE_ALARMS = 0.05
@@ -36,13 +36,11 @@ class Reading:
             `restandardized` with its weight on activations whose mean and variance per dimension are set to what they were at the
             start; `refitted` by probes fitted anew on this model (`fit_anew`), each on the other folds.
         direction (`torch.FloatTensor` of shape (D,)): weight of a probe fitted anew on all examples.
-        directions (`torch.FloatTensor` of shape (F, D)): the same on all folds but one, which span the concept's subspace.
         mean, std (`torch.DoubleTensor` of shape (D,)): of the activations of counted tokens.
     """
 
     scores: dict[str, np.ndarray]
     direction: torch.Tensor
-    directions: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -82,7 +80,7 @@ class LabelledSet:
             )
         self.examples, self.batch, self.seed = examples, batch, seed
         self.lengths = batch.completion_mask.sum(1).numpy()  # (E,)
-        self._folds = folds(examples, seed)
+        self._folds = folds(examples.labels, examples.groups, seed)
 
     def read(
         self, model: Any, readouts: Sequence[Readout], start: Mapping[str, Reading] | None = None
@@ -123,20 +121,18 @@ class LabelledSet:
             found[readout.name] = Reading(ways, *refits[readout.hook_point][1:], mean, std)
         return found
 
-    def _refit(self, values: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-        """Scores of each example by probes that did not see its prompt, the weight of a probe that saw all, and theirs (F, D)."""
+    def _refit(self, values: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        """Scores of each example by probes that did not see its prompt, and the weight of a probe that saw all."""
         rows = self.batch.completion_mask.nonzero()[:, 0]
         means = torch.zeros(len(self.batch), values.shape[1], dtype=torch.float64)
         means.index_add_(0, rows, values.double())
         array = (means / torch.from_numpy(self.lengths)[:, None]).numpy()
         labels = self.examples.labels
         scores = np.zeros(len(labels))
-        directions = []
         for train, test in self._folds:
             weight, bias = fit_anew(array[train], labels[train])
             scores[test] = array[test] @ weight + bias
-            directions.append(torch.from_numpy(weight).float())
-        return scores, torch.from_numpy(fit_anew(array, labels)[0]).float(), torch.stack(directions)
+        return scores, torch.from_numpy(fit_anew(array, labels)[0]).float()
 
     def summary(self, reading: Reading, start: Reading) -> dict[str, Any]:
         """What a reading says beside the first one.
@@ -187,17 +183,7 @@ def fit_anew(means: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
 
 def scores_of(readout: Readout, batch: TokenBatch, activations: torch.Tensor) -> np.ndarray:
     """Pooled scores (B,) of a batch whose counted tokens have the activations (N, D); NaN where a row has none."""
-    scores = torch.zeros(*batch.completion_mask.shape, 1)
+    scores = torch.zeros(*batch.completion_mask.shape, readout.columns)
     scores[batch.completion_mask] = readout(activations)
     found = readout.score(ConceptScores(scores, batch.completion_mask, batch.input_ids, readout.name))
     return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
-
-
-def concept_angle(readings: Mapping[str, Reading], start: Mapping[str, Reading]) -> float:
-    """Largest principal angle, in degrees, between the concept's subspace at the start and now, over the hook points read.
-
-    The subspace is the span of the directions fitted anew on all folds but one: all that these examples say of where the concept
-    is. In [0, 90]; 0 = where it was.
-    """
-    angles = [principal_angles(start[name].directions, now.directions).max() for name, now in readings.items()]
-    return float(np.degrees(max(map(float, angles))))

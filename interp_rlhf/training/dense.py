@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..activations import ConceptScores, of_all_ranks
-from ..concepts.pooling import ema
+from ..concepts.pooling import attention_weights, ema
 from ..concepts.readout import Readout
 
 KINDS = ("score", "share", "ema")
@@ -44,11 +44,11 @@ def per_token(
 
     Args:
         readout (`Readout`): its calibration and transform are applied to each token's score.
-        scores (`ConceptScores`): of a right-padded batch of prompts and completions, (B, T, 1).
+        scores (`ConceptScores`): of a right-padded batch of prompts and completions, (B, T, 1), or with a query (B, T, 2).
         attention_mask (`torch.BoolTensor` of shape (B, T)): of that batch.
         lengths (`list[int]`): tokens of each completion, L.
-        kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean.
-            `ema`: e_t − e_{t−1} of the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
+        kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean;
+            with the pooling `attention`, the token's weight times it. `ema`: e_t − e_{t−1} of the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
             L + 1 scores, the first at the prompt's last token (0 where that is the
             row's first).
 
@@ -67,6 +67,8 @@ def per_token(
         levels = ema(values[..., None], mask)[..., 0]
         before = torch.cat([torch.zeros_like(levels[:, :1]), levels[:, :-1]], dim=1)
         values = levels - before
+    elif kind == "share" and readout.query is not None:
+        values = values * attention_weights(scores.scores, mask)
     elif kind == "share":
         values = values / mask.sum(1, keepdim=True).clamp(min=1)
     ends = attention_mask.sum(1).tolist()

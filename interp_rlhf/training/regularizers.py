@@ -165,6 +165,7 @@ class ConceptAnchor(Regularizer):
        not weigh more; `pooled=True` squares the difference of pooled scores instead.
     3. The schedule is the caller's; theirs is strong early (`Schedule(kind="decay")`).
     4. A card's `transform` is left out, since it may clip.
+    5. Of a readout with the pooling `attention` it is each token's score; with `pooled=True` where it looks is held too.
 
     Args:
         readout (`Readout`): the concept.
@@ -300,6 +301,8 @@ class FeatureConstraint(Regularizer):
         features: Latents | Readout = self.readout
         if isinstance(features, Readout) and features.latents is not None:
             features = replace(features.latents, name=f"{features.name}_latents")
+        elif isinstance(features, Readout) and features.query is not None:
+            features = replace(features, query=None, pooling="mean")
         object.__setattr__(self, "_features", features)
         wide = isinstance(features, Latents) and features.size > features.width
         # The narrower of the two travels from the reference pass: latents, or the activation that they come from.
@@ -483,9 +486,16 @@ def random_like(readout: Readout, seed: int) -> Readout:
         drawn = torch.randn(own.shape, generator=generator)
         rows = drawn * (own.norm(dim=1) / drawn.norm(dim=1))[:, None]
         return replace(readout, latents=readout.latents.with_rows(rows), transform=None, name=name, made_of=readout)
-    drawn = torch.randn(readout.weight.shape, generator=generator)
-    weight = drawn / drawn.norm() * readout.weight.detach().cpu().float().norm()
-    return replace(readout, weight=weight, bias=0.0, offset=0.0, transform=None, name=name, made_of=readout)
+
+    def like(own: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(own.shape, generator=generator)
+        return drawn / drawn.norm() * own.detach().cpu().float().norm()
+
+    weight = like(readout.weight)
+    query = None if readout.query is None else like(readout.query)
+    return replace(
+        readout, weight=weight, query=query, bias=0.0, offset=0.0, transform=None, name=name, made_of=readout
+    )
 
 
 def _without_transform(term: ConceptAnchor | ConceptPenalty) -> None:

@@ -8,21 +8,95 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from .statistics import equal_classes, losses
 
-def tfidf(train: Sequence[str], labels: np.ndarray, test: Sequence[str]) -> np.ndarray:
-    """Scores of a logistic regression on TF-IDF of words and word pairs, fitted on the probe's own examples."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+FOLDS = 3
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C
+
+
+def tfidf(
+    train: Sequence[str],
+    labels: np.ndarray,
+    test: Sequence[str],
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Scores of a logistic regression on TF-IDF of words, word pairs and runs of characters, fitted on the probe's own examples.
+
+    Runs of 2 to 5 characters cross spaces: Chinese and Japanese have none, and endings count in other languages. `C` is chosen
+    by log-loss in three folds of the fit.
+
+    Args:
+        train (`Sequence[str]`), labels (`np.ndarray` of shape (N,)): the fit's texts, and 0 or 1 for each.
+        test (`Sequence[str]`): what to score.
+        groups (`Sequence[str]`, *optional*): prompt of each fit text: the folds are by prompt. Each text is its own without.
+        seed (`int`, defaults to 0): of the folds.
+
+    Returns:
+        `np.ndarray` of shape (M,): log-odds of label 1 with both labels equally likely; zeros where the fit's texts are all
+        alike.
+    """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(
+    if len(set(train)) < 2:
+        return np.zeros(len(test))
+    fit, rest = _counted(train, test)
+    if not fit.shape[1]:
+        return np.zeros(len(test))
+
+    def fitted(rows: np.ndarray, penalty: float) -> Any:
+        model = LogisticRegression(C=penalty, solver="liblinear", class_weight="balanced", intercept_scaling=10.0)
+        return model.fit(fit[rows], labels[rows])
+
+    folds = _folds(labels, groups, seed)
+    everything = np.arange(len(labels))
+    best = PENALTIES[len(PENALTIES) // 2]
+    if folds:
+        lost = []
+        for penalty in PENALTIES:
+            log_odds = np.zeros(len(labels))
+            for kept, held in folds:
+                log_odds[held] = fitted(kept, penalty).decision_function(fit[held])
+            lost.append(equal_classes(labels) @ losses(labels, log_odds))
+        best = PENALTIES[int(np.argmin(lost))]
+    return np.asarray(fitted(everything, best).decision_function(rest))
+
+
+def _counted(train: Sequence[str], test: Sequence[str]) -> tuple[Any, Any]:
+    """TF-IDF of both (rows, terms), words and characters side by side; the terms are those of the fit."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    sides = []
+    for kind in (
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"),
-        LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),
-    )
-    return np.asarray(model.fit(list(train), labels).decision_function(list(test)))
+        TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
+    ):
+        try:
+            sides.append((kind.fit_transform(train), kind.transform(test)))
+        except ValueError:  # no term at all: texts that are empty, or blanks only
+            continue
+    if not sides:
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix((len(train), 0)), csr_matrix((len(test), 0))
+    return hstack([fit for fit, _ in sides]).tocsr(), hstack([rest for _, rest in sides]).tocsr()
+
+
+def _folds(labels: np.ndarray, groups: Sequence[str] | None, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit on and rows to try, three times, by group; none where a part would lack a label."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    names = list(groups) if groups is not None else [str(row) for row in range(len(labels))]
+    if min(len({name for name, own in zip(names, labels, strict=True) if own == label}) for label in (0, 1)) < FOLDS:
+        return []
+    split = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, names)
+    found = list(split)
+    return found if all(len(set(labels[kept])) == 2 for kept, _ in found) else []
 
 
 def length(train: Sequence[str], labels: np.ndarray, test: Sequence[str]) -> np.ndarray:

@@ -17,7 +17,7 @@ from ..activations import TokenBatch, norm_outliers, read_activations
 from ..concepts.card import SaeFindings
 from ..concepts.latents import Latents
 from ..concepts.pooling import pool
-from ..concepts.probe import LATENT_REGULARIZATION, LinearProbe
+from ..concepts.linear import LinearProbe
 from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
 
 PERMUTATIONS = 100
@@ -35,6 +35,7 @@ class RandomDictionaries:
         sae (`SparseAutoencoder`): the card's.
         count (`int`): K, latents that the card weighs.
         l0 (`float`): how many are on, for an architecture without a k.
+        strength (`float`, *optional*): regularization of the card's fit.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RandomDictionaries:
         count: int,
         l0: float,
         method: str,
+        strength: float | None,
         seed: int,
         progress: bool = False,
     ):
@@ -53,7 +55,7 @@ class RandomDictionaries:
         means = all_mean_latents(model, batch, drawn, "random dictionaries on the fit" if progress else None)
         self.readouts: list[tuple[Latents, torch.Tensor]] = []
         for dictionary, values in zip(drawn, means, strict=True):
-            best, weight = _choose(values, labels, count, method)
+            best, weight = _choose(values, labels, count, method, strength)
             self.readouts.append((dictionary.latents(best.tolist()), torch.tensor(weight, dtype=torch.float32)))
 
     def scores(self, model: Any, batch: TokenBatch, pooling: str, progress: bool = False) -> np.ndarray:
@@ -69,7 +71,7 @@ class RandomDictionaries:
 
 
 def permuted_choices(
-    means: np.ndarray, labels: np.ndarray, sae: SparseAutoencoder, count: int, method: str, seed: int
+    means: np.ndarray, labels: np.ndarray, sae: SparseAutoencoder, count: int, method: str, strength: float | None, seed: int
 ) -> tuple[Latents, np.ndarray]:
     """Latents chosen and weighed on permuted labels, `PERMUTATIONS` times.
 
@@ -83,7 +85,7 @@ def permuted_choices(
         The U latents that were chosen at least once, and weights (permutations, U) on them.
     """
     rng = np.random.default_rng(seed)
-    choices = [_choose(means, rng.permutation(labels), count, method) for _ in range(PERMUTATIONS)]
+    choices = [_choose(means, rng.permutation(labels), count, method, strength) for _ in range(PERMUTATIONS)]
     union = sorted({int(index) for best, _ in choices for index in best})
     place = {index: i for i, index in enumerate(union)}
     weights = np.zeros((PERMUTATIONS, len(union)))
@@ -92,10 +94,12 @@ def permuted_choices(
     return sae.latents(union), weights
 
 
-def _choose(means: np.ndarray, labels: np.ndarray, count: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+def _choose(
+    means: np.ndarray, labels: np.ndarray, count: int, method: str, strength: float | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the latents whose mean separates labels best, whichever way it points, and a probe's weight on them."""
     best = np.argsort(-np.abs(aurocs(means, labels) - 0.5), kind="stable")[:count]
-    return best, LinearProbe(method, LATENT_REGULARIZATION).fit(means[:, best], labels)[0]
+    return best, LinearProbe(method, strength).fit(means[:, best], labels)[0]
 
 
 def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress: bool = False) -> SaeFindings:

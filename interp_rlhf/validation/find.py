@@ -15,7 +15,7 @@ import torch
 
 from ..activations import TokenBatch
 from ..concepts.examples import Examples
-from ..concepts.probe import LinearProbe
+from ..concepts.linear import LinearProbe
 from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
 from ..concepts.sae.reading import Pooled, counted_batch, pooled
 from . import baselines
@@ -140,7 +140,7 @@ def find_latents(
         return auroc_difference(labels, scores, others, groups, seed)
 
     (ranking,), means = _rank(model, fit, [sae], top, "fit part" if progress else None)
-    weight, _ = LinearProbe(seed=seed).fit(means.double().numpy(), fit.labels)
+    weight, _ = LinearProbe(seed=seed).fit(means.double().numpy(), fit.labels, fit.examples.groups)
     others = [random_dictionary(sae, seed + i, k=max(1, round(ranking.l0))) for i in range(dictionaries)]
     rankings, _ = _rank(model, fit, others, 1, "random dictionaries on the fit part" if progress else None)
     label = "held-out part" if progress else None

@@ -1,7 +1,7 @@
-"""AUROC with an interval, and paired differences: the statistics that evidence is made of.
+"""AUROC with an interval, paired differences, calibration: the statistics that evidence is made of.
 
 In: scores, labels, and the group (prompt) of each row. Out: numbers. Rows of one prompt are resampled together, since they
-are not independent.
+are not independent. Where a number is not defined, or an interval would rest on too few prompts, it is NaN.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 1000
+MIN_PROMPTS = 10  # fewer groups give no interval: a bootstrap of three prompts knows three values
+MIN_PER_LABEL = 5  # of an AUROC: groups that hold each label
+
+
+def enough_prompts(labels: np.ndarray, groups: Sequence[str]) -> bool:
+    """True if there are `MIN_PROMPTS` groups, and `MIN_PER_LABEL` that hold each label: an AUROC's interval needs as many."""
+    holds = [{group for group, own in zip(groups, labels, strict=True) if own == label} for label in (0, 1)]
+    return len(holds[0] | holds[1]) >= MIN_PROMPTS and min(map(len, holds)) >= MIN_PER_LABEL
 
 
 def auroc_interval(
@@ -25,10 +33,12 @@ def auroc_interval(
         seed (`int`): of the bootstrap.
 
     Returns:
-        `tuple[float, float, float]`: AUROC in [0, 1], lower and upper bound.
+        `tuple[float, float, float]`: AUROC in [0, 1], lower and upper bound. The bounds are NaN with too few groups (see
+        `enough_prompts`), all three where a score is NaN.
     """
-    found = weighted_aurocs(labels, scores, _counts(len(labels), groups, seed, resamples))
-    return _interval(found, (0.0, 1.0))
+    if np.isnan(scores).any():
+        return (float("nan"),) * 3
+    return _interval(weighted_aurocs(labels, scores, _counts(labels, groups, seed, resamples)))
 
 
 def auroc_difference(
@@ -39,26 +49,41 @@ def auroc_difference(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float, float]:
-    """AUROC of `scores` less that of `others` on the same rows, and its 95 % percentile interval: both are resampled alike."""
-    counts = _counts(len(labels), groups, seed, resamples)
-    return _interval(weighted_aurocs(labels, scores, counts) - weighted_aurocs(labels, others, counts), (-1.0, 1.0))
+    """AUROC of `scores` less that of `others` on the same rows, and its 95 % percentile interval: both are resampled alike.
+
+    The bounds are NaN with too few groups (see `enough_prompts`), all three where a score is NaN.
+    """
+    if np.isnan(scores).any() or np.isnan(others).any():
+        return (float("nan"),) * 3
+    counts = _counts(labels, groups, seed, resamples)
+    return _interval(weighted_aurocs(labels, scores, counts) - weighted_aurocs(labels, others, counts))
 
 
-def _counts(rows: int, groups: Sequence[str], seed: int, resamples: int) -> np.ndarray:
-    """How often each row was drawn, (resamples + 1, rows); the first line is the sample itself."""
-    members = _members(groups)
-    draws = np.random.default_rng(seed).integers(len(members), size=(resamples, len(members)))
-    times = np.zeros((resamples, len(members)))
-    np.add.at(times, (np.arange(resamples)[:, None], draws), 1)
-    member_of = np.empty(rows, dtype=np.int64)
-    for index, own in enumerate(members):
-        member_of[own] = index
-    return np.concatenate([np.ones((1, rows)), times[:, member_of]])
+def _counts(labels: np.ndarray, groups: Sequence[str], seed: int, resamples: int) -> np.ndarray:
+    """How often each row was drawn, (resamples + 1, N); the first line is the sample itself, the only one of too few groups."""
+    once = np.ones((1, len(labels)))
+    return np.concatenate([once, draws(groups, seed, resamples)]) if enough_prompts(labels, groups) else once
 
 
-def _interval(found: np.ndarray, without: tuple[float, float]) -> tuple[float, float, float]:
+def draws(groups: Sequence[str], seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """How often a bootstrap over groups draws each row, (resamples, N): alike for the rows of one group."""
+    member_of = group_numbers(groups)
+    count = int(member_of.max()) + 1
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    times = np.zeros((resamples, count))
+    np.add.at(times, (np.arange(resamples)[:, None], drawn), 1)
+    return np.asarray(times[:, member_of])
+
+
+def group_numbers(groups: Sequence[str]) -> np.ndarray:
+    """Each row's group as a number (N,), counted in order of appearance."""
+    order: dict[str, int] = {}
+    return np.array([order.setdefault(group, len(order)) for group in groups], dtype=np.int64)
+
+
+def _interval(found: np.ndarray) -> tuple[float, float, float]:
     bounds = found[1:][np.isfinite(found[1:])]
-    low, high = np.percentile(bounds, [2.5, 97.5]) if len(bounds) else without
+    low, high = np.percentile(bounds, [2.5, 97.5]) if len(bounds) else (np.nan, np.nan)
     return float(found[0]), float(low), float(high)
 
 
@@ -70,16 +95,70 @@ def weighted_aurocs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray)
 
     Returns:
         `np.ndarray` of shape (R,): the share of (positive, negative) pairs in order, ties one half; NaN where a class has no
-        weight.
+        weight, or a row with weight has the score NaN. Infinite scores rank like any other.
     """
+    unknown = np.isnan(scores)
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # rows of equal score are one group
+    ordered = scores[order]
+    starts = np.flatnonzero(
+        np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
+    )  # equal scores: one group
     positive = np.add.reduceat(weights[:, order] * labels[order], starts, axis=1)
     negative = np.add.reduceat(weights[:, order] * (1 - labels[order]), starts, axis=1)
     below = np.cumsum(negative, axis=1) - negative / 2
     pairs = positive.sum(1) * negative.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((positive * below).sum(1) / pairs)
+        found = (positive * below).sum(1) / pairs
+    return np.where((weights[:, unknown] != 0).any(1), np.nan, found)
+
+
+def auroc_within(
+    labels: np.ndarray, scores: np.ndarray, groups: Sequence[str], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float, float, int]:
+    """AUROC over pairs of one positive and one negative of the same group: what a score knows beyond the prompt.
+
+    Pairs of all groups are pooled, so a group with more pairs counts more; ties count one half.
+
+    Args:
+        labels (`np.ndarray` of shape (N,)): 0 or 1.
+        scores (`np.ndarray` of shape (N,)): higher = label 1.
+        groups (`Sequence[str]`): those that hold both labels are drawn in the bootstrap.
+        seed (`int`): of the bootstrap.
+
+    Returns:
+        `tuple[float, float, float, int]`: AUROC in [0, 1], lower and upper bound of its 95 % percentile interval, and the number
+        of groups that hold both labels. The bounds are NaN with fewer than `MIN_PROMPTS` such groups, the AUROC too with none
+        or where a score in one of them is NaN.
+    """
+    numbers = group_numbers(groups)
+    size = int(numbers.max()) + 1 if len(numbers) else 0
+    pairs = np.bincount(numbers, labels == 1, size) * np.bincount(numbers, labels == 0, size)
+    both = pairs > 0
+    count = int(both.sum())
+    kept = both[numbers]
+    if not count or np.isnan(scores[kept]).any():
+        return float("nan"), float("nan"), float("nan"), count
+    order = np.flatnonzero(kept)[np.lexsort((scores[kept], numbers[kept]))]
+    group, score = numbers[order], scores[order]
+    new = np.concatenate([[True], group[1:] != group[:-1]])
+    starts = np.flatnonzero(
+        new | np.concatenate([[True], score[1:] != score[:-1]])
+    )  # rows of equal score in one group
+    positive = np.add.reduceat((labels[order] == 1).astype(float), starts)
+    negative = np.add.reduceat((labels[order] == 0).astype(float), starts)
+    below = np.cumsum(negative) - negative / 2
+    own = group[starts]
+    before = np.cumsum(np.bincount(numbers[kept], labels[kept] == 0, size)) - np.bincount(
+        numbers[kept], labels[kept] == 0, size
+    )
+    wins = np.bincount(own, positive * (below - before[own]), size)[both]
+    pairs = pairs[both]
+    value = float(wins.sum() / pairs.sum())
+    if count < MIN_PROMPTS:
+        return value, float("nan"), float("nan"), count
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    low, high = np.percentile(wins[drawn].sum(1) / pairs[drawn].sum(1), [2.5, 97.5])
+    return value, float(low), float(high), count
 
 
 def mean_interval(
@@ -87,19 +166,105 @@ def mean_interval(
 ) -> tuple[float, float, float]:
     """Mean and its 95 % percentile interval from a bootstrap, over groups where they are given.
 
-    Paired comparisons pass differences per row.
+    Paired comparisons pass differences per row. The bounds are NaN with fewer than `MIN_PROMPTS` groups.
     """
-    members = _members(groups if groups is not None else [str(i) for i in range(len(values))])
-    sums = np.array([values[rows].sum() for rows in members])
-    counts = np.array([len(rows) for rows in members])
-    draws = np.random.default_rng(seed).integers(len(members), size=(resamples, len(members)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    numbers = group_numbers(groups) if groups is not None else np.arange(len(values))
+    counts = np.bincount(numbers)
+    if len(counts) < MIN_PROMPTS:
+        return float(values.mean()), float("nan"), float("nan")
+    sums = np.bincount(numbers, values)
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(resamples, len(counts)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
 
-def _members(groups: Sequence[str]) -> list[np.ndarray]:
-    order: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        order.setdefault(group, []).append(row)
-    return [np.array(rows) for rows in order.values()]
+def calibration(labels: np.ndarray, log_odds: np.ndarray) -> tuple[float, float, float, float]:
+    """How far log-odds may be taken at their word, with both labels weighted to be equally likely.
+
+    Slope and intercept are those of the logistic regression of the label on the log-odds (Cox 1958, "Two further applications of
+    a model for binary regression"; Van Calster et al. 2019, "Calibration: the Achilles heel of predictive analytics"), both
+    fitted together.
+
+    Args:
+        labels (`np.ndarray` of shape (N,)): 0 or 1.
+        log_odds (`np.ndarray` of shape (N,)): of label 1, in nats.
+
+    Returns:
+        `tuple[float, float, float, float]`: slope (1 = calibrated, below 1 = too extreme, above 1 = too timid), intercept in nats
+        (0 = calibrated, above 0 = label 1 is more likely than said where the log-odds are 0), Brier score (0 to 1, lower is
+        better, 0.25 = always one half) and log-loss in nats (lower is better, 0.693 = always one half). Slope and intercept are
+        NaN where a threshold separates the labels, where the log-odds are all alike or one is infinite; everything is NaN where
+        one is NaN or a label is missing.
+    """
+    weights = equal_classes(labels)
+    if np.isnan(log_odds).any() or not np.isfinite(weights).all() or not len(labels):
+        return (float("nan"),) * 4
+    brier = float(weights @ (_sigmoid(log_odds) - labels) ** 2)
+    loss = float(weights @ losses(labels, log_odds))
+    high, low = log_odds[labels == 1], log_odds[labels == 0]
+    if high.min() >= low.max() or high.max() <= low.min() or not np.isfinite(log_odds).all():
+        return float("nan"), float("nan"), brier, loss
+    center, spread = log_odds.mean(), log_odds.std()
+    bias, slope = logistic(((log_odds - center) / spread)[:, None], labels, weights, 1e-9) / np.array([1.0, spread])
+    return float(slope), float(bias - slope * center), brier, loss
+
+
+def equal_classes(labels: np.ndarray) -> np.ndarray:
+    """Weights (N,) that sum to one half for each label; not finite where one is missing."""
+    positive = labels.sum()
+    with np.errstate(divide="ignore"):
+        return np.where(labels == 1, np.divide(0.5, positive), np.divide(0.5, len(labels) - positive))
+
+
+def losses(labels: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
+    """Log-loss of each row (N,) in nats."""
+    return np.logaddexp(0.0, np.where(labels == 1, -log_odds, log_odds))
+
+
+def logistic(
+    features: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    penalty: float,
+    start: np.ndarray | None = None,
+    offset: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """Logistic regression by Newton's method: for a dozen features at most a few hundred microseconds.
+
+    Args:
+        features (`np.ndarray` of shape (N, F)): at about unit variance.
+        labels (`np.ndarray` of shape (N,)): 0 or 1.
+        weights (`np.ndarray` of shape (N,)): of the rows, summing to 1.
+        penalty (`float`, above 0): half of it times the squared norm of the coefficients is added to the mean log-loss; the
+            intercept is free.
+        start (`np.ndarray` of shape (F + 1,), *optional*): where to start, the solution of a near penalty.
+        offset (`np.ndarray` of shape (N,), *optional*): log-odds to which those of the features are added.
+
+    Returns:
+        `np.ndarray` of shape (F + 1,): intercept, coefficients.
+    """
+    rows = np.concatenate([np.ones((len(features), 1)), features], axis=1)
+    ridge = np.full(rows.shape[1], penalty)
+    ridge[0] = 1e-9
+    found = np.zeros(rows.shape[1]) if start is None else start
+
+    def objective(at: np.ndarray) -> float:
+        return float(weights @ losses(labels, offset + rows @ at) + 0.5 * ridge @ at**2)
+
+    value = objective(found)
+    for _ in range(100):
+        likely = _sigmoid(offset + rows @ found)
+        gradient = rows.T @ (weights * (likely - labels)) + ridge * found
+        curvature = (rows * (weights * likely * (1 - likely))[:, None]).T @ rows + np.diag(ridge)
+        step = np.linalg.solve(curvature, gradient)
+        if gradient @ step < 1e-12:
+            break
+        size = 1.0
+        while (after := objective(found - size * step)) > value and size > 1e-6:
+            size /= 2
+        found, value = found - size * step, after
+    return found
+
+
+def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * log_odds))

@@ -1,0 +1,247 @@
+"""Linear probes: how strongly to regularize, and what a score means, both found on rows that a fit did not see.
+
+In: features (N, D) of examples, labels, and the prompt of each example. Out: weights, biases, and scores out of fold. It must not
+know models: features may be pooled activations or pooled latents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("logistic_regression", "difference_of_means")
+# Inverse strengths of the L2 penalty on standardized features, strong to weak: at the first the weight points from the mean of one
+# class to that of the other, at the last the examples are separated and the weight follows their noise.
+STRENGTHS = tuple(10.0**power for power in range(-5, 2))
+FOLDS = 5
+# A score separates out of fold where its AUROC lies above one half by so many standard errors under chance.
+SEPARATES = 1.96
+
+
+class LinearProbe:
+    """A linear classifier on pooled activations, folded back into one weight and one bias.
+
+    Since the mean over tokens commutes with a linear map, the mean of its per-token scores is exactly what was fitted.
+
+    Args:
+        method (`str`, defaults to `"logistic_regression"`): or `difference_of_means`: the direction from the mean of
+            one class to that of the other, on standardized activations, with the threshold half-way (Marks & Tegmark,
+            arXiv 2310.06824). Deviation: they do not standardize; without it, the few dimensions with massive
+            activations decide alone.
+        regularization (`float`, *optional*): inverse strength of the L2 penalty (scikit-learn's `C`). By default that of
+            `STRENGTHS` whose scores out of fold have the lowest log-loss.
+        seed (`int`, defaults to 0): of the folds.
+    """
+
+    def __init__(self, method: str = "logistic_regression", regularization: float | None = None, seed: int = 0):
+        if method not in METHODS:
+            raise ValueError(f"`method` is {method!r} – expected one of {', '.join(METHODS)}.")
+        self.method, self.regularization, self.seed = method, regularization, seed
+
+    def fit(self, means: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None = None) -> tuple[np.ndarray, float]:
+        """Weight (D,) and bias on raw activations.
+
+        Args:
+            means (`np.ndarray` of shape (N, D)): pooled activations.
+            labels (`np.ndarray` of shape (N,)): 0 or 1.
+            groups (`Sequence[str]`, *optional*): the prompt of each row; rows of one stay in one fold. Without them each row is
+                its own.
+
+        Raises:
+            `ValueError`: activations that are not finite, or too few prompts to choose the regularization on.
+        """
+        strength = self.regularization
+        if strength is None and self.method == "logistic_regression":
+            splits = folds(labels, list(map(str, range(len(labels)))) if groups is None else groups, self.seed)
+            strength = cross_validate(means, labels, splits, self.method).strength
+        fitted = fit_path(means, labels, self.method, (strength or STRENGTHS[0],))
+        return fitted.weights[0], float(fitted.biases[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """One linear classifier per strength of regularization, on raw features.
+
+    Attributes:
+        weights (`np.ndarray` of shape (S, D)), biases (`np.ndarray` of shape (S,)): strong to weak.
+    """
+
+    weights: np.ndarray
+    biases: np.ndarray
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Scores (S, N) of features (N, D)."""
+        return np.asarray(self.weights @ features.T + self.biases[:, None])
+
+
+def fit_path(features: np.ndarray, labels: np.ndarray, method: str, strengths: Sequence[float] = STRENGTHS) -> Path:
+    """Classifiers at every strength, each started where the one before it ended.
+
+    Classes weigh alike, whatever their sizes. A difference of means has no strength: it is the same at each.
+
+    Raises:
+        `ValueError`: features that are not finite.
+    """
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features).all(axis=1)).sum())
+        raise ValueError(
+            f"{bad} of {len(features)} activations are NaN or infinite – expected finite numbers. Load the model in "
+            "float32 or bfloat16 and check its weights."
+        )
+    center, spread = features.mean(0), spreads(features)
+    standardized = (features - center) / spread
+    if method == "difference_of_means":
+        one, other = standardized[labels == 1].mean(0), standardized[labels == 0].mean(0)
+        weights = np.repeat((one - other)[None], len(strengths), axis=0)
+        biases = -weights @ (one + other) / 2
+    else:
+        weights, biases = _logistic(standardized, labels, strengths)
+    weights = weights / spread
+    return Path(weights, biases - weights @ center)
+
+
+def spreads(features: np.ndarray) -> np.ndarray:
+    """Standard deviation of each dimension (D,); infinite where it is constant, so that it gets no weight."""
+    spread = features.std(0)
+    return np.where(spread > 1e-6 * spread.max(initial=1e-12), spread, np.inf)
+
+
+def _logistic(standardized: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.linear_model import LogisticRegression
+
+    # The weight is a sum of examples: where they are fewer than dimensions, it is looked for in the space that they span.
+    basis = None
+    if len(standardized) < standardized.shape[1]:
+        values, vectors = np.linalg.eigh(standardized @ standardized.T)
+        kept = values > 1e-12 * values[-1]
+        sizes = np.sqrt(values[kept])
+        basis = standardized.T @ (vectors[:, kept] / sizes)  # (D, R), orthonormal
+        standardized = vectors[:, kept] * sizes
+    model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=1000)
+    weights, biases = [], []
+    for strength in strengths:
+        model.C = strength
+        model.fit(standardized, labels)
+        weights.append(model.coef_[0].copy())
+        biases.append(float(model.intercept_[0]))
+    found = np.stack(weights)
+    return found if basis is None else found @ basis.T, np.array(biases)
+
+
+def folds(labels: np.ndarray, groups: Sequence[str], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train and test rows of each fold; rows of one prompt stay together, and every training part has both labels.
+
+    Raises:
+        `ValueError`: too few prompts for that.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    counts = np.bincount(labels, minlength=2)
+    splits = []
+    if counts.min() >= FOLDS and len(set(groups)) >= FOLDS:
+        splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+        splits = list(splitter.split(np.zeros(len(labels)), labels, groups))
+    splits = [(train, test) for train, test in splits if len(test)]
+    if len(splits) < 2 or any(len(set(labels[train])) < 2 for train, _ in splits):
+        raise ValueError(
+            f"{len(set(groups))} prompts with {counts[0]} and {counts[1]} examples of the two labels – expected at least {FOLDS} "
+            "prompts, and each label under several of them: how strongly to regularize and what a score means is found on "
+            "prompts that a fit has not seen. Add examples to other prompts."
+        )
+    return splits
+
+
+@dataclass(frozen=True, eq=False)
+class CrossValidated:
+    """What fits on all folds but one say of the rows of that one.
+
+    Attributes:
+        strength (`float`): the regularization that was chosen: whose scores have the lowest log-loss.
+        scores (`np.ndarray` of shape (N,)): out of fold, at that strength.
+        weights (`np.ndarray` of shape (F, D)), biases (`np.ndarray` of shape (F,)): of the fit of each fold.
+        loss (`float`): the log-loss, in nats, classes weighed alike.
+    """
+
+    strength: float
+    scores: np.ndarray
+    weights: np.ndarray
+    biases: np.ndarray
+    loss: float
+
+
+def cross_validate(
+    features: np.ndarray, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str,
+    strengths: Sequence[float] = STRENGTHS,
+) -> CrossValidated:  # fmt: skip
+    """Scores out of fold along the path of strengths, and the strength that does best."""
+    if method == "difference_of_means":
+        strengths = strengths[:1]
+    paths = [fit_path(features[train], labels[train], method, strengths) for train, _ in splits]
+    scores = np.zeros((len(strengths), len(labels)))
+    for path, (_, test) in zip(paths, splits, strict=True):
+        scores[:, test] = path.scores(features[test])
+    losses = [log_loss(labels, values) for values in scores]
+    best = int(np.argmin(losses))
+    return CrossValidated(
+        strengths[best], scores[best], np.stack([path.weights[best] for path in paths]),
+        np.array([path.biases[best] for path in paths]), losses[best],
+    )  # fmt: skip
+
+
+def balance(labels: np.ndarray) -> np.ndarray:
+    """Weight (N,) of each row under which both labels weigh alike and the mean is 1."""
+    counts = np.bincount(labels, minlength=2)
+    return np.asarray(len(labels) / 2 / counts[labels])
+
+
+def log_loss(labels: np.ndarray, log_odds: np.ndarray) -> float:
+    """Mean negative log-likelihood in nats, both labels weighing alike; ln 2 = 0.693 for scores of 0."""
+    return float(np.mean(balance(labels) * (np.logaddexp(0, log_odds) - labels * log_odds)))
+
+
+def fold_aurocs(
+    labels: np.ndarray, scores: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[float, float]:
+    """Mean and standard deviation over folds of the AUROC within each; of all rows at once where no fold has both labels."""
+    from sklearn.metrics import roc_auc_score
+
+    found = [roc_auc_score(labels[test], scores[test]) for _, test in splits if len(set(labels[test])) == 2]
+    if not found:
+        found = [roc_auc_score(labels, scores)]
+    return float(np.mean(found)), float(np.std(found))
+
+
+def separates(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str]) -> bool:
+    """Whether scores out of fold tell the labels apart better than chance would: AUROC above one half by 1.96 standard errors of
+    the rank sum under chance, with prompts counted in place of rows."""
+    from sklearn.metrics import roc_auc_score
+
+    sides = [len({group for group, label in zip(groups, labels, strict=True) if label == side}) for side in (0, 1)]
+    error = np.sqrt((sum(sides) + 1) / (12 * sides[0] * sides[1]))
+    return bool(roc_auc_score(labels, scores) > 0.5 + SEPARATES * error)
+
+
+def platt(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """Scale and offset that make scores a log-odds at equal odds of both labels.
+
+    Platt 1999: the logistic regression of the label on the score, with the targets (N₁ + 1) / (N₁ + 2) and 1 / (N₀ + 2) in place of
+    1 and 0, so that scores that separate the labels do not become certain. Pass scores out of fold: of the rows that a probe was
+    fitted on, its scores are too large.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    spread = float(scores.std()) or 1.0
+    counts = np.bincount(labels, minlength=2)
+    target = np.where(labels == 1, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
+    weight = balance(labels)
+    model = LogisticRegression(C=1e6, max_iter=1000)
+    model.fit(
+        np.tile(scores / spread, 2)[:, None], np.repeat([1, 0], len(labels)),
+        sample_weight=np.concatenate([weight * target, weight * (1 - target)]),
+    )  # fmt: skip
+    return float(model.coef_[0, 0] / spread), float(model.intercept_[0])
