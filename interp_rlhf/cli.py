@@ -87,8 +87,9 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     fit = commands.add_parser(
         "fit",
         help="fit a probe on labelled examples; writes an artifact and a card",
-        description="Fits a linear probe on mean-pooled activations of labelled examples, calibrates it for every pooling, and "
-        "writes an artifact (safetensors) and a card (YAML). A card becomes a reward only after `probe check`.",
+        description="Fits a linear probe on pooled activations of labelled examples, chooses its regularization and its "
+        "place by cross-validation over prompts, calibrates it on scores out of fold for every pooling, and writes an "
+        "artifact (safetensors) and a card (YAML). A card becomes a reward only after `probe check`.",
         epilog="example: interp-rlhf probe fit --data fit.jsonl --name warmth --out reward/warmth --sweep 4",
     )
     fit.add_argument("--data", required=True, help=DATA_HELP)
@@ -119,7 +120,10 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )  # fmt: skip
     fit.add_argument("--role", choices=["reward", "penalty", "monitor"], default="reward", help="(default: reward)")
     fit.add_argument(
-        "--pooling", choices=["mean", "ema_max", "last", "max"], help="(default: mean for a reward, ema_max otherwise)"
+        "--pooling",
+        choices=["mean", "ema_max", "last", "max", "attention", "best"],
+        help="how token scores become one; a probe is fitted for mean, last or attention, the others are read with what is "
+        "fitted for the mean; best tries those three at every hook point (default: mean for a reward, ema_max otherwise)",
     )
     fit.add_argument("--weight", type=float, default=1.0, help="weight of the reward in the trainer (default: 1)")
     fit.add_argument("--positive", help="which of two text labels means that the concept is present")

@@ -71,18 +71,30 @@ def probe_fit(arguments: argparse.Namespace) -> int:
     points = [arguments.hook_point] if arguments.hook_point is not None else sweep_points(model, every)
     fit = fit_probe(
         model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
-        sae=_sae_of(arguments, model), latents=latents, seed=arguments.seed, progress=True,
+        pooling=_fitted_for(arguments.pooling), sae=_sae_of(arguments, model), latents=latents, seed=arguments.seed,
+        progress=True,
     )  # fmt: skip
     path = publish(
         fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
-        version=arguments.version, pooling=arguments.pooling, weight=arguments.weight,
+        version=arguments.version, pooling=None if arguments.pooling == "best" else arguments.pooling, weight=arguments.weight,
     )  # fmt: skip
     card = load_card(path).card
-    curve = [{"hook_point": p.hook_point, "auroc": round(p.auroc, 4), "std": round(p.std, 4)} for p in fit.curve]
+    curve = [
+        {
+            "hook_point": p.hook_point, "pooling": p.pooling, "auroc": round(p.auroc, 4), "std": round(p.std, 4),
+            "log_loss": round(p.log_loss, 4),
+        } for p in fit.curve
+    ]  # fmt: skip
     if arguments.json:
         print(
             json.dumps(
-                {"card": str(path), "hook_point": card.readout.hook_point, "examples": len(examples), "sweep": curve}
+                {
+                    "card": str(path),
+                    "hook_point": card.readout.hook_point,
+                    "pooling": card.readout.pooling,
+                    "examples": len(examples),
+                    "sweep": curve,
+                }
             )
         )
         return 0
@@ -90,12 +102,20 @@ def probe_fit(arguments: argparse.Namespace) -> int:
         figure = path.with_suffix(".sweep.svg")
         plot_sweep(fit.curve, figure, f"{arguments.name}: cross-validated on {len(examples)} examples")
         for point in fit.curve:
-            mark = "  ← chosen" if point.hook_point == card.readout.hook_point else ""
-            print(f"{point.hook_point:>32}  AUROC {point.auroc:.3f} ± {point.std:.3f}{mark}")
+            chosen = point.hook_point == card.readout.hook_point and point.pooling == fit.artifact.header.pooling
+            mark = "  ← chosen" if chosen else ""
+            print(f"{point.hook_point:>32}  {point.pooling:>9}  AUROC {point.auroc:.3f} ± {point.std:.3f}{mark}")
         print(f"curve: {figure}")
     print(f"card: {path} ({card.readout.pooling} pooling at {card.readout.hook_point}, {len(examples)} examples)")
     print(f"next: interp-rlhf probe check {path} --fit-data {arguments.data} --data HELD_OUT")
     return 0
+
+
+def _fitted_for(pooling: str | None) -> str | list[str]:
+    """What to fit for, of `--pooling`: moving averages and maxima are read with what is fitted for the mean."""
+    from .concepts.pooling import FITTED
+
+    return list(FITTED) if pooling == "best" else pooling if pooling in FITTED else "mean"
 
 
 def probe_canaries(arguments: argparse.Namespace) -> int:
@@ -516,22 +536,51 @@ def _load(name: str | None) -> tuple[Any, Any, str]:
 
 
 def _print_findings(title: str, found: Any) -> None:
-    print(f"\n{title}: {found.examples} examples, {found.positives} positive")
+    near = f", {found.near_duplicates} nearly rows of the fit" if found.near_duplicates else ""
+    print(f"\n{title}: {found.examples} examples, {found.positives} positive{near}")
+    if found.adds is None:
+        print(f"{'the probe adds':>28}  not enough prompts to say")
+    else:
+        a = found.adds
+        print(
+            f"{'the probe adds':>28}  AUROC {_bounded(a.auroc, '+')} to {a.auroc_without:.3f} of all baselines, "
+            f"saves {_bounded(a.log_loss, '+')} nats of {a.log_loss_without:.3f}"
+        )
     rows = {"probe": found.probe, "TF-IDF": found.tfidf, "length": found.length, "punctuation": found.punctuation}
-    for name, estimate in (rows | {"embedding probe": found.embedding} | found.measures).items():
-        print(f"{name:>20}  AUROC {estimate.auroc:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
+    rows |= {"embedding probe": found.embedding} | {f"likelihood, {how}": e for how, e in found.likelihood.items()}
+    if found.prompt is not None:
+        rows |= {
+            "TF-IDF of the prompt": found.prompt.tfidf, "TF-IDF of both": found.prompt.tfidf_with_completion,
+            "probe at the prompt's end": found.prompt.probe, "probe, other answers": found.prompt.other_answers,
+            f"probe within {found.prompt.prompts_with_both_labels} prompts": found.prompt.within,
+        }  # fmt: skip
+    for name, estimate in (rows | found.measures).items():
+        if estimate is not None:
+            print(f"{name:>28}  AUROC {_bounded(estimate)}")
+    if found.prompt is not None and found.prompt.answer_share is not None:
+        print(f"{'of the answer':>28}  {_bounded(found.prompt.answer_share)} of the score's variance under one prompt")
+    if (c := found.calibration) is not None:
+        slope = "labels are separated" if c.slope is None else f"slope {c.slope:.2f}, intercept {c.intercept:+.2f}"
+        print(f"{'calibration':>28}  {slope}, Brier score {c.brier:.3f}, log-loss {c.log_loss:.3f}")
     controls = {
         "permuted labels": found.permutation, "random directions": found.random_direction,
         "random dictionaries": found.random_dictionary,
     }  # fmt: skip
     for name, control in controls.items():
         if control is not None:
-            print(f"{name:>20}  AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
+            print(f"{name:>28}  AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
     if found.sae is not None:
         print(
-            f"{'autoencoder here':>20}  explained variance {found.sae.explained_variance:.3f}, L0 {found.sae.l0:.1f}, "
+            f"{'autoencoder here':>28}  explained variance {found.sae.explained_variance:.3f}, L0 {found.sae.l0:.1f}, "
             f"{found.sae.dead_fraction:.1%} of {found.sae.latents} latents never on in {found.sae.tokens} tokens"
         )
+
+
+def _bounded(found: Any, sign: str = "") -> str:
+    value = found.auroc if hasattr(found, "auroc") else found.value
+    if found.low is None:
+        return f"{value:{sign}.3f} (not enough prompts for an interval)"
+    return f"{value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def _gain(name: str, gain: dict[str, Any]) -> str:

@@ -31,12 +31,12 @@ def rows(rng, prompts, per=1):
 def noisier_copy(rng):
     labels, groups = rows(rng, 80)
     words = 1.2 * labels + rng.normal(size=80)
-    return labels, words + 0.7 * rng.normal(size=80), {"words": words, "other": rng.normal(size=80)}, groups
+    return labels, words + 0.7 * rng.normal(size=80), {"words": words}, groups
 
 
 def better_mix(rng):
     labels, groups = rows(rng, 50, per=2)
-    known = {str(i): 0.4 * labels + rng.normal(size=100) for i in range(8)}
+    known = {str(i): 0.4 * labels + rng.normal(size=100) for i in range(6)}
     return labels, sum(known.values()) + rng.normal(size=100), known, groups
 
 
@@ -47,14 +47,14 @@ def bent_baseline(rng):
 
 
 def separable(rng):
-    labels, groups = rows(rng, 80)
-    words, probe = (8.0 * labels + np.clip(rng.normal(size=80), -2, 2) for _ in range(2))
-    return labels, probe, {"words": words, "other": labels + rng.normal(size=80)}, groups
+    labels, groups = rows(rng, 60)
+    words, probe = (8.0 * labels + np.clip(rng.normal(size=60), -2, 2) for _ in range(2))
+    return labels, probe, {"words": words}, groups
 
 
 def noise(rng):
-    labels, groups = rows(rng, 40, per=2)
-    return labels, rng.normal(size=80), {str(i): rng.normal(size=80) for i in range(4)}, groups
+    labels, groups = rows(rng, 30, per=2)
+    return labels, rng.normal(size=60), {str(i): rng.normal(size=60) for i in range(3)}, groups
 
 
 @pytest.mark.parametrize("draw", [noisier_copy, better_mix, bent_baseline, separable, noise])
@@ -80,7 +80,6 @@ def test_added_names_what_it_leaves_out_and_repeats():
     bad = {"constant": np.ones(80), "unknown": np.where(np.arange(80) == 3, np.nan, known["words"])}
     found = added(labels, probe, known | bad, groups, 0)
     assert found.left_out == ["constant", "unknown"]
-    assert found == added(labels, probe, known, groups, 0).__class__(**{**vars(found)})
     assert vars(found) | {"left_out": []} == vars(added(labels, probe, known, groups, 0))
     alone = added(labels, probe, {}, groups, 0)
     assert alone.auroc_without == 0.5
@@ -131,7 +130,7 @@ def test_auroc_within_prompts_is_that_of_a_double_loop(drawn):
         for h, other, b in zip(groups, labels, scores, strict=True)
         if g == h and one == 1 and other == 0
     ]
-    value, low, high, count = auroc_within(np.array(labels), np.array(scores, float), list(map(str, groups)), 0)
+    _, low, high, count = auroc_within(np.array(labels), np.array(scores, float), list(map(str, groups)), 0)
     assert count == len({g for g in groups if {0, 1} <= {y for h, y in zip(groups, labels, strict=True) if g == h}})
     assert value == pytest.approx(np.mean(pairs) if pairs else np.nan, nan_ok=True)
     assert np.isnan([low, high]).all()
@@ -140,11 +139,13 @@ def test_auroc_within_prompts_is_that_of_a_double_loop(drawn):
 def test_auroc_within_prompts_does_not_see_what_the_prompt_gives_away():
     rng = np.random.default_rng(0)
     groups = [str(i // 4) for i in range(400)]
-    easy = np.repeat(rng.integers(2, size=100), 4)  # label 1 is more frequent in some prompts, and the score knows which
+    easy = np.repeat(
+        rng.integers(2, size=100), 4
+    )  # label 1 is more frequent in some prompts, and the score knows which
     labels = (rng.random(400) < 0.25 + 0.5 * easy).astype(int)
     scores = easy + 0.1 * rng.normal(size=400)
     assert auroc_interval(labels, scores, groups, 0)[1] > 0.6
-    value, low, high, count = auroc_within(labels, scores, groups, 0)
+    _, low, high, count = auroc_within(labels, scores, groups, 0)
     assert low < 0.5 < high
     assert 50 < count < 100
     assert auroc_within(labels, np.full(400, np.nan), groups, 0)[3] == count

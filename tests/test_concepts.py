@@ -15,8 +15,8 @@ from interp_rlhf.activations import ConceptScores, decoder_layers, read, read_me
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import load_examples, make_examples, write_jsonl
-from interp_rlhf.concepts.pooling import POOLINGS, ema, pool
 from interp_rlhf.concepts.linear import LinearProbe
+from interp_rlhf.concepts.pooling import POOLINGS, ema, pool
 from interp_rlhf.concepts.probe import fit_probe, sweep_points
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout

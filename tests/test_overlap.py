@@ -8,7 +8,7 @@ import random
 import tracemalloc
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import WORDS
 
@@ -66,28 +66,27 @@ def examples(*rows):
     return make_examples([*({**row, "label": 1} for row in rows), {**extra, "label": 0}])
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(FORMS, FORMS)))
-def test_a_row_is_found_in_every_form(first, second):
-    one = "the answer alone"
-    if (first == one) != (second == one) and "text" in FORMS[first if second == one else second]("p", "a"):
-        pytest.skip("an answer is not the text that it ends")
+def comparable(first, second):
+    """Not of two texts: an answer alone and the text that it ends, or a text that lacks a space and one that has it."""
+    texts = all("text" in FORMS[form]("p", "a") for form in (first, second))
+    return not texts or first == second or not {"the answer alone", "text without a space"} & {first, second}
+
+
+@pytest.mark.parametrize("first", FORMS)
+def test_a_row_is_found_in_every_form(first):
     fit = examples(FORMS[first](OTHER_ASK, OTHER_ANSWER), FORMS[first](ASK, ANSWER))
-    held_out = examples(FORMS[second](ASK, ANSWER))
-    if "text without a space" in (first, second):
-        both = {first, second} - {"text without a space"}
-        if both and all("text" in FORMS[form]("p", "a") for form in both):
-            pytest.skip("two texts, and one lacks a space")
-    assert overlap(fit, held_out).rows == [0]
-    assert overlap(held_out, fit).rows == [1]
-    with pytest.raises(ValueError, match=r"^1 rows .*are among the fit's, the first is row 0, '.*Remove them"):
-        require_apart(fit, held_out)
+    forms = [form for form in FORMS if comparable(first, form)]
+    found = overlap(fit, examples(*(FORMS[form](ASK, ANSWER) for form in forms)))
+    assert [forms[i] for i in found.rows] == forms
+    with pytest.raises(ValueError, match=r"^1 rows .*are among the fit's, the first is row 1, '.*Remove them"):
+        require_apart(fit, examples({"text": "new"}, FORMS[first](ASK, ANSWER)))
 
 
 def test_other_rows_in_any_form_are_no_alarm():
-    for first, second in itertools.product(FORMS.values(), FORMS.values()):
-        fit, held_out = examples(first(ASK, ANSWER)), examples(second(OTHER_ASK, OTHER_ANSWER))
-        assert overlap(fit, held_out) == Overlap([], [], [])
-        assert require_apart(fit, held_out) == []
+    fit = examples(*(form(ASK, ANSWER) for form in FORMS.values()))
+    held_out = examples(*(form(OTHER_ASK, OTHER_ANSWER) for form in FORMS.values()))
+    assert overlap(fit, held_out) == Overlap([], [], [])
+    assert require_apart(fit, held_out) == []
 
 
 def test_what_is_said_by_hand():
@@ -121,8 +120,8 @@ def test_a_seen_prompt_with_another_answer_is_named():
     assert overlap(fit, held_out) == Overlap([], [1], [])
     with pytest.raises(
         ValueError,
-        match=r"^1 prompts of the completions are among the fit's, the first is row 1, 'is a walk good for you\? goethe did, over "
-        r"almost six…' – expected data that the fit did not see: answers to one prompt are alike",
+        match=r"^1 prompts of the completions are among the fit's, the first is row 1, 'is a walk good for you\? goethe "
+        r"did, over almost sixty years…' – expected data that the fit did not see: answers to one prompt are alike",
     ):
         require_apart(fit, held_out, "completions")
     assert (
@@ -224,6 +223,7 @@ letters = st.characters(categories=["Lu", "Ll", "Lo", "Nd", "Po"], max_codepoint
 words = st.lists(st.text(letters, min_size=1, max_size=6), min_size=1, max_size=6)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     prompt=words,
     answer=words,

@@ -128,12 +128,13 @@ def test_many_weighted_aurocs_at_once_are_scikit_learns():
 
 
 def test_rows_of_one_prompt_are_drawn_together():
-    values = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    _, low, high = mean_interval(values, seed=0, groups=list("aaabbb"))
-    assert (low, high) == (0.0, 1.0)  # only two independent draws
-    mean, low, high = mean_interval(values, seed=0)
+    values = np.repeat([1.0, 0.0] * 5, 9)
+    mean, low, high = mean_interval(values, seed=0, groups=[str(i // 9) for i in range(90)])
     assert mean == 0.5
-    assert 0.0 < low < high < 1.0
+    # Ten independent draws: a standard error of 0.5/√10 = 0.16. Ninety: 0.05.
+    assert (low, high) == pytest.approx((0.5 - 0.31, 0.5 + 0.31), abs=0.05)
+    _, low, high = mean_interval(values, seed=0)
+    assert (low, high) == pytest.approx((0.5 - 0.10, 0.5 + 0.10), abs=0.03)
 
 
 def test_baselines_find_what_they_look_for():

@@ -232,7 +232,9 @@ def read_with_likelihood(
     def predictions(places: torch.Tensor, logits: torch.Tensor) -> None:
         places = places[:, places.shape[1] - logits.shape[1] :]  # the model may have been asked for the last ones only
         for row, line in enumerate(places):
-            here = ((line[1:] >= 0) & counted[line[1:].clamp(min=0)]).nonzero().squeeze(1)  # predicted by the position before
+            here = (
+                ((line[1:] >= 0) & counted[line[1:].clamp(min=0)]).nonzero().squeeze(1)
+            )  # predicted by the position before
             tokens = line[1:][here]
             found = logits[row, here.to(logits.device)].float().log_softmax(-1).cpu()
             log_probs[tokens] = found.gather(1, ids[tokens, None])[:, 0]
@@ -506,8 +508,8 @@ def _forward(
 ) -> None:
     """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`.
 
-    With `predictions` the whole model runs, and its logits go there; with `only_counted`, where the model can do so, only those of
-    the positions from which the counted tokens are predicted. So it does, from the wrapper that is given, where its
+    With `predictions` the whole model runs, and its logits go there; with `only_counted`, where the model can do so, only
+    those of the positions from which the counted tokens are predicted. So it does, from the wrapper that is given, where its
     parameters are sharded: then on all ranks together, the same number of times, and without stopping early.
     """
     _check(model, batch)

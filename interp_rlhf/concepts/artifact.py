@@ -47,8 +47,8 @@ class Header:
             before 0.2.
         sae (`dict`): of `sae_latents`: indices of the latents, S, k, normalization, and where the autoencoder came from.
         pooling (`str`): what it was fitted for.
-        regularization (`float`, *optional*), sharpness (`float`, *optional*): what cross-validation chose: inverse strength of the
-            L2 penalty, and of `attention` the standard deviation of the query's logits. None in artifacts of before 0.3.
+        regularization (`float`, *optional*), sharpness (`float`, *optional*): what cross-validation chose: inverse strength of
+            the L2 penalty, and of `attention` the standard deviation of the query's logits. None in artifacts of before 0.3.
     """
 
     kind: str
@@ -88,7 +88,7 @@ class Artifact:
         bias (`float`): 0 for a direction.
         header (`Header`): what it is.
         latents (`Latents`, *optional*): of `sae_latents`: the K latents that are weighed.
-        query (`torch.FloatTensor` of the weight's shape, *optional*): of a fit for `attention`: the logit of a token is ⟨h, query⟩.
+        query (`torch.FloatTensor` of the weight's shape, *optional*): of a fit for `attention`: a token's logit is ⟨h, query⟩.
     """
 
     weight: torch.Tensor

@@ -4,14 +4,15 @@ In: activations of the counted tokens of each example, labels. Out: a query, and
 probe is fitted as on means. The pooled score is Σ_t a_t (⟨h_t, w⟩ + b) with a = softmax_t ⟨h_t, q⟩ over the counted tokens.
 
 The query is not learned by gradient descent, which on a few hundred examples fits their noise, but by turns: the query is the
-probe's own direction at some sharpness, the probe is fitted anew on what that attends to, and so on, while the sharpness grows. It
-starts next to mean pooling. Out-of-fold scores say where to stop.
+probe's own direction at some sharpness, the probe is fitted anew on what that attends to, and so on, while the sharpness grows.
+It starts next to mean pooling. Scores out of fold say where to stop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -113,21 +114,17 @@ def fit_attention(
     for train, test in splits:
         others = tokens.rows(test)
         own = []
-        for stage, (_, query, attended) in enumerate(stages(tokens.rows(train), labels[train], method)):
+        for number, (_, query, attended) in enumerate(stages(tokens.rows(train), labels[train], method)):
             path = fit_path(attended, labels[train], method, strengths)
-            scores[stage][:, test] = path.scores(others.attended(query))
+            scores[number][:, test] = path.scores(others.attended(query))
             own.append((query, path))
         kept.append(own)
-    losses = np.array([[log_loss(labels, values) for values in stage] for stage in scores])
-    stage, place = np.unravel_index(int(losses.argmin()), losses.shape)
+    losses = np.array([[log_loss(labels, values) for values in of_stage] for of_stage in scores])
+    stage, place = map(int, np.unravel_index(losses.argmin(), losses.shape))
     best = [own[stage] for own in kept]
     chosen = CrossValidated(
         strengths[place], scores[stage, place], np.stack([path.weights[place] for _, path in best]),
         np.array([path.biases[place] for _, path in best]), float(losses.min()),
     )  # fmt: skip
-    for number, (sharpness, query, attended) in enumerate(stages(tokens, labels, method)):
-        if number == stage:
-            break
+    sharpness, query, attended = next(islice(stages(tokens, labels, method), stage, None))
     return Attended(query, sharpness, np.stack([query for query, _ in best]), chosen), attended
-
-

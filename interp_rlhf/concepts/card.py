@@ -61,11 +61,64 @@ class Transform(Strict):
 
 
 class Estimate(Strict):
-    """An AUROC with the 95 % interval of a bootstrap over prompts."""
+    """An AUROC with the 95 % interval of a bootstrap over prompts; no bounds where there are too few prompts to resample."""
 
     auroc: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Difference(Strict):
+    """A number with its 95 % interval; no bounds where there are too few prompts to resample."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Adds(Strict):
+    """What the probe adds to all baselines together: cross-validated by prompt, with the probe less without it.
+
+    `log_loss` is what the probe saves, in nats per row: above 0 it helps.
+    """
+
+    auroc: Difference
+    log_loss: Difference
+    auroc_without: float
+    auroc_with: float
+    log_loss_without: float
+    log_loss_with: float
+
+
+class Calibration(Strict):
+    """Whether a score is the log-odds that it is called: slope 1 and intercept 0 of the true log-odds on it, both labels weighing
+    alike; a slope below 1 = too sure. None where the scores separate the labels perfectly. Log-loss in nats."""
+
+    slope: float | None = None
+    intercept: float | None = None
+    brier: float
+    log_loss: float
+
+
+class PromptFindings(Strict):
+    """What the prompt alone says, and whether the score is the answer's or the prompt's.
+
+    Attributes:
+        tfidf, tfidf_with_completion, probe: AUROC of the prompt's words, of prompt and completion together, and of a probe at the
+            prompt's last token.
+        within: AUROC of the card's probe among answers to one prompt, over prompts that have both labels.
+        answer_share: share of the score's variance that is the answer's, under one prompt: near 0 the score is a function of the
+            prompt.
+        other_answers: AUROC that the score keeps when each prompt has another prompt's answer.
+    """
+
+    tfidf: Estimate
+    tfidf_with_completion: Estimate
+    probe: Estimate
+    within: Estimate | None = None
+    prompts_with_both_labels: int = 0
+    answer_share: Difference | None = None
+    other_answers: Estimate | None = None
 
 
 class Control(Strict):
@@ -87,18 +140,23 @@ class SaeFindings(Strict):
 
 
 class Findings(Strict):
-    """What one set of examples says of a probe, and of what it must beat."""
+    """What one set of examples says of a probe, and of what it must beat. Evidence of before 0.3 lacks what has a default."""
 
     data: Digest
     examples: int
     positives: int
+    near_duplicates: int = 0
+    adds: Adds | None = None
     probe: Estimate
+    calibration: Calibration | None = None
     permutation: Control
     random_direction: Control
     tfidf: Estimate
     length: Estimate
     punctuation: Estimate
     embedding: Estimate
+    likelihood: dict[str, Estimate] = {}
+    prompt: PromptFindings | None = None
     measures: dict[str, Estimate] = {}
     random_dictionary: Control | None = None
     sae: SaeFindings | None = None

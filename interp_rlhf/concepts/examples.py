@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..messages import as_list, split_example
+from ..messages import as_list, content_text, split_example
 
 CONTENT = ("text", "messages", "prompt", "completion")
 # Columns that TRL renders along with them, or that hold a completion as it was generated.
@@ -51,6 +51,11 @@ class Examples:
     def texts(self) -> list[str]:
         """What a text baseline sees: the text that the probe's counted tokens spell."""
         return [_scored_text(row) for row in self.rows]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Text of each row's prompt, messages one per line; empty where there is none."""
+        return [_prompt_text(split_example(row)[0]) for row in self.rows]
 
     @property
     def groups(self) -> list[str]:
@@ -332,6 +337,12 @@ def _plain(label: Any) -> Any:
 
 def _scored_text(row: Mapping[str, Any]) -> str:
     return split_example(row)[1]
+
+
+def _prompt_text(prompt: Any) -> str:
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    return "\n".join(content_text(message.get("content")) for message in prompt)
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Any:

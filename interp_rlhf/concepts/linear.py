@@ -15,8 +15,8 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 METHODS = ("logistic_regression", "difference_of_means")
-# Inverse strengths of the L2 penalty on standardized features, strong to weak: at the first the weight points from the mean of one
-# class to that of the other, at the last the examples are separated and the weight follows their noise.
+# Inverse strengths of the L2 penalty on standardized features, strong to weak: at the first the weight points from the mean of
+# one class to that of the other, at the last the examples are separated and the weight follows their noise.
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))
 FOLDS = 5
 # A score separates out of fold where its AUROC lies above one half by so many standard errors under chance.
@@ -43,7 +43,9 @@ class LinearProbe:
             raise ValueError(f"`method` is {method!r} – expected one of {', '.join(METHODS)}.")
         self.method, self.regularization, self.seed = method, regularization, seed
 
-    def fit(self, means: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None = None) -> tuple[np.ndarray, float]:
+    def fit(
+        self, means: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, float]:
         """Weight (D,) and bias on raw activations.
 
         Args:
@@ -111,7 +113,9 @@ def spreads(features: np.ndarray) -> np.ndarray:
     return np.where(spread > 1e-6 * spread.max(initial=1e-12), spread, np.inf)
 
 
-def _logistic(standardized: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _logistic(
+    standardized: np.ndarray, labels: np.ndarray, strengths: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.linear_model import LogisticRegression
 
     # The weight is a sum of examples: where they are fewer than dimensions, it is looked for in the space that they span.
@@ -229,9 +233,9 @@ def separates(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str]) -> 
 def platt(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     """Scale and offset that make scores a log-odds at equal odds of both labels.
 
-    Platt 1999: the logistic regression of the label on the score, with the targets (N₁ + 1) / (N₁ + 2) and 1 / (N₀ + 2) in place of
-    1 and 0, so that scores that separate the labels do not become certain. Pass scores out of fold: of the rows that a probe was
-    fitted on, its scores are too large.
+    Platt 1999: the logistic regression of the label on the score, with the targets (N₁ + 1) / (N₁ + 2) and 1 / (N₀ + 2) in place
+    of 1 and 0, so that scores that separate the labels do not become certain. Pass scores out of fold: of the rows that a probe
+    was fitted on, its scores are too large.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -79,6 +79,9 @@ class _Candidate:
     attended: Attended | None = None
 
 
+_Features = tuple[str, dict[str, np.ndarray], Tokens | None]
+
+
 def fit_probe(
     model: Any,
     tokenizer: Any,
@@ -149,7 +152,7 @@ def fit_probe(
     if sae is not None and latents is not None:
         chosen = sae.latents(latents)
         hook_points = [chosen.hook_point]
-        sets = iter([(chosen.hook_point, {}, latent_tokens(model, batch, chosen, label))])
+        sets: Iterator[_Features] = iter([(chosen.hook_point, {}, latent_tokens(model, batch, chosen, label))])
     else:
         sets = _features(model, batch, hook_points, poolings, label)
     best: tuple[tuple[float, float], _Candidate] | None = None
@@ -177,7 +180,9 @@ def fit_probe(
     else:
         query = torch.tensor(winner.attended.query, dtype=torch.float32)
         shift = np.zeros(len(labels))
-        for fold, (_, test) in enumerate(splits):  # a direction's scores are those of a probe, at another scale in each fold
+        for fold, (_, test) in enumerate(
+            splits
+        ):  # a direction's scores are those of a probe, at another scale in each fold
             scale = np.linalg.norm(weights[fold]) / np.linalg.norm(winner.chosen.weights[fold])
             shift[test] = (winner.chosen.scores[test] - winner.chosen.biases[fold]) * scale + biases[fold]
         out_of_fold = {ATTENTION: shift}
@@ -219,7 +224,7 @@ def _poolings(pooling: str | Sequence[str]) -> list[str]:
 
 def _features(
     model: Any, batch: TokenBatch, hook_points: Sequence[str], poolings: Sequence[str], label: str | None
-) -> Iterator[tuple[str, dict[str, np.ndarray], Tokens | None]]:
+) -> Iterator[_Features]:
     """Hook point, pooled activations (N, D) per pooling that has no query, and single tokens where there is one that has."""
     plain = [how for how in poolings if how != ATTENTION]
     wanted = {(how, point): (point, token_weights(batch, how)) for how in plain for point in hook_points}

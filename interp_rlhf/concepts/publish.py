@@ -40,17 +40,25 @@ def publish(
 
     Args:
         fit (`Fit`): what `fit_probe` returned.
-        pooling (`str`, *optional*): by default `mean` for a reward and `ema_max` for penalties and monitors.
+        pooling (`str`, *optional*): by default what it was fitted for, where that is `last` or `attention`; else `mean` for a
+            reward and `ema_max` for penalties and monitors.
 
     Raises:
         `ValueError`: one of the files exists, or the artifact is not calibrated for this pooling.
     """
     card_path, artifact_path = require_new(folder, name=name, role=role, version=version, weight=weight)
     header = fit.artifact.header
-    pooling = pooling or DEFAULT_POOLING[role]
+    pooling = pooling or (DEFAULT_POOLING[role] if header.pooling == "mean" else header.pooling)
+    if not header.calibration:
+        raise ValueError(
+            f"The fit for `{header.pooling}` at `{header.hook_point}` does not separate the labels on prompts that it has not "
+            f"seen, under any pooling ({header.examples} examples) – expected scores out of fold above chance. Fit on more or "
+            "other examples, at other hook points (`--sweep`), or for another pooling."
+        )
     if pooling not in header.calibration:
         raise ValueError(
-            f"`pooling` is `{pooling}` – the fit is calibrated for {', '.join(sorted(header.calibration))}. Choose one."
+            f"`pooling` is `{pooling}` – the fit is calibrated for {', '.join(sorted(header.calibration))}: another does not "
+            "separate the labels out of fold, or needs a fit of its own. Choose one."
         )
     card = Card(
         schema=1,
@@ -149,17 +157,30 @@ def _next(folder: Path, name: str) -> str:
 
 
 def plot_sweep(curve: list[SweepPoint], path: str | Path, title: str) -> None:
-    """Cross-validated AUROC by hook point, with the spread over folds, as an SVG file."""
+    """Cross-validated AUROC by hook point, one line per pooling, with the spread over folds, as an SVG file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-    points = range(len(curve))
-    axes.errorbar(points, [p.auroc for p in curve], yerr=[p.std for p in curve], marker="o", capsize=3)
+    points = list(dict.fromkeys(point.hook_point for point in curve))
+    poolings = list(dict.fromkeys(point.pooling for point in curve))
+    for number, pooling in enumerate(poolings):
+        own = [point for point in curve if point.pooling == pooling]
+        places = [points.index(point.hook_point) + 0.08 * (number - (len(poolings) - 1) / 2) for point in own]
+        axes.errorbar(
+            places,
+            [p.auroc for p in own],
+            yerr=[p.std for p in own],
+            marker="o",
+            capsize=3,
+            label=f"fitted for {pooling}",
+        )
     axes.axhline(0.5, linestyle=":", color="grey")
-    axes.set_xticks(points, [p.hook_point for p in curve], rotation=60, ha="right", fontsize=7)
+    axes.set_xticks(range(len(points)), points, rotation=60, ha="right", fontsize=7)
+    if len(poolings) > 1:
+        axes.legend(fontsize=7)
     axes.set(ylabel="AUROC (mean ± std over folds)", title=title)
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

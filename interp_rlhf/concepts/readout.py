@@ -55,8 +55,8 @@ class Readout:
         header (`Header`, *optional*): the artifact's own description, checked against models.
         latents (`Latents`, *optional*): latents of a sparse autoencoder, K of them.
         made_of (`Readout`, *optional*): the artifact's own readout, whose canaries hold, where this one reads other directions.
-        query (`torch.FloatTensor` of the weight's shape, *optional*): of the pooling `attention`: each token's score is followed by
-            its logit ⟨h, query⟩.
+        query (`torch.FloatTensor` of the weight's shape, *optional*): of the pooling `attention`: each token's score is followed
+            by its logit ⟨h, query⟩.
     """
 
     name: str

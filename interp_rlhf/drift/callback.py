@@ -394,7 +394,6 @@ class DriftCallback(TrainerCallback):
         if self._sae is not None:
             sides = (side.activations[self._sae.spec.hook_point] for side in (start.snapshot, snapshot))
             event["sae"] = changed_latents(self._sae, *sides)
-        if readings:
         if sampled is not None and start.sampled is not None:
             event["own_text"] = summarize(sampled, start.sampled, self.config.seed)
             event["own_text"]["scores"] = per_prompt(sampled)

@@ -48,7 +48,8 @@ def per_token(
         attention_mask (`torch.BoolTensor` of shape (B, T)): of that batch.
         lengths (`list[int]`): tokens of each completion, L.
         kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean;
-            with the pooling `attention`, the token's weight times it. `ema`: e_t − e_{t−1} of the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
+            with the pooling `attention`, the token's weight times it. `ema`: e_t − e_{t−1} of the score's moving average over 16
+            tokens, so that the sum is where it ends. `potential`:
             L + 1 scores, the first at the prompt's last token (0 where that is the
             row's first).
 

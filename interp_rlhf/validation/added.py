@@ -44,8 +44,8 @@ class Added:
 
     Attributes:
         auroc (`tuple[float, float, float]`): AUROC with the probe less that without, and its 95 % interval; above 0 = it adds.
-        log_loss (`tuple[float, float, float]`): log-loss without the probe less that with it, in nats, both labels equally likely,
-            and its 95 % interval; above 0 = it adds.
+        log_loss (`tuple[float, float, float]`): log-loss without the probe less that with it, in nats, both labels equally
+            likely, and its 95 % interval; above 0 = it adds.
         auroc_without, auroc_with (`float`): in [0, 1].
         log_loss_without, log_loss_with (`float`): in nats; 0.693 = always one half.
         left_out (`list[str]`): baselines that are constant or not finite somewhere; `probe` where its score is not finite.

@@ -6,27 +6,47 @@ probe here, real or control, is read at the positions and with the pooling that 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..activations import embedding_point, end_of_turn_ids, read, read_means, tokenize_examples
+from ..activations import (
+    TokenBatch,
+    embedding_point,
+    end_of_turn_ids,
+    read_activations,
+    read_pooled,
+    read_with_likelihood,
+    token_weights,
+    tokenize_examples,
+)
 from ..concepts.artifact import library_versions
+from ..concepts.attention import Tokens
 from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
 from ..concepts.examples import Examples
 from ..concepts.latents import Latents
+from ..concepts.linear import LinearProbe, spreads
 from ..concepts.pooling import pool
-from ..concepts.probe import LinearProbe, require_bare
+from ..concepts.probe import require_bare
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
 from . import baselines
+from .added import added
 from .dictionaries import PERMUTATIONS, RandomDictionaries, all_mean_latents, permuted_choices, sae_findings
-from .statistics import auroc_interval, weighted_aurocs
+from .findings import added_finding, calibration_finding, estimate, prompt_finding
+from .overlap import require_apart
+from .prompts import Swapped, read_swapped
+from .statistics import auroc_interval, auroc_within, weighted_aurocs
+
+logger = logging.getLogger(__name__)
 
 RANDOM_DIRECTIONS = 200
 CHUNK_ROWS = 256
+NAMED = 3
 
 
 def check_card(
@@ -45,23 +65,27 @@ def check_card(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Evidence:
-    """Evidence for a card.
+    """Evidence for a card: what its probe adds to text baselines and to the model's own likelihood, and what it must beat.
+
+    The model is run over the fit's examples up to the hook point, over the others once as a whole, and over up to 100 answers put
+    under each other's prompts.
 
     Args:
         card (`LoadedCard`): what is claimed.
         model (`nn.Module`), tokenizer: the reference model.
-        fit_examples (`Examples`): what the artifact was fitted on; its fingerprint must be the artifact's. The controls
-            are fitted on it.
-        examples (`Examples`): held out: shares no row with the fit.
+        fit_examples (`Examples`): what the artifact was fitted on; its fingerprint must be the artifact's. The controls and the
+            baselines are fitted on it.
+        examples (`Examples`): held out: shares no row and no prompt with the fit, in whatever form.
         completions (`Examples`, *optional*): the model's own answers, labelled by an independent measure or by hand.
         measures (`dict[str, Callable]`, *optional*): independent measures of a text, reported beside the probe.
         sae (`SparseAutoencoder`, *optional*): of a card of latents: the whole autoencoder that they were taken from.
-        seed (`int`, defaults to 0): of permutations, directions, dictionaries and bootstrap.
+        seed (`int`, defaults to 0): of permutations, directions, dictionaries, folds and bootstrap.
         command (`str`): what the evidence says produced it.
         progress (`bool`): show progress bars.
 
     Raises:
-        `ValueError`: other fit data than the artifact's, held-out rows that the fit has seen, or another autoencoder.
+        `ValueError`: other fit data than the artifact's, held-out rows that the fit has seen, a measure that gives no number, or
+            another autoencoder.
     """
     readout = Readout.from_card(card)
     require_bare(model)
@@ -73,48 +97,50 @@ def check_card(
             f"The fit data have fingerprint {fit_examples.fingerprint} – the artifact was fitted on {header.data}. Pass "
             "the very file (and `positive` label) that `probe fit` was given."
         )
+    given = {"held-out examples": examples} | ({} if completions is None else {"completions": completions})
+    near = {what: require_apart(fit_examples, rows, what) for what, rows in given.items()}
+    measured = {what: _measured(measures or {}, rows, what) for what, rows in given.items()}
 
-    def tokens(rows: Examples) -> Any:
+    def tokens(rows: Examples) -> TokenBatch:
         ends = end_of_turn_ids(model, tokenizer, chat_template)
-        return tokenize_examples(
+        batch = tokenize_examples(
             rows.rows, tokenizer, chat_template, chat_template_kwargs, ends, readout.include_end_of_turn
         )
+        if not batch.completion_mask.any(1).all():
+            row = int((~batch.completion_mask.any(1)).nonzero()[0])
+            raise ValueError(f"Row {row} has no token that counts – expected a completion. Remove it.")
+        return batch
 
     _require_its_sae(readout, sae)
-    embedding = embedding_point(model)
-    points = [readout.hook_point, embedding]
+    batches = {what: tokens(rows) for what, rows in given.items()}
     label = "reading the fit's examples" if progress else None
     fit_batch = tokens(fit_examples)
-    means = {k: v.double().numpy() for k, v in read_means(model, fit_batch, points, progress=label).items()}
     permuted = None
     dictionaries = None
     if readout.latents is not None and sae is not None:
         of_all = all_mean_latents(model, fit_batch, [sae], label)[0]
-        permuted = permuted_choices(of_all, fit_examples.labels, sae, readout.latents.size, header.method, seed)
+        permuted = permuted_choices(
+            of_all, fit_examples.labels, sae, readout.latents.size, header.method, header.strength, seed
+        )
         l0 = sae.spec.k or sae_findings(model, fit_batch, sae, progress).l0
         dictionaries = RandomDictionaries(
-            model, fit_batch, fit_examples.labels, sae, readout.latents.size, l0, header.method, seed, progress
-        )
-    controls = Controls(readout, means[readout.hook_point], fit_examples.labels, seed, permuted)
-    embedding_probe = LinearProbe(header.method).fit(means[embedding], fit_examples.labels)
-
-    def findings(rows: Examples, what: str) -> Findings:
-        shared = rows.keys & fit_examples.keys
-        if shared:
-            raise ValueError(
-                f"{len(shared)} rows of the {what} are among the fit's examples – expected data that the fit did not "
-                "see. Remove them."
-            )
-        if prompts := set(rows.groups) & set(fit_examples.groups):
-            raise ValueError(
-                f"{len(prompts)} prompts of the {what} are prompts of the fit – expected other prompts: answers to one prompt "
-                "are alike, and the probe may know the prompt. Remove them."
-            )
-        batch = tokens(rows)
-        found = _findings(
-            model, batch, rows, fit_examples, readout, controls, (embedding, embedding_probe), measures or {}, seed,
-            f"reading the {what}" if progress else None,
+            model, fit_batch, fit_examples.labels, sae, readout.latents.size, l0, header.method, header.strength, seed, progress
         )  # fmt: skip
+    fitted = _Fitted.on(model, fit_batch, fit_examples, readout, seed, permuted, label)
+
+    def findings(what: str) -> Findings:
+        rows, batch = given[what], batches[what]
+        said = f"reading the {what}" if progress else None
+        read = fitted.read(model, batch, readout, said)
+        swapped = read_swapped(model, rows, read.own, tokens, readout, seed, "swapped prompts" if progress else None)
+        found = _findings(rows, fit_examples, read, swapped, measured[what], seed)
+        if near[what]:
+            shown = ", ".join(f"{row} and {other} of the fit ({same:.2f})" for row, other, same in near[what][:NAMED])
+            logger.warning(
+                "%d rows of the %s are nearly rows of the fit: %s%s. The evidence counts them; remove them for a cleaner one.",
+                len(near[what]), what, shown, " …" if len(near[what]) > NAMED else "",
+            )  # fmt: skip
+        found = found.model_copy(update={"near_duplicates": len(near[what])})
         if dictionaries is None or sae is None:
             return found
         drawn = dictionaries.scores(model, batch, readout.pooling, progress)
@@ -123,8 +149,8 @@ def check_card(
 
     return Evidence(
         readout=card.card.readout_digest,
-        held_out=findings(examples, "held-out examples"),
-        completions=None if completions is None else findings(completions, "completions"),
+        held_out=findings("held-out examples"),
+        completions=None if completions is None else findings("completions"),
         seed=seed,
         command=command,
         versions=library_versions(),
@@ -136,9 +162,10 @@ class Controls:
 
     Random directions are drawn in the standardized space in which probes are fitted (in the raw one, the few dimensions
     with massive activations would decide alone) and get the better sign on the fit's examples: the same chance to be
-    right by luck that the probe had.
+    right by luck that the probe had. Under `attention` all of them look where the probe's query does.
 
     Args:
+        features (`np.ndarray` of shape (N, D)): pooled activations of the fit's examples, as the probe was fitted on them.
         permuted (`tuple[Latents, np.ndarray]`, *optional*): of a card of latents: see `permuted_choices`.
     """
 
@@ -147,29 +174,32 @@ class Controls:
     def __init__(
         self,
         readout: Readout,
-        means: np.ndarray,
+        features: np.ndarray,
         labels: np.ndarray,
         seed: int,
         permuted: tuple[Latents, np.ndarray] | None = None,
     ):
         self.hook_point = readout.hook_point
         self.pooling = readout.pooling
+        self.query = readout.query if getattr(readout, "query", None) is not None else None
         rng = np.random.default_rng(seed)
         self.latents: Latents | None = None
         if permuted is not None:
             self.latents, weights = permuted
         else:
-            probe = LinearProbe(readout.header.method if readout.header else "logistic_regression")
-            weights = np.stack([probe.fit(means, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)])
-        spread = means.std(0)
-        directions = rng.standard_normal((RANDOM_DIRECTIONS, means.shape[1])) / np.where(spread > 0, spread, np.inf)
-        gaps = directions @ (means[labels == 1].mean(0) - means[labels == 0].mean(0))
+            probe = LinearProbe(readout.header.method, readout.header.strength) if readout.header else LinearProbe()
+            weights = np.stack([probe.fit(features, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)])
+        directions = rng.standard_normal((RANDOM_DIRECTIONS, features.shape[1])) / spreads(features)
+        gaps = directions @ (features[labels == 1].mean(0) - features[labels == 0].mean(0))
         directions *= np.where(gaps >= 0, 1.0, -1.0)[:, None]
         self.permuted, self.directions = _columns(weights), _columns(directions)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
         read = activation if self.latents is None else self.latents(activation)
-        return torch.cat([read @ self.permuted.to(read), activation @ self.directions.to(activation)], dim=-1)
+        found = [read @ self.permuted.to(read), activation @ self.directions.to(activation)]
+        if self.query is not None:
+            found.append((activation @ self.query.to(activation)).unsqueeze(-1))
+        return torch.cat(found, dim=-1)
 
 
 def _columns(weights: np.ndarray) -> torch.Tensor:
@@ -198,60 +228,175 @@ def _require_its_sae(readout: Readout, sae: SparseAutoencoder | None) -> None:
         )
 
 
+def _measured(measures: Mapping[str, Callable[[str], float]], rows: Examples, what: str) -> dict[str, np.ndarray]:
+    """Every measure of every text.
+
+    Raises:
+        `ValueError`: one gives no number for a text.
+    """
+    found = {name: np.array([measure(text) for text in rows.texts], dtype=float) for name, measure in measures.items()}
+    for name, values in found.items():
+        if (bad := np.flatnonzero(np.isnan(values))).size:
+            raise ValueError(
+                f"The measure `{name}` gives no number for {bad.size} of {len(rows)} {what}, the first is row {bad[0]} – "
+                "expected one for every text: what is left out would rank nowhere. Remove these rows, or let the measure give a "
+                "number."
+            )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What one pass over examples gives.
+
+    Attributes:
+        own (`np.ndarray` of shape (N,)): the card's score.
+        controls (`np.ndarray` of shape (N, C)): pooled scores of the controls.
+        embedding, prompt (`np.ndarray` of shape (N,)): scores of the probe on mean embeddings, and of that at the prompt's last
+            token.
+        likelihood (`dict[str, np.ndarray]`): `mean` and `sum` of the log-probs of the counted tokens.
+    """
+
+    own: np.ndarray
+    controls: np.ndarray
+    embedding: np.ndarray
+    prompt: np.ndarray
+    likelihood: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What has to be fitted on the fit's examples before others are looked at."""
+
+    controls: Controls
+    embedding: tuple[str, np.ndarray]
+    prompt: np.ndarray
+
+    @classmethod
+    def on(
+        cls, model: Any, batch: TokenBatch, examples: Examples, readout: Readout, seed: int,
+        permuted: tuple[Latents, np.ndarray] | None, progress: str | None,
+    ) -> _Fitted:  # fmt: skip
+        assert readout.header is not None
+        how = "last" if readout.header.pooling == "last" else "mean"
+        point, embedding = readout.hook_point, embedding_point(model)
+        pooled = {
+            name: values.double().numpy() for name, values in read_pooled(
+                model, batch,
+                {
+                    "features": (point, token_weights(batch, how)), "embedding": (embedding, token_weights(batch, "mean")),
+                    "prompt": (point, token_weights(batch, "before")),
+                },
+                progress=progress,
+            ).items()
+        }  # fmt: skip
+        if readout.query is not None:
+            pooled["features"] = _attended(model, batch, readout)
+        labels, groups = examples.labels, examples.groups
+
+        def weight(name: str) -> np.ndarray:
+            return LinearProbe(readout.header.method, seed=seed).fit(pooled[name], labels, groups)[0]  # type: ignore[union-attr]
+
+        return cls(
+            Controls(readout, pooled["features"], labels, seed, permuted),
+            (embedding, weight("embedding")),
+            weight("prompt"),
+        )
+
+    def read(self, model: Any, batch: TokenBatch, readout: Readout, progress: str | None) -> _Read:
+        """By one whole forward, in chunks of rows: per-token scores of so many controls never pile up."""
+        parts: list[list[np.ndarray]] = []
+        for start in range(0, len(batch), CHUNK_ROWS):
+            part = batch.part(slice(start, start + CHUNK_ROWS))
+            scores, pooled, log_probs = read_with_likelihood(
+                model, part, [readout, self.controls],
+                {
+                    "embedding": (self.embedding[0], token_weights(part, "mean")),
+                    "prompt": (readout.hook_point, token_weights(part, "before")),
+                },
+                reader="reference", progress=progress,
+            )  # fmt: skip
+            drawn = pool(scores["controls"].scores, part.completion_mask, self.controls.pooling)
+            total = log_probs.double().sum(1).numpy()
+            parts.append([
+                np.array(readout.score(scores[readout.name]), dtype=float), drawn.double().numpy(),
+                pooled["embedding"].double().numpy() @ self.embedding[1], pooled["prompt"].double().numpy() @ self.prompt,
+                total / part.completion_mask.sum(1).numpy(), total,
+            ])  # fmt: skip
+        own, controls, embedding, prompt, mean, total = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return _Read(own, controls, embedding, prompt, {"mean": mean, "sum": total})
+
+
+def _attended(model: Any, batch: TokenBatch, readout: Readout) -> np.ndarray:
+    """Activations (N, D) as a readout's query attends to them."""
+    assert readout.query is not None
+    query = readout.query.double().numpy()
+    found = []
+    for start in range(0, len(batch), CHUNK_ROWS):
+        part = batch.part(slice(start, start + CHUNK_ROWS))
+        values = read_activations(model, part, [readout.hook_point])[readout.hook_point].numpy()
+        found.append(Tokens.of(values, part.completion_mask.sum(1).numpy()).attended(query))
+    return np.concatenate(found)
+
+
 def _findings(
-    model: Any,
-    batch: Any,
     rows: Examples,
-    fit_examples: Examples,
-    readout: Readout,
-    controls: Controls,
-    embedding: tuple[str, tuple[np.ndarray, float]],
-    measures: Mapping[str, Callable[[str], float]],
+    fit: Examples,
+    read: _Read,
+    swapped: Swapped | None,
+    measured: Mapping[str, np.ndarray],
     seed: int,
-    progress: str | None,
 ) -> Findings:
-    labels = rows.labels
-    if not batch.completion_mask.any(1).all():
-        row = int((~batch.completion_mask.any(1)).nonzero()[0])
-        raise ValueError(f"Row {row} has no token that counts – expected a completion. Remove it.")
-    own, drawn = _read_in_chunks(model, batch, readout, controls, progress)
-    point, (weight, _) = embedding
-    lexical = read_means(model, batch, [point])[point].double().numpy() @ weight
+    labels, groups = rows.labels, rows.groups
+
+    def interval(scores: np.ndarray) -> Estimate:
+        return estimate(auroc_interval(labels, scores, groups, seed))
+
     once = np.ones((1, len(labels)))
-    control_aurocs = np.array([weighted_aurocs(labels, column, once)[0] for column in drawn.T])
-    train, test = fit_examples.texts, rows.texts
-
-    def estimate(scores: np.ndarray) -> Estimate:
-        auroc, low, high = auroc_interval(labels, scores, rows.groups, seed)
-        return Estimate(auroc=round(auroc, 4), low=round(low, 4), high=round(high, 4))
-
+    controls = np.array([weighted_aurocs(labels, column, once)[0] for column in read.controls.T])
+    words = _words(fit, rows, seed)
+    has_prompts = any(rows.prompts)
+    others = {
+        **words, "embedding": read.embedding, **({"prompt_probe": read.prompt} if has_prompts else {}),
+        **{f"likelihood_{how}": values for how, values in read.likelihood.items()},
+    }  # fmt: skip
+    within = auroc_within(labels, read.own, groups, seed)
     return Findings(
         data=rows.fingerprint,
         examples=len(rows),
         positives=int(labels.sum()),
-        probe=estimate(own),
-        permutation=_control(control_aurocs[:PERMUTATIONS]),
-        random_direction=_control(control_aurocs[PERMUTATIONS:]),
-        tfidf=estimate(baselines.tfidf(train, fit_examples.labels, test)),
-        length=estimate(baselines.length(train, fit_examples.labels, test)),
-        punctuation=estimate(baselines.punctuation(train, fit_examples.labels, test)),
-        embedding=estimate(lexical),
-        measures={name: estimate(np.array([measure(text) for text in test])) for name, measure in measures.items()},
-    )
+        adds=added_finding(added(labels, read.own, others, groups, seed)),
+        probe=interval(read.own),
+        calibration=calibration_finding(labels, read.own),
+        permutation=_control(controls[:PERMUTATIONS]),
+        random_direction=_control(controls[PERMUTATIONS:]),
+        tfidf=interval(words["tfidf"]),
+        length=interval(words["length"]),
+        punctuation=interval(words["punctuation"]),
+        embedding=interval(read.embedding),
+        likelihood={how: interval(values) for how, values in read.likelihood.items()},
+        prompt=None if not has_prompts else prompt_finding(
+            tfidf=interval(words["tfidf_prompt"]), both=interval(words["tfidf_both"]), probe=interval(read.prompt),
+            within=within, swapped=swapped, seed=seed,
+        ),
+        measures={name: interval(values) for name, values in measured.items()},
+    )  # fmt: skip
 
 
-def _read_in_chunks(
-    model: Any, batch: Any, readout: Readout, controls: Controls, progress: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled scores of the probe (N,) and of the controls (N, K): per-token scores of K controls never pile up."""
-    own: list[np.ndarray] = []
-    drawn: list[np.ndarray] = []
-    for start in range(0, len(batch), CHUNK_ROWS):
-        part = batch.part(slice(start, start + CHUNK_ROWS))
-        scores = read(model, part, [readout, controls], reader="reference", progress=progress)
-        own.append(np.array(readout.score(scores[readout.name]), dtype=float))
-        drawn.append(pool(scores[controls.name].scores, part.completion_mask, controls.pooling).double().numpy())
-    return np.concatenate(own), np.concatenate(drawn)
+def _words(fit: Examples, rows: Examples, seed: int) -> dict[str, np.ndarray]:
+    """Scores of what sees text only: the completion, the prompt, and both."""
+    labels, groups = fit.labels, fit.groups
+    found = {"tfidf": baselines.tfidf(fit.texts, labels, rows.texts, groups, seed)}
+    if any(rows.prompts) and any(fit.prompts):
+        found["tfidf_prompt"] = baselines.tfidf(fit.prompts, labels, rows.prompts, groups, seed)
+        both = ([f"{p}\n{t}" for p, t in zip(e.prompts, e.texts, strict=True)] for e in (fit, rows))
+        found["tfidf_both"] = baselines.tfidf(next(both), labels, next(both), groups, seed)
+    else:
+        found["tfidf_prompt"], found["tfidf_both"] = np.zeros(len(rows)), found["tfidf"]
+    return found | {
+        "length": baselines.length(fit.texts, labels, rows.texts),
+        "punctuation": baselines.punctuation(fit.texts, labels, rows.texts),
+    }
 
 
 def _control(aurocs: np.ndarray) -> Control:

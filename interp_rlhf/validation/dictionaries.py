@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from ..activations import TokenBatch, norm_outliers, read_activations
 from ..concepts.card import SaeFindings
 from ..concepts.latents import Latents
-from ..concepts.pooling import pool
 from ..concepts.linear import LinearProbe
+from ..concepts.pooling import pool
 from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
 
 PERMUTATIONS = 100
@@ -71,7 +71,13 @@ class RandomDictionaries:
 
 
 def permuted_choices(
-    means: np.ndarray, labels: np.ndarray, sae: SparseAutoencoder, count: int, method: str, strength: float | None, seed: int
+    means: np.ndarray,
+    labels: np.ndarray,
+    sae: SparseAutoencoder,
+    count: int,
+    method: str,
+    strength: float | None,
+    seed: int,
 ) -> tuple[Latents, np.ndarray]:
     """Latents chosen and weighed on permuted labels, `PERMUTATIONS` times.
 

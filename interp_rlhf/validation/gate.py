@@ -6,7 +6,17 @@ a monitor.
 
 from __future__ import annotations
 
+import logging
+
 from ..concepts.card import Card, Findings
+from .statistics import MIN_PER_LABEL, MIN_PROMPTS
+
+logger = logging.getLogger(__name__)
+
+# A score of which less is the answer's is nearly a function of the prompt: all answers to one get nearly one reward.
+ANSWER_SHARE = 0.1
+# So is one that keeps more of its AUROC above chance when each prompt has another prompt's answer.
+KEPT = 0.75
 
 
 def gate(card: Card) -> list[str]:
@@ -14,7 +24,8 @@ def gate(card: Card) -> list[str]:
 
     The probe's AUROC must lie above 0.5 and above both controls, by the lower bound of its 95 % interval against the 95th
     percentile of the control: on held-out examples, and on the model's own completions where the card has them. Latents of a
-    sparse autoencoder must also beat as many latents of random dictionaries. Text baselines do not gate: they are there to be
+    sparse autoencoder must also beat as many latents of random dictionaries. A score that is nearly a function of the prompt is
+    no reward: it cannot tell answers apart. Text baselines, and what the probe adds to them, do not gate: they are there to be
     read.
     """
     evidence = card.evidence
@@ -24,15 +35,23 @@ def gate(card: Card) -> list[str]:
         return ["its evidence was written for another readout (artifact, hook point, pooling or model changed since)"]
     if card.readout.kind == "sae_latents" and evidence.held_out.random_dictionary is None:
         return ["its evidence lacks the random-dictionary control"]
-    reasons = _below_controls(evidence.held_out, "held-out examples")
-    if evidence.completions is not None:
-        reasons += _below_controls(evidence.completions, "the model's own completions")
+    reasons = []
+    for findings, where in (
+        (evidence.held_out, "held-out examples"), (evidence.completions, "the model's own completions"),
+    ):  # fmt: skip
+        if findings is not None:
+            reasons += _below_controls(findings, where) + _of_the_prompt(findings, where)
     return reasons
 
 
 def require_passed(card: Card, path: object) -> None:
-    """Raises `ValueError` for a card that may not be a reward."""
+    """Raises `ValueError` for a card that may not be a reward; warns of evidence that older versions wrote."""
     reasons = gate(card)
+    if not reasons and card.evidence is not None and card.evidence.held_out.calibration is None:
+        logger.warning(
+            "The evidence of `%s` was written before 0.3: it says neither what the probe adds to the words, nor whether its "
+            "score is the answer's or the prompt's. Write it anew with `interp-rlhf probe check %s … --replace`.", path, path,
+        )  # fmt: skip
     if reasons:
         raise ValueError(
             f"`{path}` may not be a {card.role}: {'; '.join(reasons)} – expected evidence above the controls. Run "
@@ -40,8 +59,31 @@ def require_passed(card: Card, path: object) -> None:
         )
 
 
+def _of_the_prompt(findings: Findings, where: str) -> list[str]:
+    prompt = findings.prompt
+    if prompt is None:
+        return []
+    share, kept = prompt.answer_share, prompt.other_answers
+    if share is not None and share.value < ANSWER_SHARE:
+        return [
+            f"on {where} its score is nearly a function of the prompt: {share.value:.0%} of its variance is the answer's, less "
+            f"than {ANSWER_SHARE:.0%}"
+        ]
+    if kept is not None and kept.auroc - 0.5 > KEPT * (findings.probe.auroc - 0.5):
+        return [
+            f"on {where} its score tells the prompts apart, not the answers: with another prompt's answer in the place of each "
+            f"its AUROC is still {kept.auroc:.3f}, of {findings.probe.auroc:.3f}"
+        ]
+    return []
+
+
 def _below_controls(findings: Findings, where: str) -> list[str]:
     low = findings.probe.low
+    if low is None:
+        return [
+            f"on {where} there are not enough prompts for an interval ({findings.examples} examples; it takes {MIN_PROMPTS} "
+            f"prompts, {MIN_PER_LABEL} with each label)"
+        ]
     bars = {
         "chance": 0.5,
         "the 95th percentile of its permutation control": findings.permutation.p95,

@@ -220,12 +220,13 @@ def _shingles(texts: Sequence[str]) -> Any:
     columns = np.concatenate(rows)
     counts = np.bincount(columns, minlength=COLUMNS)
     rank = np.empty(COLUMNS, dtype=np.int32)
-    rank[counts.argsort(kind="stable")] = np.arange(COLUMNS, dtype=np.int32)
+    used = counts.nonzero()[0]
+    rank[used[counts[used].argsort(kind="stable")]] = np.arange(used.size, dtype=np.int32)
     kept = counts[columns] <= max(COMMON_ROWS, COMMON_SHARE * len(texts))
     owner = np.repeat(np.arange(len(rows)), [row.size for row in rows])[kept]
     ends = np.concatenate([[0], np.bincount(owner, minlength=len(rows)).cumsum()])
     indices = rank[columns[kept]]
-    found = csr_array((np.ones(indices.size, dtype=np.int32), indices, ends), shape=(len(rows), COLUMNS))
+    found = csr_array((np.ones(indices.size, dtype=np.int32), indices, ends), shape=(len(rows), max(used.size, 1)))
     found.sort_indices()
     return found
 

@@ -196,9 +196,9 @@ def calibration(labels: np.ndarray, log_odds: np.ndarray) -> tuple[float, float,
         NaN where a threshold separates the labels, where the log-odds are all alike or one is infinite; everything is NaN where
         one is NaN or a label is missing.
     """
-    weights = equal_classes(labels)
-    if np.isnan(log_odds).any() or not np.isfinite(weights).all() or not len(labels):
+    if np.isnan(log_odds).any() or len(np.unique(labels)) < 2:
         return (float("nan"),) * 4
+    weights = equal_classes(labels)
     brier = float(weights @ (_sigmoid(log_odds) - labels) ** 2)
     loss = float(weights @ losses(labels, log_odds))
     high, low = log_odds[labels == 1], log_odds[labels == 0]
@@ -210,10 +210,9 @@ def calibration(labels: np.ndarray, log_odds: np.ndarray) -> tuple[float, float,
 
 
 def equal_classes(labels: np.ndarray) -> np.ndarray:
-    """Weights (N,) that sum to one half for each label; not finite where one is missing."""
+    """Weights (N,) that sum to one half for each label; both must be there."""
     positive = labels.sum()
-    with np.errstate(divide="ignore"):
-        return np.where(labels == 1, np.divide(0.5, positive), np.divide(0.5, len(labels) - positive))
+    return np.where(labels == 1, 0.5 / positive, 0.5 / (len(labels) - positive))
 
 
 def losses(labels: np.ndarray, log_odds: np.ndarray) -> np.ndarray:

@@ -1,0 +1,76 @@
+"""Numbers of the check as a card holds them: rounded, and none where there is none.
+
+In: statistics. Out: parts of `Findings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..concepts.card import Adds, Calibration, Difference, Estimate, PromptFindings
+from .added import Added
+from .prompts import Swapped, shares
+from .statistics import auroc_interval, calibration, draws, enough_prompts
+
+
+def number(value: float) -> float | None:
+    """Four digits; None where there is no number."""
+    return round(float(value), 4) if np.isfinite(value) else None
+
+
+def difference(interval: Sequence[float]) -> Difference:
+    """A number; without bounds where there are too few prompts to resample."""
+    value, low, high = interval
+    return Difference(value=round(float(value), 4), low=number(low), high=number(high))
+
+
+def estimate(interval: Sequence[float]) -> Estimate:
+    """An AUROC; without bounds where there are too few prompts to resample."""
+    auroc, low, high = interval
+    return Estimate(auroc=round(auroc, 4), low=number(low), high=number(high))
+
+
+def added_finding(found: Added) -> Adds | None:
+    """None where there are too few prompts to say anything."""
+    if not np.isfinite(found.auroc[0]):
+        return None
+
+    return Adds(
+        auroc=difference(found.auroc), log_loss=difference(found.log_loss),
+        **{
+            name: round(getattr(found, name), 4)
+            for name in ("auroc_without", "auroc_with", "log_loss_without", "log_loss_with")
+        },
+    )  # fmt: skip
+
+
+def calibration_finding(labels: np.ndarray, log_odds: np.ndarray) -> Calibration:
+    """Slope, intercept, Brier score and log-loss."""
+    slope, intercept, brier, loss = calibration(labels, log_odds)
+    return Calibration(
+        slope=number(slope), intercept=number(intercept), brier=round(brier, 4), log_loss=round(loss, 4)
+    )
+
+
+def prompt_finding(
+    *, tfidf: Estimate, both: Estimate, probe: Estimate, within: tuple[float, float, float, int], swapped: Swapped | None,
+    seed: int,
+) -> PromptFindings:  # fmt: skip
+    """What the prompt says, and how much of the score is the answer's."""
+    share = kept = None
+    if swapped is not None and np.isfinite(swapped.share):
+        bounds = [np.nan, np.nan]
+        if enough_prompts(swapped.labels, swapped.groups):
+            drawn = shares(swapped.own, swapped.other, draws(swapped.groups, seed))
+            bounds = list(np.nanpercentile(drawn, [2.5, 97.5]))
+        share = difference((swapped.share, *bounds))
+        if len(set(swapped.labels.tolist())) == 2:
+            kept = estimate(auroc_interval(swapped.labels, swapped.other, swapped.groups, seed))
+    auroc, low, high, prompts = within
+    return PromptFindings(
+        tfidf=tfidf, tfidf_with_completion=both, probe=probe,
+        within=None if prompts == 0 else estimate((auroc, low, high)), prompts_with_both_labels=prompts,
+        answer_share=share, other_answers=kept,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Is a score of the answer, or of the prompt? Answers are put under each other's prompts and read again.
+
+In: examples with prompts, a readout. Out: scores of the pairs as they are, and of each prompt with another's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..activations import TokenBatch, read
+from ..concepts.examples import Examples
+from ..concepts.readout import Readout
+
+ROWS = 100
+FEWEST = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Swapped:
+    """Scores of M prompts with their own answers and with those of other prompts.
+
+    Attributes:
+        labels (`np.ndarray` of shape (M,)), groups (`list[str]`): of the prompt's own pair.
+        own, other (`np.ndarray` of shape (M,)): score with its own answer, and with another's.
+    """
+
+    labels: np.ndarray
+    groups: list[str]
+    own: np.ndarray
+    other: np.ndarray
+
+    @property
+    def share(self) -> float:
+        """Share of the score's variance that is the answer's: within a prompt. Near 0 the score is a function of the prompt,
+        near 1 it does not mind it. NaN where the score is constant.
+
+        Half the mean squared difference of two answers under one prompt, over the variance of all.
+        """
+        return shares(self.own, self.other, np.ones((1, len(self.own))))[0]
+
+
+def shares(own: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`Swapped.share` (R,) under many weightings (R, M) of the prompts."""
+    total = weights.sum(1)
+    within = (weights * (own - other) ** 2).sum(1) / 2 / total
+    mean = (weights * (own + other)).sum(1) / 2 / total
+    square = (weights * (own**2 + other**2)).sum(1) / 2 / total
+    variance = square - mean**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(variance > 1e-12 * np.maximum(square, 1e-300), within / variance, np.nan))
+
+
+def read_swapped(
+    model: Any,
+    rows: Examples,
+    own: np.ndarray,
+    tokens: Callable[[Examples], TokenBatch],
+    readout: Readout,
+    seed: int,
+    progress: str | None,
+) -> Swapped | None:
+    """Up to 100 prompts drawn at random, each with its own answer and with that of another; None with fewer than ten prompts.
+
+    Args:
+        own (`np.ndarray` of shape (N,)): scores of the rows as they are.
+        tokens (`Callable`): makes a batch of examples.
+    """
+    form = {i: swappable(row) for i, row in enumerate(rows.rows)}
+    groups = rows.groups
+    first: dict[str, int] = {}
+    rng = np.random.default_rng(seed)
+    for i in rng.permutation(len(rows)).tolist():
+        if form[i] is not None:
+            first.setdefault(groups[i], i)
+    drawn = list(first.values())[:ROWS]
+    kinds: dict[str | None, list[int]] = {}
+    for i in drawn:
+        kinds.setdefault(form[i], []).append(i)
+    places, partners = [], []
+    for same in kinds.values():  # each takes the answer of the next one, in one round
+        if len(same) > 1:
+            places += same
+            partners += same[1:] + same[:1]
+    if len(places) < FEWEST:
+        return None
+    mixed = [with_answer(rows.rows[i], rows.rows[j]) for i, j in zip(places, partners, strict=True)]
+    labels = rows.labels[places]
+    batch = tokens(Examples(mixed, labels, rows.label_names, rows.fingerprint))
+    scores = read(model, batch, [readout], reader="reference", progress=progress)[readout.name]
+    return Swapped(labels, [groups[i] for i in places], own[places], np.array(readout.score(scores), dtype=float))
+
+
+def swappable(row: dict[str, Any]) -> str | None:
+    """The form of a row whose answer can stand under another prompt of that form; None without a prompt."""
+    if "messages" in row:
+        return "messages" if len(row["messages"]) > 1 else None
+    if not row.get("prompt"):
+        return None
+    kind = "text" if isinstance(row["completion"], str) else "messages"
+    return f"prompt and {kind}{' and ids' if 'completion_ids' in row else ''}"
+
+
+def with_answer(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A row with another's answer."""
+    if "messages" in row:
+        return {**row, "messages": [*list(row["messages"])[:-1], list(other["messages"])[-1]]}
+    answer: dict[str, Any] = {key: other[key] for key in ("completion", "completion_ids") if key in other}
+    return {**row, **answer}
