@@ -130,7 +130,7 @@ def test_auroc_within_prompts_is_that_of_a_double_loop(drawn):
         for h, other, b in zip(groups, labels, scores, strict=True)
         if g == h and one == 1 and other == 0
     ]
-    _, low, high, count = auroc_within(np.array(labels), np.array(scores, float), list(map(str, groups)), 0)
+    value, low, high, count = auroc_within(np.array(labels), np.array(scores, float), list(map(str, groups)), 0)
     assert count == len({g for g in groups if {0, 1} <= {y for h, y in zip(groups, labels, strict=True) if g == h}})
     assert value == pytest.approx(np.mean(pairs) if pairs else np.nan, nan_ok=True)
     assert np.isnan([low, high]).all()

@@ -71,12 +71,14 @@ class Header:
     regularization: float | None = None
     sharpness: float | None = None
 
-    @property
-    def strength(self) -> float | None:
-        """Regularization of the fit, for controls that are to have the same; None where a difference of means has none."""
-        if self.method == "difference_of_means" or self.regularization is not None:
-            return self.regularization
-        return 1.0 if self.kind == "sae_latents" else 0.001  # what artifacts of before 0.3 were fitted with
+
+def strength_of(header: Header) -> float | None:
+    """Regularization of a fit, for controls that are to have the same; None where a difference of means has none."""
+    if header.method == "difference_of_means":
+        return None
+    if header.regularization is None:
+        return 1.0 if header.kind == "sae_latents" else 0.001  # what artifacts of before 0.3 were fitted with
+    return header.regularization
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,8 @@ class Artifact:
         bias (`float`): 0 for a direction.
         header (`Header`): what it is.
         latents (`Latents`, *optional*): of `sae_latents`: the K latents that are weighed.
-        query (`torch.FloatTensor` of the weight's shape, *optional*): of a fit for `attention`: a token's logit is ⟨h, query⟩.
+        query (`torch.FloatTensor` of the weight's shape, *optional*): of a fit for `attention`: a token's logit is
+            ⟨h, query⟩ + query_bias, where 0 is the sink's; then bias is −⟨μ, weight⟩, so that the sink's score is 0 too.
     """
 
     weight: torch.Tensor
@@ -96,6 +99,7 @@ class Artifact:
     header: Header
     latents: Latents | None = None
     query: torch.Tensor | None = None
+    query_bias: float = 0.0
 
     def save(self, path: str | Path) -> str:
         """Write the file whole or not at all; returns its SHA-256."""
@@ -103,7 +107,7 @@ class Artifact:
 
         tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor([self.bias])}
         if self.query is not None:
-            tensors["query"] = self.query.contiguous()
+            tensors |= {"query": self.query.contiguous(), "query_bias": torch.tensor([self.query_bias])}
         if self.latents is not None:
             tensors |= {f"sae.{name}": tensor.contiguous().cpu() for name, tensor in self.latents.tensors().items()}
         data = save(tensors, metadata={HEADER_KEY: json.dumps(asdict(self.header), sort_keys=True)})
@@ -153,7 +157,8 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
             f"`{header.pooling}`, all numbers finite: {finite} – expected ({size},) finite numbers, and a query for `attention` "
             "only. Fit it anew."
         )
-    return Artifact(weight, bias, header, _latents(tensors, header), query)
+    query_bias = float(tensors["query_bias"].item()) if query is not None else 0.0
+    return Artifact(weight, bias, header, _latents(tensors, header), query, query_bias)
 
 
 def _latents(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None:

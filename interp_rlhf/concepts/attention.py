@@ -1,11 +1,13 @@
 """Attention pooling: a query that learns where in a completion a concept stands.
 
 In: activations of the counted tokens of each example, labels. Out: a query, and attended activations (N, D) on which a linear
-probe is fitted as on means. The pooled score is Σ_t a_t (⟨h_t, w⟩ + b) with a = softmax_t ⟨h_t, q⟩ over the counted tokens.
+probe is fitted as on means. The pooled score is Σ_t a_t ⟨h_t − μ, w⟩ with a_t = exp z_t / (1 + Σ_s exp z_s), z_t = ⟨h_t, q⟩ − c,
+over the counted tokens; μ is the mean activation. The 1 is a sink, as good as an average token: without it an example in which
+the concept does not stand rests on the extreme of its noise, which filler makes more extreme.
 
 The query is not learned by gradient descent, which on a few hundred examples fits their noise, but by turns: the query is the
 probe's own direction at some sharpness, the probe is fitted anew on what that attends to, and so on, while the sharpness grows.
-It starts next to mean pooling. Scores out of fold say where to stop.
+It starts next to mean pooling. Scores out of fold say where to stop, and whether the sink gets anything.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from .linear import STRENGTHS, CrossValidated, Path, fit_path, log_loss
 SHARPNESS = ((0.25, 2), (0.5, 2), (1.0, 6), (1.5, 2), (2.0, 2), (3.0, 2))
 # Regularization of the turns: where to look is found with a strong one, what to make of it is chosen after.
 TURNING = 0.001
+# The sink's logit over the lower quartile, over examples, of the logarithm of Σ exp ⟨h, q⟩: next to nothing, or more than what
+# most examples without the concept have, tried from a sharpness of 1 on.
+SINKS = (-30.0, 4.0)
+SINK_FROM = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +61,28 @@ class Tokens:
             return self.values[self.starts[1:] - 1].astype(np.float64)
         return self._weighted(np.repeat(1 / np.diff(self.starts), np.diff(self.starts)))
 
-    def attended(self, query: np.ndarray) -> np.ndarray:
-        """Activations (N, D) of each example, averaged by softmax ⟨h_t, q⟩, float64."""
-        logits = (self.values @ query.astype(np.float32)).astype(np.float64)
-        highest = np.maximum.reduceat(logits, self.starts[:-1])
+    def attended(self, query: Query) -> np.ndarray:
+        """Sum (N, D) of each example's activations over μ, weighed by attention, float64."""
+        logits = self._logits(query.vector) - query.sink
+        highest = np.maximum(np.maximum.reduceat(logits, self.starts[:-1]), 0)
         lengths = np.diff(self.starts)
         weights = np.exp(logits - np.repeat(highest, lengths))
-        return self._weighted(weights / np.repeat(np.add.reduceat(weights, self.starts[:-1]), lengths))
+        total = np.exp(-highest) + np.add.reduceat(weights, self.starts[:-1])
+        weights /= np.repeat(total, lengths)
+        shares = np.add.reduceat(weights, self.starts[:-1])
+        return self._weighted(weights) - shares[:, None] * query.center
+
+    def log_sum_exp(self, vector: np.ndarray) -> np.ndarray:
+        """log Σ_t exp ⟨h_t, q⟩ (N,) of each example."""
+        logits = self._logits(vector)
+        highest = np.maximum.reduceat(logits, self.starts[:-1])
+        lengths = np.diff(self.starts)
+        return np.asarray(
+            highest + np.log(np.add.reduceat(np.exp(logits - np.repeat(highest, lengths)), self.starts[:-1]))
+        )
+
+    def _logits(self, vector: np.ndarray) -> np.ndarray:
+        return np.asarray(self.values @ vector.astype(np.float32), dtype=np.float64)
 
     def _weighted(self, weights: np.ndarray) -> np.ndarray:
         from scipy.sparse import csr_matrix
@@ -72,59 +93,80 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
-    """A query, and the probe on what it attends to.
+class Query:
+    """Where to look.
 
     Attributes:
-        query (`np.ndarray` of shape (D,)): of the fit on all examples.
+        vector (`np.ndarray` of shape (D,)): q.
+        sink (`float`): c, the sink's logit.
+        center (`np.ndarray` of shape (D,)): μ, the mean over the fit's tokens.
         sharpness (`float`): standard deviation of ⟨h, q⟩ over the fit's tokens.
-        queries (`np.ndarray` of shape (F, D)): of the fits on all folds but one.
-        chosen (`CrossValidated`): see there.
     """
 
-    query: np.ndarray
+    vector: np.ndarray
+    sink: float
+    center: np.ndarray
     sharpness: float
-    queries: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """A query, and what the folds say of the probe on what it attends to.
+
+    Attributes:
+        query (`Query`): of the fit on all examples.
+        features (`np.ndarray` of shape (N, D)): what it attends to.
+        chosen (`CrossValidated`): see there; its scores are without the folds' biases, as the readout's are without its own.
+    """
+
+    query: Query
+    features: np.ndarray
     chosen: CrossValidated
 
 
-def stages(tokens: Tokens, labels: np.ndarray, method: str) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
-    """Sharpness, query (D,) and attended activations (N, D) of each stage, blunt to sharp."""
+def queries(tokens: Tokens, labels: np.ndarray, method: str) -> Iterator[tuple[Query, np.ndarray]]:
+    """Queries from blunt to sharp, without and with a sink, each with what it attends to (N, D)."""
+    center = tokens.values.mean(0, dtype=np.float64)
     weight = fit_path(tokens.pooled("mean"), labels, method, (TURNING,)).weights[0]
     for sharpness, turns in SHARPNESS:
         for _ in range(turns):
             spread = float((tokens.values @ weight.astype(np.float32)).std(dtype=np.float64))
-            query = sharpness * weight / max(spread, 1e-30)
-            attended = tokens.attended(query)
+            vector = sharpness * weight / max(spread, 1e-30)
+            floor = float(np.quantile(tokens.log_sum_exp(vector), 0.25))
+            blunt = Query(vector, floor + SINKS[0], center, sharpness)
+            attended = tokens.attended(blunt)
             weight = fit_path(attended, labels, method, (TURNING,)).weights[0]
-        yield sharpness, query, attended
+        yield blunt, attended
+        if sharpness >= SINK_FROM:
+            deep = Query(vector, floor + SINKS[1], center, sharpness)
+            yield deep, tokens.attended(deep)
 
 
 def fit_attention(
     tokens: Tokens, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str
-) -> tuple[Attended, np.ndarray]:
-    """A query whose sharpness and whose probe's regularization have the lowest log-loss out of fold.
-
-    Returns:
-        The query, and the attended activations (N, D) of all examples.
-    """
+) -> Attended:
+    """A query whose sharpness and sink, and whose probe's regularization, have the lowest log-loss out of fold."""
     strengths = STRENGTHS if method == "logistic_regression" else STRENGTHS[:1]
-    scores = np.zeros((len(SHARPNESS), len(strengths), len(labels)))
-    kept: list[list[tuple[np.ndarray, Path]]] = []
+    every: list[list[Path]] = []
+    scores: list[np.ndarray] = []  # (S, N) per query
     for train, test in splits:
         others = tokens.rows(test)
         own = []
-        for number, (_, query, attended) in enumerate(stages(tokens.rows(train), labels[train], method)):
+        for number, (query, attended) in enumerate(queries(tokens.rows(train), labels[train], method)):
             path = fit_path(attended, labels[train], method, strengths)
+            if number == len(scores):
+                scores.append(np.zeros((len(strengths), len(labels))))
             scores[number][:, test] = path.scores(others.attended(query))
-            own.append((query, path))
-        kept.append(own)
-    losses = np.array([[log_loss(labels, values) for values in of_stage] for of_stage in scores])
-    stage, place = map(int, np.unravel_index(losses.argmin(), losses.shape))
-    best = [own[stage] for own in kept]
-    chosen = CrossValidated(
-        strengths[place], scores[stage, place], np.stack([path.weights[place] for _, path in best]),
-        np.array([path.biases[place] for _, path in best]), float(losses.min()),
-    )  # fmt: skip
-    sharpness, query, attended = next(islice(stages(tokens, labels, method), stage, None))
-    return Attended(query, sharpness, np.stack([query for query, _ in best]), chosen), attended
+            own.append(path)
+        every.append(own)
+    losses = np.array([[log_loss(labels, values) for values in of_query] for of_query in scores])
+    number, place = map(int, np.unravel_index(losses.argmin(), losses.shape))
+    weights = np.stack([own[number].weights[place] for own in every])
+    biases = np.array([own[number].biases[place] for own in every])
+    out_of_fold = scores[number][place]
+    for bias, (_, test) in zip(biases, splits, strict=True):
+        out_of_fold[test] -= bias
+    query, features = next(islice(queries(tokens, labels, method), number, None))
+    return Attended(
+        query, features, CrossValidated(strengths[place], out_of_fold, weights, biases, float(losses.min()))
+    )

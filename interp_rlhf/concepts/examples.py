@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..messages import as_list, content_text, split_example
+from .spoken import spoken
 
 CONTENT = ("text", "messages", "prompt", "completion")
 # Columns that TRL renders along with them, or that hold a completion as it was generated.
@@ -59,13 +60,9 @@ class Examples:
 
     @property
     def groups(self) -> list[str]:
-        """Key per row of what must not be split between folds: the prompt, else the row itself."""
-        return [_digest(_prompt_of(row)) for row in self.rows]
-
-    @property
-    def keys(self) -> set[str]:
-        """Digest of each row's content, to find rows that two files share."""
-        return {_digest({key: row[key] for key in CONTENT if key in row}) for row in self.rows}
+        """Key per row of what must not be split between folds: the prompt, else the row itself, whatever its form, case and
+        white space."""
+        return [_digest(prompt or answer) for prompt, answer in map(spoken, self.rows)]
 
 
 def load_examples(source: str | Path, positive: str | None = None) -> Examples:
@@ -343,12 +340,6 @@ def _prompt_text(prompt: Any) -> str:
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
     return "\n".join(content_text(message.get("content")) for message in prompt)
-
-
-def _prompt_of(row: Mapping[str, Any]) -> Any:
-    if "messages" in row:
-        return row["messages"][:-1]
-    return row.get("prompt", row.get("text"))
 
 
 def _digest(value: Any) -> str:

@@ -32,8 +32,8 @@ def pool(scores: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         pooling (`str`): `mean`: the default of a positive reward, where one spike must not pay for everything and
             length must not help. `ema_max`: the default of penalties and monitors, since filler cannot dilute it: the
             maximum over positions of an exponential moving average. `last`: the last counted token. `max`: the highest
-            token. `attention`: the mean weighed by the softmax of the logits over the counted tokens; the hardest of these to
-            evade in RL-Obfuscation (Gupta & Jenner, arXiv 2506.14261).
+            token. `attention`: the mean weighed by the softmax of the logits over the counted tokens and a sink (see
+            `concepts.attention`); the hardest of these to evade in RL-Obfuscation (Gupta & Jenner, arXiv 2506.14261).
 
     Returns:
         `torch.FloatTensor` of shape (B, K): NaN in rows without a counted token.
@@ -72,10 +72,10 @@ def _mean(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def attention_weights(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Weights (B, T) of the tokens under `attention`: 0 where a token does not count, of sum 1 in a row where some do."""
-    any_counts = mask.any(1, keepdim=True)
-    logits = scores[..., -1].masked_fill(~mask & any_counts, -torch.inf).masked_fill(~any_counts, 0)
-    return logits.softmax(1).masked_fill(~mask, 0)
+    """Weights (B, T) of the tokens under `attention`: 0 where a token does not count, of sum below 1; the rest is the sink's,
+    whose logit and score are 0."""
+    logits = scores[..., -1].masked_fill(~mask, -torch.inf)
+    return torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1).softmax(1)[:, :-1]
 
 
 def _attention(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

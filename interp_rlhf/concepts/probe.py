@@ -31,7 +31,7 @@ from ..activations import (
 )
 from ..messages import as_list
 from .artifact import Artifact, Header, library_versions
-from .attention import Attended, Tokens, fit_attention
+from .attention import Query, Tokens, fit_attention
 from .examples import Examples
 from .latents import Latents
 from .linear import CrossValidated, LinearProbe, cross_validate, fold_aurocs, folds, log_loss, platt, separates
@@ -70,13 +70,13 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A hook point and a pooling, with what its folds say; of `attention` with the query, and the features under it."""
+    """A hook point and a pooling, with what its folds say of the features under it, and of `attention` the query."""
 
     hook_point: str
     pooling: str
     chosen: CrossValidated
     features: np.ndarray = field(repr=False)  # (N, D)
-    attended: Attended | None = None
+    query: Query | None = None
 
 
 _Features = tuple[str, dict[str, np.ndarray], Tokens | None]
@@ -173,20 +173,19 @@ def fit_probe(
     if kind == "direction":
         weight, bias = weight / np.linalg.norm(weight), 0.0
         weights, biases = weights / np.linalg.norm(weights, axis=1, keepdims=True), np.zeros(len(biases))
-    vector = torch.tensor(weight, dtype=torch.float32)
-    query = None
-    if winner.attended is None:
+    query, query_bias = None, 0.0
+    if winner.query is None:
         out_of_fold = _out_of_fold(model, batch, winner.hook_point, weights, biases, splits, chosen)
     else:
-        query = torch.tensor(winner.attended.query, dtype=torch.float32)
-        shift = np.zeros(len(labels))
-        for fold, (_, test) in enumerate(
-            splits
-        ):  # a direction's scores are those of a probe, at another scale in each fold
-            scale = np.linalg.norm(weights[fold]) / np.linalg.norm(winner.chosen.weights[fold])
-            shift[test] = (winner.chosen.scores[test] - winner.chosen.biases[fold]) * scale + biases[fold]
-        out_of_fold = {ATTENTION: shift}
-    readout = Readout("fit", winner.hook_point, vector, bias, winner.pooling, latents=chosen, query=query)
+        query, query_bias = torch.tensor(winner.query.vector, dtype=torch.float32), -winner.query.sink
+        bias = -float(winner.query.center @ weight)
+        out_of_fold = {ATTENTION: winner.chosen.scores.copy()}
+        for own, full, (_, test) in zip(weights, winner.chosen.weights, splits, strict=True):
+            out_of_fold[ATTENTION][test] *= np.linalg.norm(own) / np.linalg.norm(full)  # 1, but for a direction
+    vector = torch.tensor(weight, dtype=torch.float32)
+    readout = Readout(
+        "fit", winner.hook_point, vector, bias, winner.pooling, latents=chosen, query=query, query_bias=query_bias
+    )
     header = Header(
         kind=kind,
         method=method,
@@ -206,9 +205,9 @@ def fit_probe(
         sae={} if sae is None else _description(sae, latents or ()),
         pooling=winner.pooling,
         regularization=strength,
-        sharpness=None if winner.attended is None else winner.attended.sharpness,
+        sharpness=None if winner.query is None else winner.query.sharpness,
     )
-    return Fit(Artifact(vector, bias, header, chosen, query), curve if len(curve) > 1 else [])
+    return Fit(Artifact(vector, bias, header, chosen, query, query_bias), curve if len(curve) > 1 else [])
 
 
 def _poolings(pooling: str | Sequence[str]) -> list[str]:
@@ -246,8 +245,8 @@ def _candidate(
 ) -> _Candidate:  # fmt: skip
     if how == ATTENTION:
         assert tokens is not None
-        attended, features = fit_attention(tokens, labels, splits, method)
-        return _Candidate(point, how, attended.chosen, features, attended)
+        attended = fit_attention(tokens, labels, splits, method)
+        return _Candidate(point, how, attended.chosen, attended.features, attended.query)
     features = pooled[how] if how in pooled else tokens.pooled(how)  # type: ignore[union-attr]
     return _Candidate(point, how, cross_validate(features, labels, splits, method), features)
 

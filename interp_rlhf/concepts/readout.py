@@ -56,7 +56,7 @@ class Readout:
         latents (`Latents`, *optional*): latents of a sparse autoencoder, K of them.
         made_of (`Readout`, *optional*): the artifact's own readout, whose canaries hold, where this one reads other directions.
         query (`torch.FloatTensor` of the weight's shape, *optional*): of the pooling `attention`: each token's score is followed
-            by its logit ⟨h, query⟩.
+            by its logit ⟨h, query⟩ + query_bias.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Readout:
     latents: Latents | None = None
     made_of: Readout | None = None
     query: torch.Tensor | None = None
+    query_bias: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.query is None) != (self.pooling != ATTENTION):
@@ -97,7 +98,7 @@ class Readout:
         scale, offset = header.calibration[pooling]
         return cls(
             name, header.hook_point, artifact.weight, artifact.bias, pooling, scale, offset, transform,
-            header.include_end_of_turn, header, artifact.latents, query=artifact.query,
+            header.include_end_of_turn, header, artifact.latents, query=artifact.query, query_bias=artifact.query_bias,
         )  # fmt: skip
 
     @classmethod
@@ -127,7 +128,8 @@ class Readout:
         score = (read @ weight + self.bias).unsqueeze(-1)
         if self.query is None:
             return score
-        return torch.cat([score, (read @ self.query.detach().to(activation.device)).unsqueeze(-1)], dim=-1)
+        logit = read @ self.query.detach().to(activation.device) + self.query_bias
+        return torch.cat([score, logit.unsqueeze(-1)], dim=-1)
 
     @property
     def columns(self) -> int:

@@ -48,8 +48,8 @@ def per_token(
         attention_mask (`torch.BoolTensor` of shape (B, T)): of that batch.
         lengths (`list[int]`): tokens of each completion, L.
         kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean;
-            with the pooling `attention`, the token's weight times it. `ema`: e_t − e_{t−1} of the score's moving average over 16
-            tokens, so that the sum is where it ends. `potential`:
+            with the pooling `attention`, the token's weight times it, and the sink's part shared out. `ema`: e_t − e_{t−1} of
+            the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
             L + 1 scores, the first at the prompt's last token (0 where that is the
             row's first).
 
@@ -69,7 +69,14 @@ def per_token(
         before = torch.cat([torch.zeros_like(levels[:, :1]), levels[:, :-1]], dim=1)
         values = levels - before
     elif kind == "share" and readout.query is not None:
-        values = values * attention_weights(scores.scores, mask)
+        weights = attention_weights(scores.scores, mask)
+        sink = (
+            torch.tensor(readout.offset)
+            if readout.transform is None
+            else readout.transform(torch.tensor(readout.offset))
+        )
+        rest = (1 - weights.sum(1, keepdim=True)) * sink / mask.sum(1, keepdim=True).clamp(min=1)
+        values = values * weights + rest
     elif kind == "share":
         values = values / mask.sum(1, keepdim=True).clamp(min=1)
     ends = attention_mask.sum(1).tolist()

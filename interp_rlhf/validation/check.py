@@ -24,8 +24,8 @@ from ..activations import (
     token_weights,
     tokenize_examples,
 )
-from ..concepts.artifact import library_versions
-from ..concepts.attention import Tokens
+from ..concepts.artifact import library_versions, strength_of
+from ..concepts.attention import Query, Tokens
 from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
 from ..concepts.examples import Examples
 from ..concepts.latents import Latents
@@ -120,11 +120,12 @@ def check_card(
     if readout.latents is not None and sae is not None:
         of_all = all_mean_latents(model, fit_batch, [sae], label)[0]
         permuted = permuted_choices(
-            of_all, fit_examples.labels, sae, readout.latents.size, header.method, header.strength, seed
+            of_all, fit_examples.labels, sae, readout.latents.size, header.method, strength_of(header), seed
         )
         l0 = sae.spec.k or sae_findings(model, fit_batch, sae, progress).l0
         dictionaries = RandomDictionaries(
-            model, fit_batch, fit_examples.labels, sae, readout.latents.size, l0, header.method, header.strength, seed, progress
+            model, fit_batch, fit_examples.labels, sae, readout.latents.size, l0, header.method, strength_of(header), seed,
+            progress,
         )  # fmt: skip
     fitted = _Fitted.on(model, fit_batch, fit_examples, readout, seed, permuted, label)
 
@@ -167,6 +168,7 @@ class Controls:
     Args:
         features (`np.ndarray` of shape (N, D)): pooled activations of the fit's examples, as the probe was fitted on them.
         permuted (`tuple[Latents, np.ndarray]`, *optional*): of a card of latents: see `permuted_choices`.
+        center (`np.ndarray` of shape (D,), *optional*): under `attention`, what the sink stands for.
     """
 
     name = "controls"
@@ -178,16 +180,21 @@ class Controls:
         labels: np.ndarray,
         seed: int,
         permuted: tuple[Latents, np.ndarray] | None = None,
+        center: np.ndarray | None = None,
     ):
         self.hook_point = readout.hook_point
         self.pooling = readout.pooling
-        self.query = readout.query if getattr(readout, "query", None) is not None else None
+        self.logits = None
+        if center is not None and readout.query is not None:
+            self.logits = readout.query, readout.query_bias, torch.tensor(center, dtype=torch.float32)
         rng = np.random.default_rng(seed)
         self.latents: Latents | None = None
         if permuted is not None:
             self.latents, weights = permuted
         else:
-            probe = LinearProbe(readout.header.method, readout.header.strength) if readout.header else LinearProbe()
+            probe = (
+                LinearProbe(readout.header.method, strength_of(readout.header)) if readout.header else LinearProbe()
+            )
             weights = np.stack([probe.fit(features, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)])
         directions = rng.standard_normal((RANDOM_DIRECTIONS, features.shape[1])) / spreads(features)
         gaps = directions @ (features[labels == 1].mean(0) - features[labels == 0].mean(0))
@@ -195,11 +202,13 @@ class Controls:
         self.permuted, self.directions = _columns(weights), _columns(directions)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        logits = []
+        if self.logits is not None:
+            query, bias, center = self.logits
+            logits.append((activation @ query.to(activation) + bias).unsqueeze(-1))
+            activation = activation - center.to(activation)
         read = activation if self.latents is None else self.latents(activation)
-        found = [read @ self.permuted.to(read), activation @ self.directions.to(activation)]
-        if self.query is not None:
-            found.append((activation @ self.query.to(activation)).unsqueeze(-1))
-        return torch.cat(found, dim=-1)
+        return torch.cat([read @ self.permuted.to(read), activation @ self.directions.to(activation), *logits], dim=-1)
 
 
 def _columns(weights: np.ndarray) -> torch.Tensor:
@@ -290,15 +299,16 @@ class _Fitted:
                 progress=progress,
             ).items()
         }  # fmt: skip
+        center = None
         if readout.query is not None:
-            pooled["features"] = _attended(model, batch, readout)
+            pooled["features"], center = _attended(model, batch, readout)
         labels, groups = examples.labels, examples.groups
 
         def weight(name: str) -> np.ndarray:
             return LinearProbe(readout.header.method, seed=seed).fit(pooled[name], labels, groups)[0]  # type: ignore[union-attr]
 
         return cls(
-            Controls(readout, pooled["features"], labels, seed, permuted),
+            Controls(readout, pooled["features"], labels, seed, permuted, center),
             (embedding, weight("embedding")),
             weight("prompt"),
         )
@@ -327,16 +337,13 @@ class _Fitted:
         return _Read(own, controls, embedding, prompt, {"mean": mean, "sum": total})
 
 
-def _attended(model: Any, batch: TokenBatch, readout: Readout) -> np.ndarray:
-    """Activations (N, D) as a readout's query attends to them."""
+def _attended(model: Any, batch: TokenBatch, readout: Readout) -> tuple[np.ndarray, np.ndarray]:
+    """Activations (N, D) of the fit's examples as a readout's query attends to them, and the mean (D,) over their tokens."""
     assert readout.query is not None
-    query = readout.query.double().numpy()
-    found = []
-    for start in range(0, len(batch), CHUNK_ROWS):
-        part = batch.part(slice(start, start + CHUNK_ROWS))
-        values = read_activations(model, part, [readout.hook_point])[readout.hook_point].numpy()
-        found.append(Tokens.of(values, part.completion_mask.sum(1).numpy()).attended(query))
-    return np.concatenate(found)
+    values = read_activations(model, batch, [readout.hook_point])[readout.hook_point].numpy()
+    center = values.mean(0, dtype=np.float64)
+    query = Query(readout.query.double().numpy(), -readout.query_bias, center, float("nan"))
+    return Tokens.of(values, batch.completion_mask.sum(1).numpy()).attended(query), center
 
 
 def _findings(

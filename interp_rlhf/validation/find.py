@@ -21,7 +21,8 @@ from ..concepts.sae.reading import Pooled, counted_batch, pooled
 from . import baselines
 from .dictionaries import aurocs
 from .latents import describe
-from .split import require_apart, split_examples
+from .overlap import require_apart
+from .split import split_examples
 from .statistics import auroc_difference, auroc_interval
 
 Interval = tuple[float, float, float]

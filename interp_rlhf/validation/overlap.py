@@ -6,18 +6,14 @@ completion, as plain text or rendered by a chat template; case and white space n
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..concepts.examples import Examples
-from ..messages import content_text, split_example
-
-Spoken = tuple[str, str]
+from ..concepts.spoken import Spoken, spoken
 
 # Characters that an answer needs to stand for its row without the prompt: "Yes." answers many prompts.
 TELLING = 20
@@ -30,20 +26,6 @@ FEWEST_OF_AN_ANSWER = 40
 COMMON_SHARE, COMMON_ROWS = 0.1, 5
 COLUMNS = 2**22
 CHUNK_ROWS = 256
-
-_ROLES = "system|developer|user|human|assistant|model|tool|ipython"
-# What chat templates put around messages, in normalised text.
-_MARKERS = re.compile(
-    r"<\|(?:start_header_id|header_start|start_of_role)\|>[^<>|]{0,40}<\|(?:end_header_id|header_end|end_of_role)\|>"
-    rf"|(?:<\|(?:im_start|start)\|>|<\|turn>|<start_of_turn>) ?(?:{_ROLES})\b"  # ChatML, gpt-oss, Gemma
-    r"|<\|channel\|> ?(?:analysis|commentary|final)\b"
-    r"|<\|[^<>|]{1,40}\|>|<\|turn>|<turn\|>|<(?:start|end)_of_turn>"
-    r"|</?s>|<(?:bos|eos|pad|unk)>|\[/?(?:inst|system_prompt)\]|<</?sys>>"  # Llama 2, Mistral
-    r"|<think> ?</think>"  # Qwen 3 without thinking
-)
-# Names of speakers in a dialogue written as plain text; removed only where both are there.
-_ASKED, _ANSWERED = re.compile(r"(?<!\w)(?:human|user):"), re.compile(r"(?<!\w)assistant:")
-_SPEAKERS = re.compile(r"(?<!\w)(?:human|user|system|assistant):")
 
 
 @dataclass(frozen=True)
@@ -60,22 +42,6 @@ class Overlap:
     rows: list[int]
     prompts: list[int]
     near: list[tuple[int, int, float]]
-
-
-def spoken(row: Mapping[str, Any]) -> Spoken:
-    """What is said in a row: text of the prompt and of the answer, the same in whatever form the row is written.
-
-    Normalised as Unicode's NFKC_Casefold, with one space for all white space and without the markers of chat templates.
-    Messages are joined by a space. A plain `text` is an answer without a prompt (`""`).
-
-    Raises:
-        `ValueError`: a row of another form, or a message that is no text.
-    """
-    filled = {key: value for key, value in row.items() if key not in ("text", "messages") or value != ""}
-    prompt, answer = split_example(filled)
-    if prompt is not None and not isinstance(prompt, str):
-        prompt = " ".join(content_text(message.get("content")) for message in prompt)
-    return _normalised(prompt or ""), _normalised(answer)
 
 
 def overlap(fit: Examples, held_out: Examples) -> Overlap:
@@ -127,17 +93,6 @@ def _spoken_rows(examples: Examples, what: str) -> list[Spoken]:
         except ValueError as error:
             raise ValueError(f"Row {i} of the {what}: {error}") from None
     return found
-
-
-def _normalised(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    if not folded.isascii():  # a zero-width space or a soft hyphen is not seen
-        folded = "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")
-    folded = " ".join(folded.split())
-    bare = _MARKERS.sub(" ", folded)
-    if _ASKED.search(bare) and _ANSWERED.search(bare):
-        bare = _SPEAKERS.sub(" ", bare)
-    return " ".join(bare.split()) or folded
 
 
 def _whole(row: Spoken) -> str:
@@ -193,7 +148,7 @@ def _pairs(texts: Sequence[str], split: int, wanted: np.ndarray, fewest: int) ->
     member = np.zeros(shingles.shape[1], dtype=np.int32)
     found = []
     for start in range(0, len(wanted), CHUNK_ROWS):
-        chunk = split + wanted[start : start + CHUNK_ROWS]
+        chunk: np.ndarray = split + wanted[start : start + CHUNK_ROWS]
         shared = prefix[chunk] @ others
         for i, row in enumerate(chunk.tolist()):
             candidates = np.sort(shared.indices[shared.indptr[i] : shared.indptr[i + 1]])
@@ -219,7 +174,7 @@ def _shingles(texts: Sequence[str]) -> Any:
     rows = [_hashed(text) for text in texts]
     columns = np.concatenate(rows)
     counts = np.bincount(columns, minlength=COLUMNS)
-    rank = np.empty(COLUMNS, dtype=np.int32)
+    rank: np.ndarray = np.empty(COLUMNS, dtype=np.int32)
     used = counts.nonzero()[0]
     rank[used[counts[used].argsort(kind="stable")]] = np.arange(used.size, dtype=np.int32)
     kept = counts[columns] <= max(COMMON_ROWS, COMMON_SHARE * len(texts))

@@ -49,13 +49,3 @@ def split_examples(examples: Examples, seed: int, held_out: float = 0.5) -> tupl
 def _take(examples: Examples, rows: list[int]) -> Examples:
     taken = [{**examples.rows[row], "label": int(examples.labels[row])} for row in rows]
     return replace(make_examples(taken), label_names=examples.label_names)
-
-
-def require_apart(fit: Examples, held_out: Examples) -> None:
-    """Raises `ValueError` where the two share a row or a prompt."""
-    rows, prompts = fit.keys & held_out.keys, set(fit.groups) & set(held_out.groups)
-    if rows or prompts:
-        raise ValueError(
-            f"{len(rows)} rows and {len(prompts)} prompts of the held-out examples are among the fit's – expected none: what is "
-            "chosen on examples is not tested on them. Remove them."
-        )

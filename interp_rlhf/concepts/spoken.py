@@ -1,0 +1,56 @@
+"""What is said in a row of a data set, whatever form it is written in: by this, two rows are the same or not.
+
+In: a row with a text, messages, or a prompt and a completion. Out: normalised text of its prompt and of its answer. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from ..messages import content_text, split_example
+
+Spoken = tuple[str, str]
+
+_ROLES = "system|developer|user|human|assistant|model|tool|ipython"
+# What chat templates put around messages, in normalised text.
+_MARKERS = re.compile(
+    r"<\|(?:start_header_id|header_start|start_of_role)\|>[^<>|]{0,40}<\|(?:end_header_id|header_end|end_of_role)\|>"
+    rf"|(?:<\|(?:im_start|start)\|>|<\|turn>|<start_of_turn>) ?(?:{_ROLES})\b"  # ChatML, gpt-oss, Gemma
+    r"|<\|channel\|> ?(?:analysis|commentary|final)\b"
+    r"|<\|[^<>|]{1,40}\|>|<\|turn>|<turn\|>|<(?:start|end)_of_turn>"
+    r"|</?s>|<(?:bos|eos|pad|unk)>|\[/?(?:inst|system_prompt)\]|<</?sys>>"  # Llama 2, Mistral
+    r"|<think> ?</think>"  # Qwen 3 without thinking
+)
+# Names of speakers in a dialogue written as plain text; removed only where both are there.
+_ASKED, _ANSWERED = re.compile(r"(?<!\w)(?:human|user):"), re.compile(r"(?<!\w)assistant:")
+_SPEAKERS = re.compile(r"(?<!\w)(?:human|user|system|assistant):")
+
+
+def spoken(row: Mapping[str, Any]) -> Spoken:
+    """What is said in a row: text of the prompt and of the answer, the same in whatever form the row is written.
+
+    Normalised as Unicode's NFKC_Casefold, with one space for all white space and without the markers of chat templates.
+    Messages are joined by a space. A plain `text` is an answer without a prompt (`""`).
+
+    Raises:
+        `ValueError`: a row of another form, or a message that is no text.
+    """
+    filled = {key: value for key, value in row.items() if key not in ("text", "messages") or value != ""}
+    prompt, answer = split_example(filled)
+    if prompt is not None and not isinstance(prompt, str):
+        prompt = " ".join(content_text(message.get("content")) for message in prompt)
+    return _normalised(prompt or ""), _normalised(answer)
+
+
+def _normalised(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    if not folded.isascii():  # a zero-width space or a soft hyphen is not seen
+        folded = "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")
+    folded = " ".join(folded.split())
+    bare = _MARKERS.sub(" ", folded)
+    if _ASKED.search(bare) and _ANSWERED.search(bare):
+        bare = _SPEAKERS.sub(" ", bare)
+    return " ".join(bare.split()) or folded
