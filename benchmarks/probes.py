@@ -10,6 +10,7 @@ sets     Forty labelled sets, SmolLM2-135M-Instruct after block 15, some hundred
   calibration_slope_<whose>   slope of the held-out labels on the log-odds, median over sets; 1 is right, less is overconfident
   fit_seconds_vs_<other>      CPU time of a fit, ours over theirs, median over sets
   auroc_<pooling>_minus_mean  held-out AUROC less that of mean pooling, mean over sets
+  …_shared_data               the same of the sets of `../shared/data` alone: nothing was tuned while looking at those
 planted  Normal noise, 200 tokens a row; one token of each positive row is shifted by 8 standard deviations along one direction.
   planted_auroc_<pooling>_<D>  held-out AUROC, mean over seeds
   filler_change_<D>            mean absolute change of the attended score when 500 tokens of fresh noise are appended to each row,
@@ -423,6 +424,7 @@ def run_sets(model: Any, tokenizer: Any, arguments: Any) -> tuple[list[Quantity]
 def quantities_of_sets(rows: Sequence[dict[str, Any]], seed: int) -> list[Quantity]:
     """What the sets say together."""
     there = rows[0]["methods"]
+    shared = np.array([row["set"] not in NAMES for row in rows])
 
     def column(name: str, key: str) -> np.ndarray:
         return np.array([row["methods"][name][key] for row in rows])
@@ -440,6 +442,8 @@ def quantities_of_sets(rows: Sequence[dict[str, Any]], seed: int) -> list[Quanti
                 target = "≥ 0" if (key, other) == ("auroc", "sklearn_cv") else ""
                 differences = column("ours", key) - column(taken, key)
                 found.append(mean_of(f"{key}_minus_{other}", differences, seed, target, f"against {taken}"))
+                if shared.any():
+                    found.append(mean_of(f"{key}_minus_{other}_shared_data", differences[shared], seed))
     found += [quartiles_of(f"calibration_slope_{name}", column(name, "slope")) for name in there]
     for other, kinds in OTHERS.items():
         if kinds[0] in there:
@@ -453,6 +457,8 @@ def quantities_of_sets(rows: Sequence[dict[str, Any]], seed: int) -> list[Quanti
             [row["poolings"][row["poolings"]["picked"] if how == "picked" else how]["auroc"] for row in rows]
         )
         found += [mean_of(f"auroc_{how}", values, seed), mean_of(f"auroc_{how}_minus_mean", values - mean, seed)]
+        if shared.any():
+            found.append(mean_of(f"auroc_{how}_minus_mean_shared_data", (values - mean)[shared], seed))
     return found
 
 

@@ -118,6 +118,10 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--method", choices=["logistic_regression", "difference_of_means"], default="logistic_regression",
         help="(default: logistic_regression)",
     )  # fmt: skip
+    fit.add_argument(
+        "--regularization", type=float, metavar="C",
+        help="inverse strength of the L2 penalty, as in scikit-learn (default: chosen by cross-validation)",
+    )  # fmt: skip
     fit.add_argument("--role", choices=["reward", "penalty", "monitor"], default="reward", help="(default: reward)")
     fit.add_argument(
         "--pooling",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -72,7 +73,7 @@ def probe_fit(arguments: argparse.Namespace) -> int:
     fit = fit_probe(
         model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
         pooling=_fitted_for(arguments.pooling), sae=_sae_of(arguments, model), latents=latents, seed=arguments.seed,
-        progress=True,
+        regularization=arguments.regularization, progress=True,
     )  # fmt: skip
     path = publish(
         fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
@@ -523,7 +524,7 @@ def _print_aligned(columns: list[str], rows: list[list[str]]) -> None:
 
 def _bounds(interval: tuple[float, float, float], sign: str = "") -> str:
     value, low, high = (format(number, f"{sign}.3f") for number in interval)
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if math.isfinite(interval[1]) else f"{value} (not enough prompts)"
 
 
 def _load(name: str | None) -> tuple[Any, Any, str]:

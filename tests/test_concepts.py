@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from tiny import labelled_rows, make_card, make_readout, with_lora
 
 from interp_rlhf.activations import ConceptScores, decoder_layers, read, read_means, tokenize_examples
@@ -16,10 +17,11 @@ from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import load_examples, make_examples, write_jsonl
 from interp_rlhf.concepts.linear import LinearProbe
-from interp_rlhf.concepts.pooling import POOLINGS, ema, pool
+from interp_rlhf.concepts.pooling import FITTED, POOLINGS, ema, pool
 from interp_rlhf.concepts.probe import fit_probe, sweep_points
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
+from interp_rlhf.validation.statistics import calibration
 
 
 def scores_of(values):
@@ -50,6 +52,11 @@ def test_ema_max_finds_a_passage_that_filler_dilutes_in_the_mean():
     assert pool(*spike, "ema_max").item() < 2.0 < pool(*spike, "max").item()
 
 
+def with_logits(scores, logits, pooling):
+    """Scores as `pool` wants them: under `attention` with a column of logits."""
+    return (torch.cat([scores, logits / 10], dim=-1) if pooling == "attention" else scores,)
+
+
 @given(
     values=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     scale=st.floats(0.1, 5),
@@ -59,21 +66,27 @@ def test_ema_max_finds_a_passage_that_filler_dilutes_in_the_mean():
     pooling=st.sampled_from(POOLINGS),
 )
 def test_pooling_is_equivariant_and_blind_to_padding(values, scale, shift, left, right, pooling):
-    expected = pool(*scores_of(values), pooling).item()
+    alone, counts = scores_of(values)
+    expected = pool(*with_logits(alone, alone, pooling), counts, pooling).item()
     scores, mask = scores_of([77.0] * left + values + [-77.0] * right)
     mask[0, :left] = False
     mask[0, left + len(values) :] = False
-    assert pool(scores, mask, pooling).item() == pytest.approx(expected, abs=1e-3)
-    assert pool(scale * scores + shift, mask, pooling).item() == pytest.approx(scale * expected + shift, abs=1e-2)
+    assert pool(*with_logits(scores, scores, pooling), mask, pooling).item() == pytest.approx(expected, abs=1e-3)
+    if pooling == "attention":
+        shift = 0.0  # the sink's score is 0, whatever is added to the others
+    moved = with_logits(scale * scores + shift, scores, pooling)
+    assert pool(*moved, mask, pooling).item() == pytest.approx(scale * expected + shift, abs=1e-2)
 
 
 def test_a_row_without_counted_tokens_is_nan_and_scores_none(load):
     scores, mask = torch.ones(2, 3, 1), torch.tensor([[True, True, False], [False] * 3])
     for pooling in POOLINGS:
-        assert torch.isnan(pool(scores, mask, pooling)).tolist() == [[False], [True]]
+        assert torch.isnan(pool(*with_logits(scores, scores, pooling), mask, pooling)).tolist() == [[False], [True]]
     readout = make_readout(load())
     assert readout.score(ConceptScores(scores, mask, torch.zeros(2, 3), "concept"))[1] is None
-    with pytest.raises(ValueError, match="`pooling` is 'median' – expected one of ema_max, last, max, mean"):
+    with pytest.raises(
+        ValueError, match="`pooling` is 'median' – expected one of attention, ema_max, last, max, mean"
+    ):
         pool(scores, mask, "median")
 
 
@@ -82,6 +95,7 @@ def test_what_does_not_count_never_reaches_a_score_and_what_does_raises(pooling,
     mask = torch.tensor([[False, True, True, False]])
     clean = torch.tensor([0.0, 1.0, 3.0, 0.0])[None, :, None]
     dirty = torch.tensor([torch.nan, 1.0, 3.0, torch.inf])[None, :, None]
+    dirty, clean = (*with_logits(dirty, dirty, pooling), *with_logits(clean, clean, pooling))
     assert pool(dirty, mask, pooling).item() == pool(clean, mask, pooling).item()
     readout = make_readout(load(), pooling=pooling, scale=1e38)
     huge = ConceptScores(clean * 1e3, mask, torch.zeros(1, 4), "concept")
@@ -130,21 +144,28 @@ def test_the_mean_of_token_scores_is_what_was_fitted(load, tokenizer):
     fit = fit_probe(model, tokenizer, examples, [point], model_id="tiny")
     batch = tokenize_examples(examples.rows, tokenizer)
     readout = Readout.from_artifact(fit.artifact, "warmth", "mean")
-    by_tokens = readout.score(read(model, batch, [readout])["warmth"])
+    by_tokens = np.array(readout.score(read(model, batch, [readout])["warmth"]))
     means = read_means(model, batch, [point])[point]
-    np.testing.assert_allclose(by_tokens, (means @ fit.artifact.weight + fit.artifact.bias).tolist(), atol=1e-4)
+    fitted = (means @ fit.artifact.weight + fit.artifact.bias).numpy()
+    np.testing.assert_allclose((by_tokens - readout.offset) / readout.scale, fitted, atol=1e-4)
 
 
 def test_every_pooling_is_calibrated_to_log_odds(load, tokenizer):
-    model, examples = load(), make_examples(labelled_rows(24, seed=1))
-    artifact = fit_probe(model, tokenizer, examples, [decoder_layers(model)[1]], model_id="tiny").artifact
-    assert artifact.header.calibration["mean"] == (1.0, 0.0)
-    batch = tokenize_examples(examples.rows, tokenizer)
-    for pooling in artifact.header.calibration:
-        readout = Readout.from_artifact(artifact, "warmth", pooling)
-        scores = np.array(readout.score(read(model, batch, [readout])["warmth"]))
-        # A fitted log-odds is balanced: its mean probability is the share of positives.
-        assert (1 / (1 + np.exp(-scores))).mean() == pytest.approx(0.5, abs=0.08), pooling
+    model, examples, others = load(), *(make_examples(labelled_rows(count, seed=count)) for count in (60, 300))
+    batch = tokenize_examples(others.rows, tokenizer)
+    for fitted in FITTED:
+        artifact = fit_probe(
+            model, tokenizer, examples, [decoder_layers(model)[1]], model_id="tiny", pooling=fitted
+        ).artifact
+        assert artifact.header.pooling == fitted
+        assert fitted in artifact.header.calibration
+        for pooling in artifact.header.calibration:
+            readout = Readout.from_artifact(artifact, "warmth", pooling)
+            scores = np.array(readout.score(read(model, batch, [readout])["warmth"]))
+            if roc_auc_score(others.labels, scores) > 0.7:
+                slope, _, brier, _ = calibration(others.labels, scores)
+                assert 0.5 < slope < 2 or np.isnan(slope), (fitted, pooling)
+                assert brier < 0.25
 
 
 def test_the_sweep_chooses_the_best_layer_and_keeps_prompts_together(load, tokenizer):

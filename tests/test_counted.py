@@ -18,7 +18,7 @@ from interp_rlhf.concepts.pooling import EMA_SPAN
 from interp_rlhf.concepts.subspace import Subspace
 from interp_rlhf.training.dense import per_token
 
-POOLINGS = ("mean", "last", "max", "ema_max")
+POOLINGS = ("mean", "last", "max", "ema_max", "attention")
 
 
 @pytest.fixture(scope="module")

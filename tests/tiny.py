@@ -158,7 +158,10 @@ def make_readout(model, name="concept", layer=1, seed=0, **changes):
     from interp_rlhf.activations import decoder_layers, hidden_size
     from interp_rlhf.concepts.readout import Readout
 
-    weight = torch.randn(hidden_size(model), generator=torch.Generator().manual_seed(seed)) / 4
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(hidden_size(model), generator=generator) / 4
+    if changes.get("pooling") == "attention":
+        changes = {"query": torch.randn(hidden_size(model), generator=generator) / 4, "query_bias": 0.5, **changes}
     return Readout(name, decoder_layers(model)[layer], weight, bias=0.25, **changes)
 
 

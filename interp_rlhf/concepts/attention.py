@@ -18,7 +18,7 @@ from itertools import islice
 
 import numpy as np
 
-from .linear import STRENGTHS, CrossValidated, Path, fit_path, log_loss
+from .linear import STRENGTHS, CrossValidated, Path, fit_path, log_loss, require_finite
 
 # Standard deviations of ⟨h, q⟩ over tokens, each with the number of turns taken at it.
 SHARPNESS = ((0.25, 2), (0.5, 2), (1.0, 6), (1.5, 2), (2.0, 2), (3.0, 2))
@@ -143,10 +143,13 @@ def queries(tokens: Tokens, labels: np.ndarray, method: str) -> Iterator[tuple[Q
 
 
 def fit_attention(
-    tokens: Tokens, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str
-) -> Attended:
+    tokens: Tokens, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Attended:  # fmt: skip
     """A query whose sharpness and sink, and whose probe's regularization, have the lowest log-loss out of fold."""
-    strengths = STRENGTHS if method == "logistic_regression" else STRENGTHS[:1]
+    require_finite(tokens.pooled("mean"))
+    if method == "difference_of_means":
+        strengths = strengths[:1]
     every: list[list[Path]] = []
     scores: list[np.ndarray] = []  # (S, N) per query
     for train, test in splits:

@@ -41,6 +41,10 @@ class LinearProbe:
     def __init__(self, method: str = "logistic_regression", regularization: float | None = None, seed: int = 0):
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r} – expected one of {', '.join(METHODS)}.")
+        if regularization is not None and not 0 < regularization < float("inf"):
+            raise ValueError(
+                f"`regularization` is {regularization!r} – expected a finite number above 0, or None to have it chosen."
+            )
         self.method, self.regularization, self.seed = method, regularization, seed
 
     def fit(
@@ -89,12 +93,7 @@ def fit_path(features: np.ndarray, labels: np.ndarray, method: str, strengths: S
     Raises:
         `ValueError`: features that are not finite.
     """
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features).all(axis=1)).sum())
-        raise ValueError(
-            f"{bad} of {len(features)} activations are NaN or infinite – expected finite numbers. Load the model in "
-            "float32 or bfloat16 and check its weights."
-        )
+    require_finite(features)
     center, spread = features.mean(0), spreads(features)
     standardized = (features - center) / spread
     if method == "difference_of_means":
@@ -105,6 +104,16 @@ def fit_path(features: np.ndarray, labels: np.ndarray, method: str, strengths: S
         weights, biases = _logistic(standardized, labels, strengths)
     weights = weights / spread
     return Path(weights, biases - weights @ center)
+
+
+def require_finite(features: np.ndarray) -> None:
+    """Raises `ValueError` for features (N, D) that are not finite."""
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features).all(axis=1)).sum())
+        raise ValueError(
+            f"{bad} of {len(features)} activations are NaN or infinite – expected finite numbers. Load the model in "
+            "float32 or bfloat16 and check its weights."
+        )
 
 
 def spreads(features: np.ndarray) -> np.ndarray:
@@ -182,7 +191,12 @@ def cross_validate(
     features: np.ndarray, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str,
     strengths: Sequence[float] = STRENGTHS,
 ) -> CrossValidated:  # fmt: skip
-    """Scores out of fold along the path of strengths, and the strength that does best."""
+    """Scores out of fold along the path of strengths, and the strength that does best.
+
+    Raises:
+        `ValueError`: features that are not finite.
+    """
+    require_finite(features)
     if method == "difference_of_means":
         strengths = strengths[:1]
     paths = [fit_path(features[train], labels[train], method, strengths) for train, _ in splits]

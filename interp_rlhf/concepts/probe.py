@@ -34,7 +34,17 @@ from .artifact import Artifact, Header, library_versions
 from .attention import Query, Tokens, fit_attention
 from .examples import Examples
 from .latents import Latents
-from .linear import CrossValidated, LinearProbe, cross_validate, fold_aurocs, folds, log_loss, platt, separates
+from .linear import (
+    STRENGTHS,
+    CrossValidated,
+    LinearProbe,
+    cross_validate,
+    fold_aurocs,
+    folds,
+    log_loss,
+    platt,
+    separates,
+)
 from .pooling import ATTENTION, FITTED, POOLINGS, pool
 from .readout import Readout
 from .sae.autoencoder import SparseAutoencoder
@@ -94,6 +104,7 @@ def fit_probe(
     sae: SparseAutoencoder | None = None,
     latents: Sequence[int] | None = None,
     method: str = "logistic_regression",
+    regularization: float | None = None,
     seed: int = 0,
     include_end_of_turn: bool = False,
     chat_template: str | None = None,
@@ -116,6 +127,7 @@ def fit_probe(
         pooling (`str` or `Sequence[str]`, defaults to `"mean"`): what it is fitted for: `mean`, `last` or `attention`; of several
             the best is taken. A fit for `mean` or `last` is calibrated for every pooling that has no query.
         sae (`SparseAutoencoder`), latents (`Sequence[int]`): of `sae_latents`: which latents of which.
+        method (`str`), regularization (`float`, *optional*): see `LinearProbe`.
         seed (`int`, defaults to 0): of the folds.
         include_end_of_turn (`bool`, defaults to `False`): count end-of-turn tokens that close a completion; then
             the examples must hold them, as `completion_ids`.
@@ -137,7 +149,7 @@ def fit_probe(
             "`pooling` is `attention` for `sae_latents` – expected `mean` or `last`: latents are few, and have no query. "
             "Fit a `probe` for attention."
         )
-    LinearProbe(method)  # an unknown method is refused before anything is read
+    LinearProbe(method, regularization)  # an unknown method is refused before anything is read
     if sae is not None:
         sae.check_model(model)
     ends = end_of_turn_ids(model, tokenizer, chat_template)
@@ -155,11 +167,12 @@ def fit_probe(
         sets: Iterator[_Features] = iter([(chosen.hook_point, {}, latent_tokens(model, batch, chosen, label))])
     else:
         sets = _features(model, batch, hook_points, poolings, label)
+    strengths = STRENGTHS if regularization is None else (regularization,)
     best: tuple[tuple[float, float], _Candidate] | None = None
     curve: list[SweepPoint] = []
     for point, pooled, tokens in sets:
         for how in poolings:
-            candidate = _candidate(point, how, pooled, tokens, labels, splits, method)
+            candidate = _candidate(point, how, pooled, tokens, labels, splits, method, strengths)
             found = _sweep_point(candidate, labels, splits)
             curve.append(found)
             rank = (found.auroc, -found.log_loss)
@@ -241,14 +254,14 @@ def _features(
 
 def _candidate(
     point: str, how: str, pooled: dict[str, np.ndarray], tokens: Tokens | None, labels: np.ndarray,
-    splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str,
+    splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str, strengths: Sequence[float],
 ) -> _Candidate:  # fmt: skip
     if how == ATTENTION:
         assert tokens is not None
-        attended = fit_attention(tokens, labels, splits, method)
+        attended = fit_attention(tokens, labels, splits, method, strengths)
         return _Candidate(point, how, attended.chosen, attended.features, attended.query)
     features = pooled[how] if how in pooled else tokens.pooled(how)  # type: ignore[union-attr]
-    return _Candidate(point, how, cross_validate(features, labels, splits, method), features)
+    return _Candidate(point, how, cross_validate(features, labels, splits, method, strengths), features)
 
 
 def _sweep_point(

@@ -204,7 +204,13 @@ def _cards(
 
 
 def _print_evidence(found: dict[str, Any]) -> None:
-    probe, tfidf, vader = found["probe"], found["tfidf"], found["measures"]["vader"]
+    probe, tfidf, vader, adds = found["probe"], found["tfidf"], found["measures"]["vader"], found["adds"]
+    auroc, loss = adds["auroc"], adds["log_loss"]
+    print(
+        f"what the probe adds to all baselines together: AUROC {auroc['value']:+.3f} [{auroc['low']:+.3f}, "
+        f"{auroc['high']:+.3f}] to {adds['auroc_without']:.3f}, {loss['value']:+.3f} [{loss['low']:+.3f}, "
+        f"{loss['high']:+.3f}] nats saved of {adds['log_loss_without']:.3f}"
+    )
     print(
         f"probe at {found['hook_point']}: AUROC {probe['auroc']:.3f} [{probe['low']:.3f}, {probe['high']:.3f}] on "
         f"{found['examples']} other answers; 95th percentile of permuted labels {found['permutation']['p95']:.3f}, of "
@@ -358,9 +364,14 @@ def _log_samples(log: runlog.RunLog, before: list[dict[str, Any]], after: list[d
 def _tables(log: runlog.RunLog, summary: dict[str, Any]) -> None:
     probe = summary["probe"]
     gates = [[name, probe[name]["mean"], None, probe[name]["p95"]] for name in ("permutation", "random_direction")]
-    estimates = {key: probe[key] for key in ("probe", "tfidf", "embedding", "length", "punctuation")} | probe[
-        "measures"
-    ]
+    adds = probe["adds"]["auroc"]
+    estimates = {
+        "the probe adds to all baselines together (difference)": {"auroc": adds["value"], **adds},
+        **{key: probe[key] for key in ("probe", "tfidf", "embedding", "length", "punctuation")},
+        **{f"likelihood, {how}": found for how, found in probe["likelihood"].items()},
+        **{f"prompt, {what}": probe["prompt"][what] for what in ("tfidf", "probe")},
+        **probe["measures"],
+    }
     log.append(
         "table",
         title="Evidence for the probe",

@@ -15,9 +15,9 @@ import torch
 
 from ..activations import ConceptScores, TokenBatch, read_activations
 from ..concepts.examples import Examples
-from ..concepts.linear import FOLDS, folds
+from ..concepts.linear import folds
 from ..concepts.readout import Readout
-from ..validation.statistics import auroc_difference, auroc_interval
+from ..validation.statistics import MIN_PER_LABEL, MIN_PROMPTS, auroc_difference, auroc_interval, enough_prompts
 from .metrics import direction_cosine
 
 PARTS = ("direction", "mean", "std")
@@ -73,10 +73,11 @@ class LabelledSet:
                 f"{int((~batch.completion_mask.any(1)).sum())} of them without a token that counts – expected at least "
                 f"{MIN_EXAMPLES // 2} of each label, all with text: fewer tell nothing of a monitor."
             )
-        if (prompts := len(set(examples.groups))) < FOLDS:
+        if not enough_prompts(examples.labels, examples.groups):
             raise ValueError(
-                f"`labelled` has {prompts} different prompts – expected at least {FOLDS}: probes are fitted anew on some prompts "
-                "and read on others."
+                f"`labelled` has {len(set(examples.groups))} different prompts – expected at least {MIN_PROMPTS}, each label "
+                f"under {MIN_PER_LABEL} of them: intervals resample prompts, and probes are fitted anew on some and read on "
+                "others."
             )
         self.examples, self.batch, self.seed = examples, batch, seed
         self.lengths = batch.completion_mask.sum(1).numpy()  # (E,)

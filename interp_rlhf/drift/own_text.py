@@ -23,12 +23,11 @@ from ..activations.sharding import is_sharded, readable
 from ..activations.tap import reading
 from ..concepts.readout import Readout
 from ..concepts.sae.autoencoder import SparseAutoencoder
-from ..validation.statistics import mean_interval
+from ..validation.statistics import MIN_PROMPTS, mean_interval
 from .battery import perplexity
 from .monitors import scores_of
 from .sparse import unexplained
 
-MIN_PROMPTS = 8
 _NGRAM = 4
 
 
