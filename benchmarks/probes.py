@@ -83,6 +83,7 @@ DATA = ROOT.parent / "shared" / "data"
 SAE_PROBES = "sae-probes==0.4.2"
 NOT_INSTALLED = "not installed (pip install 'interp-rlhf[bench]')"
 METHOD = "logistic_regression"
+ORDER_ONLY = 1e-9  # scale of a score that has no calibration
 
 POINT = "model.layers.15"
 CHARACTERS = 180
@@ -135,9 +136,16 @@ def median_of(name: str, values: Sequence[float], seed: int, target: str = "", n
     return Quantity(name, row.median, row.interval(seed), target, note)
 
 
-def quartiles_of(name: str, values: Sequence[float]) -> Quantity:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return Quantity(name, float(middle), (float(low), float(high)), note="median and quartiles over sets")
+def quartiles_of(name: str, values: Sequence[float | None]) -> Quantity:
+    """Median and quartiles of what is there."""
+    found = [value for value in values if value is not None]
+    low, middle, high = np.quantile(found, [0.25, 0.5, 0.75])
+    return Quantity(
+        name,
+        float(middle),
+        (float(low), float(high)),
+        note=f"median and quartiles, {len(found)} of {len(values)} sets",
+    )
 
 
 # Labelled sets
@@ -265,11 +273,18 @@ def each_its_own(labels: np.ndarray) -> list[str]:
     return list(map(str, range(len(labels))))
 
 
+def calibration(labels: np.ndarray, out_of_fold: np.ndarray) -> tuple[float, float]:
+    """Scale and offset as `fit_probe` finds them. Where scores out of fold do not rise with the label it gives none: then only
+    the order of the scores is kept, and each log-odds is that of the labels."""
+    scale, offset = platt(labels, out_of_fold)
+    return (scale, offset) if scale > 0 else (ORDER_ONLY, 0.0)
+
+
 def ours(features: np.ndarray, labels: np.ndarray, seed: int) -> LogOdds:
     """What `fit_probe` does with means: folds, the strength, the fit, and the calibration on scores out of fold."""
     chosen = cross_validate(features, labels, folds(labels, each_its_own(labels), seed), METHOD)
     weight, bias = LinearProbe(METHOD, chosen.strength).fit(features, labels)
-    scale, offset = platt(labels, chosen.scores)
+    scale, offset = calibration(labels, chosen.scores)
     return lambda new: scale * (new @ weight + bias) + offset + prior(labels)
 
 
@@ -325,16 +340,17 @@ OTHERS = {
 }
 
 
-def judged(log_odds: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """AUROC, log-loss in nats, Brier score, and the slope of the labels on the log-odds."""
+def judged(log_odds: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """AUROC, log-loss in nats, Brier score, and the slope of the labels on the log-odds, none where all are alike."""
     probability = 1 / (1 + np.exp(-log_odds))
-    spread = float(log_odds.std()) or 1.0
-    slope = LogisticRegression(C=1e6, max_iter=1000).fit(log_odds[:, None] / spread, labels).coef_[0, 0] / spread
+    spread, slope = float(log_odds.std()), None
+    if spread > 1e-6:
+        slope = LogisticRegression(C=1e6, max_iter=1000).fit(log_odds[:, None] / spread, labels).coef_[0, 0] / spread
     return {
         "auroc": float(roc_auc_score(labels, log_odds)),
         "log_loss": float(log_loss(labels, np.clip(probability, 1e-15, 1 - 1e-15))),
         "brier": float(brier_score_loss(labels, probability)),
-        "slope": float(slope),
+        "slope": None if slope is None else float(slope),
     }
 
 
@@ -371,12 +387,13 @@ def poolings(fit: Tokens, fitted: np.ndarray, test: Tokens, tested: np.ndarray, 
         weight, bias = LinearProbe(METHOD, chosen.strength).fit(features, fitted)
         if how == "attention":  # its readout has no bias, nor have its scores out of fold
             bias = 0.0
-        scale, offset = platt(fitted, chosen.scores)
+        scale, offset = calibration(fitted, chosen.scores)
         found[how] = {
             **judged(scale * (new @ weight + bias) + offset + prior(fitted), tested),
             "fold_auroc": fold_aurocs(fitted, chosen.scores, splits)[0],
             "fold_log_loss": linear.log_loss(fitted, scale * chosen.scores + offset),
             "strength": chosen.strength,
+            "calibrated": scale != ORDER_ONLY,
         }
         if how == "attention":
             found[how]["sharpness"] = attended.query.sharpness

@@ -35,7 +35,11 @@ def test_a_concept_that_is_not_there_fails_its_gate(load, tokenizer, tmp_path):
     def noise(seed):
         return make_examples([{"text": text, "label": int(rng.integers(2))} for text in sentences(60, seed)])
 
-    train, test = noise(1), noise(2)
+    fit = fit_probe(model, tokenizer, noise(1), ["model.layers.1"], model_id="tiny")
+    assert fit.artifact.header.calibration == {}
+    with pytest.raises(ValueError, match="does not separate the labels on prompts that it has not seen"):
+        publish(fit, tmp_path, name="noise", concept="Nothing.")
+    train, test = make_examples(labelled_rows(24, seed=1)), noise(2)  # there in the fit, and gone
     path = publish(
         fit_probe(model, tokenizer, train, ["model.layers.1"], model_id="tiny"),
         tmp_path,
@@ -70,7 +74,7 @@ def test_evidence_needs_the_very_fit_data_and_rows_it_has_not_seen(load, tokeniz
     with pytest.raises(ValueError, match="fit data have fingerprint"):
         check_card(card, model, tokenizer, test, train)
     seen = make_examples([*labelled_rows(10, seed=9), *labelled_rows(24, seed=1)[:3]])
-    with pytest.raises(ValueError, match="3 rows of the held-out examples are among the fit's"):
+    with pytest.raises(ValueError, match="3 rows and 2 prompts of the held-out examples are among the fit's"):
         check_card(card, model, tokenizer, train, seen)
 
 
@@ -79,7 +83,7 @@ def test_evidence_needs_other_prompts_not_only_other_answers(load, tokenizer, tm
     card = load_card(make_card(tmp_path, model, tokenizer, evidence=False))
     train = make_examples(labelled_rows(24, seed=1))
     again = [{**row, "completion": row["completion"] + " day"} for row in labelled_rows(24, seed=1)]
-    with pytest.raises(ValueError, match="24 prompts of the held-out examples are prompts of the fit"):
+    with pytest.raises(ValueError, match="24 prompts of the held-out examples are among the fit's"):
         check_card(card, model, tokenizer, train, make_examples(again))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import torch
@@ -178,8 +179,25 @@ def labelled_rows(count: int, seed: int = 0, conversational: bool = True):
     return rows
 
 
+_CARDS: dict = {}  # what has been fitted and checked already: a run of the tests asks for few different cards many times
+
+
 def make_card(folder, model, tokenizer, role="reward", name="warmth", pooling="mean", evidence=True, **fields):
     """Fits, checks and writes a card on made-up contrast data; returns its path."""
+    weights = hashlib.sha256()
+    for parameter in model.parameters():
+        weights.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    about = (str(model.config), tokenizer.chat_template, role, name, pooling, evidence, sorted(fields.items()))
+    key = weights.hexdigest() + repr(about)
+    if key not in _CARDS:
+        _write_card(folder, model, tokenizer, role, name, pooling, evidence, dict(fields))
+        _CARDS[key] = [(folder / f"{name}.{kind}").read_bytes() for kind in ("safetensors", "yaml")]
+    for kind, content in zip(("safetensors", "yaml"), _CARDS[key], strict=True):
+        (folder / f"{name}.{kind}").write_bytes(content)
+    return folder / f"{name}.yaml"
+
+
+def _write_card(folder, model, tokenizer, role, name, pooling, evidence, fields):
     from interp_rlhf.activations import decoder_layers
     from interp_rlhf.concepts.card import ArtifactRef, Card, ModelRef, ReadoutSpec, dump_card, load_card, with_evidence
     from interp_rlhf.concepts.examples import make_examples
@@ -205,4 +223,3 @@ def make_card(folder, model, tokenizer, role="reward", name="warmth", pooling="m
     if evidence:
         found = check_card(load_card(path), model, tokenizer, train, test)
         path.write_text(with_evidence(path.read_text(), found))
-    return path
