@@ -236,8 +236,9 @@ def read_with_likelihood(
                 ((line[1:] >= 0) & counted[line[1:].clamp(min=0)]).nonzero().squeeze(1)
             )  # predicted by the position before
             tokens = line[1:][here]
-            found = logits[row, here.to(logits.device)].float().log_softmax(-1).cpu()
-            log_probs[tokens] = found.gather(1, ids[tokens, None])[:, 0]
+            found = logits[row, here.to(logits.device)].float()
+            said = found.gather(1, ids[tokens, None].to(found.device))[:, 0]
+            log_probs[tokens] = (said - found.logsumexp(-1)).cpu()
 
     points = list(dict.fromkeys([*groups, *(point for point, _ in pooled.values())]))
     _forward(model, batch, points, sink, batch_tokens, progress, predictions, only_counted=True)

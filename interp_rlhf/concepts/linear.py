@@ -93,17 +93,36 @@ def fit_path(features: np.ndarray, labels: np.ndarray, method: str, strengths: S
     Raises:
         `ValueError`: features that are not finite.
     """
+    return fit_paths(features, [labels], method, strengths)[0]
+
+
+def fit_paths(
+    features: np.ndarray, labelings: Sequence[np.ndarray], method: str, strengths: Sequence[float] = STRENGTHS
+) -> list[Path]:
+    """`fit_path` for several labelings of the same features, which are prepared once."""
     require_finite(features)
     center, spread = features.mean(0), spreads(features)
     standardized = (features - center) / spread
-    if method == "difference_of_means":
-        one, other = standardized[labels == 1].mean(0), standardized[labels == 0].mean(0)
-        weights = np.repeat((one - other)[None], len(strengths), axis=0)
-        biases = -weights @ (one + other) / 2
-    else:
-        weights, biases = _logistic(standardized, labels, strengths)
-    weights = weights / spread
-    return Path(weights, biases - weights @ center)
+    # The weight is a sum of examples: where they are fewer than dimensions, it is looked for in the space that they span.
+    basis = None
+    if method == "logistic_regression" and len(standardized) < standardized.shape[1]:
+        values, vectors = np.linalg.eigh(standardized @ standardized.T)
+        kept = values > 1e-12 * values[-1]
+        sizes = np.sqrt(values[kept])
+        basis = standardized.T @ (vectors[:, kept] / sizes)  # (D, R), orthonormal
+        standardized = vectors[:, kept] * sizes
+    found = []
+    for labels in labelings:
+        if method == "difference_of_means":
+            one, other = standardized[labels == 1].mean(0), standardized[labels == 0].mean(0)
+            weights = np.repeat((one - other)[None], len(strengths), axis=0)
+            biases = -weights @ (one + other) / 2
+        else:
+            weights, biases = _logistic(standardized, labels, strengths)
+            weights = weights if basis is None else weights @ basis.T
+        weights = weights / spread
+        found.append(Path(weights, biases - weights @ center))
+    return found
 
 
 def require_finite(features: np.ndarray) -> None:
@@ -127,14 +146,6 @@ def _logistic(
 ) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.linear_model import LogisticRegression
 
-    # The weight is a sum of examples: where they are fewer than dimensions, it is looked for in the space that they span.
-    basis = None
-    if len(standardized) < standardized.shape[1]:
-        values, vectors = np.linalg.eigh(standardized @ standardized.T)
-        kept = values > 1e-12 * values[-1]
-        sizes = np.sqrt(values[kept])
-        basis = standardized.T @ (vectors[:, kept] / sizes)  # (D, R), orthonormal
-        standardized = vectors[:, kept] * sizes
     model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=1000)
     weights, biases = [], []
     for strength in strengths:
@@ -142,8 +153,7 @@ def _logistic(
         model.fit(standardized, labels)
         weights.append(model.coef_[0].copy())
         biases.append(float(model.intercept_[0]))
-    found = np.stack(weights)
-    return found if basis is None else found @ basis.T, np.array(biases)
+    return np.stack(weights), np.array(biases)
 
 
 def folds(labels: np.ndarray, groups: Sequence[str], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -29,7 +29,7 @@ from ..concepts.attention import Query, Tokens
 from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
 from ..concepts.examples import Examples
 from ..concepts.latents import Latents
-from ..concepts.linear import LinearProbe, spreads
+from ..concepts.linear import LinearProbe, fit_paths, spreads
 from ..concepts.pooling import pool
 from ..concepts.probe import require_bare
 from ..concepts.readout import Readout
@@ -67,7 +67,7 @@ def check_card(
 ) -> Evidence:
     """Evidence for a card: what its probe adds to text baselines and to the model's own likelihood, and what it must beat.
 
-    The model is run over the fit's examples up to the hook point, over the others once as a whole, and over up to 100 answers put
+    The model is run over the fit's examples up to the hook point, over the others once as a whole, and over up to 60 answers put
     under each other's prompts.
 
     Args:
@@ -192,10 +192,12 @@ class Controls:
         if permuted is not None:
             self.latents, weights = permuted
         else:
-            probe = (
-                LinearProbe(readout.header.method, strength_of(readout.header)) if readout.header else LinearProbe()
+            assert readout.header is not None
+            shuffled = [rng.permutation(labels) for _ in range(PERMUTATIONS)]
+            strengths = (strength_of(readout.header) or 1.0,)  # a difference of means has none
+            weights = np.concatenate(
+                [path.weights for path in fit_paths(features, shuffled, readout.header.method, strengths)]
             )
-            weights = np.stack([probe.fit(features, rng.permutation(labels))[0] for _ in range(PERMUTATIONS)])
         directions = rng.standard_normal((RANDOM_DIRECTIONS, features.shape[1])) / spreads(features)
         gaps = directions @ (features[labels == 1].mean(0) - features[labels == 0].mean(0))
         directions *= np.where(gaps >= 0, 1.0, -1.0)[:, None]

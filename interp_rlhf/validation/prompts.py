@@ -15,7 +15,7 @@ from ..activations import TokenBatch, read
 from ..concepts.examples import Examples
 from ..concepts.readout import Readout
 
-ROWS = 100
+ROWS = 60
 FEWEST = 10
 
 
@@ -63,7 +63,7 @@ def read_swapped(
     seed: int,
     progress: str | None,
 ) -> Swapped | None:
-    """Up to 100 prompts drawn at random, each with its own answer and with that of another; None with fewer than ten prompts.
+    """Up to 60 prompts drawn at random, each with its own answer and with that of another; None with fewer than ten prompts.
 
     Args:
         own (`np.ndarray` of shape (N,)): scores of the rows as they are.
