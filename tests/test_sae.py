@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -331,7 +332,8 @@ def test_readouts_of_latents_are_one_claim_where_they_share_a_latent(load, token
             str(latent_card(tmp_path / name, model, tokenizer, sae, latents, evidence=False, name=name))
         )
 
-    one, two, other = readout((7, 3), "one"), readout((3,), "two"), readout((5,), "other")
+    one, two = readout((7, 3), "one"), readout((7,), "two")
+    other = replace(two, name="other", latents=sae.latents([5]))
     assert same_artifact(one, two)
     assert not same_artifact(one, other)
     assert not same_artifact(one, Readout("probe", POINT, torch.ones(2)))
@@ -340,7 +342,7 @@ def test_readouts_of_latents_are_one_claim_where_they_share_a_latent(load, token
     assert Subspace.from_readouts([one]).basis.shape == (2, 32)
     torch.testing.assert_close(one.directions, sae.decoder[[7, 3]])
     step = PreventativeSteering(readout=two, alpha=2.0).change(torch.zeros(1, 32))
-    unit = sae.decoder[3] * torch.sign(two.weight[0])
+    unit = sae.decoder[7] * torch.sign(two.weight[0])
     torch.testing.assert_close(step[0], 2 * unit / unit.norm())
     control = random_like(one, seed=1)
     torch.testing.assert_close(control.latents.chosen.norm(dim=1), one.latents.chosen.norm(dim=1))

@@ -436,7 +436,7 @@ def test_find_gives_a_latent_of_the_other_label_its_sign(model, tokenizer, contr
 def test_find_refuses_held_out_examples_that_it_chose_on(model, tokenizer, contrast):
     rows = [{"text": text, "label": label} for label, texts in zip((0, 1), contrast, strict=True) for text in texts]
     examples = make_examples(rows)
-    with pytest.raises(ValueError, match="120 rows and 120 prompts of the held-out examples are among the fit's"):
+    with pytest.raises(ValueError, match="120 rows of the held-out examples are among the fit's"):
         find_latents(model, tokenizer, planted_sae(model, tokenizer), examples, examples)
 
 

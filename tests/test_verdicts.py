@@ -237,7 +237,7 @@ def test_too_few_labelled_examples_are_refused(load, tokenizer, tmp_path):
         DriftCallback(trainer, labelled=make_examples(labelled_rows(5)))
     rows = labelled_rows(12)
     few = [{**row, "prompt": rows[i % 3]["prompt"]} for i, row in enumerate(rows)]
-    with pytest.raises(ValueError, match="`labelled` has 2 different prompts – expected at least 5"):
+    with pytest.raises(ValueError, match="`labelled` has 2 different prompts – expected at least 10"):
         DriftCallback(trainer, labelled=make_examples(few))
     trainer.processing_class, tokens = None, trainer.processing_class
     with pytest.raises(ValueError, match="`processing_class` is None – expected the model's tokenizer"):
@@ -311,7 +311,7 @@ def verdicts_of(trainer):
 
 
 def test_a_gamed_probe_is_called_so_and_its_control_is_not(load, tokenizer, tmp_path):
-    card = make_card(tmp_path, load(), tokenizer, evidence=False)
+    card = make_card(tmp_path, load(), tokenizer, evidence=False, regularization=0.001)
     found = {}
     # In 32 dimensions many a random direction reads the concept; the control is one that does not.
     for arm, control in (("penalty", None), ("random", 8)):

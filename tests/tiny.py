@@ -205,8 +205,10 @@ def _write_card(folder, model, tokenizer, role, name, pooling, evidence, fields)
     from interp_rlhf.validation.check import check_card
 
     train, test = make_examples(labelled_rows(24, seed=1)), make_examples(labelled_rows(40, seed=2))
-    layer = fields.pop("layer", 1)
-    fit = fit_probe(model, tokenizer, train, [decoder_layers(model)[layer]], model_id="tiny")
+    layer, regularization = fields.pop("layer", 1), fields.pop("regularization", None)
+    fit = fit_probe(
+        model, tokenizer, train, [decoder_layers(model)[layer]], model_id="tiny", regularization=regularization
+    )
     sha256 = fit.artifact.save(folder / f"{name}.safetensors")
     header = fit.artifact.header
     card = Card(
