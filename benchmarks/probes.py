@@ -369,7 +369,7 @@ def compared(
         made: list[LogOdds] = []
         sample = measure(lambda name=name, made=made: made.append(CONTESTANTS[name](features, fitted, seed)))
         found[name] = {**judged(made[0](new), tested), "seconds": sample.cpu}
-    return found
+    return {name: found[name] for name in CONTESTANTS if name in found}
 
 
 def poolings(fit: Tokens, fitted: np.ndarray, test: Tokens, tested: np.ndarray, seed: int) -> dict[str, Any]:
