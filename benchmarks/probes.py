@@ -1,6 +1,6 @@
-"""How good the probes are: on labelled texts, on a concept planted in one token, and how long a sweep takes.
+"""How good the probes are: on labelled texts, on a concept planted in one token, and how long a sweep and evidence take.
 
-Three parts, all by default; `--part` picks some, `--quick` is a small run that only shows that everything works.
+Four parts, all by default; `--part` picks some, `--quick` is a small run that only shows that everything works.
 
 sets     Forty labelled sets, SmolLM2-135M-Instruct after block 15, some hundred examples to fit on, 300 to test on. On the same
          mean-pooled activations: `LinearProbe` with its calibration, scikit-learn's `LogisticRegressionCV`, probelab's
@@ -19,6 +19,8 @@ planted  Normal noise, 200 tokens a row; one token of each positive row is shift
 sweep    `fit_probe` over 10 hook points, 300 texts.
   sweep_vs_0_2                 its CPU time over that of the steps that version 0.2 took
   sweep_all_poolings_vs_0_2    the same with a choice of mean, last and attention pooling
+evidence `check_card` on 300 answers, of a probe after block 20 that was fitted on 300 others.
+  evidence_vs_0_2              its CPU time over that of the steps that version 0.2 took
 
 scikit-learn's row is the better of raw and standardized activations, by the mean over sets of what is compared. Methods that
 weigh both labels alike (ours, 0.2's) get the log of the fit's label ratio added to their log-odds, since the others know it.
@@ -39,6 +41,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +50,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
@@ -58,6 +62,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from interp_rlhf.activations import (
+    embedding_point,
     end_of_turn_ids,
     identity,
     make_canaries,
@@ -69,14 +74,19 @@ from interp_rlhf.activations import (
 )
 from interp_rlhf.concepts import linear
 from interp_rlhf.concepts.attention import Tokens, fit_attention
+from interp_rlhf.concepts.card import load_card
 from interp_rlhf.concepts.examples import Examples, make_examples
 from interp_rlhf.concepts.linear import LinearProbe, cross_validate, fold_aurocs, folds, platt
 from interp_rlhf.concepts.pooling import POOLINGS, pool
 from interp_rlhf.concepts.probe import fit_probe, sweep_points
+from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.demo.model import MODEL_ID, default_model
+from interp_rlhf.validation.check import RANDOM_DIRECTIONS, check_card
+from interp_rlhf.validation.dictionaries import PERMUTATIONS
+from interp_rlhf.validation.statistics import auroc_interval
 
-PARTS = ("sets", "planted", "sweep")
+PARTS = ("sets", "planted", "sweep", "evidence")
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "runs" / "benchmarks"
 DATA = ROOT.parent / "shared" / "data"
@@ -95,6 +105,7 @@ ROWS, TOKENS, SHIFT, FILLER = 300, 200, 8.0, 500
 WIDTHS, SEEDS = (128, 576), 5
 
 SWEEP_EXAMPLES, SWEEP_EVERY, SWEEP_CHARACTERS = 300, 3, 110
+EVIDENCE_POINT = "model.layers.20"  # that of the shipped card
 
 # One binary set of each family that sae-probes has, two or three of the larger families.
 NAMES = (
@@ -634,6 +645,89 @@ def run_sweep(model: Any, tokenizer: Any, arguments: Any) -> tuple[list[Quantity
     }  # fmt: skip
 
 
+# Part: evidence
+
+
+def answers(count: int, seed: int) -> list[Examples]:
+    """Film reviews as answers to prompts of their own: to fit on, and to check on."""
+    given = next(shared_sets({}), None) or next(sae_probes_sets(["113_movie_sent"]))
+    order = np.random.default_rng(seed).permutation(len(given.rows))[: 2 * count]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Say what you think of film number {number}."}],
+            "completion": [{"role": "assistant", "content": given.rows[i]["text"].strip()}], "label": given.labels[i],
+        }
+        for number, i in enumerate(order)
+    ]  # fmt: skip
+    return [make_examples(rows[:count]), make_examples(rows[count:])]
+
+
+def check_as_0_2(model: Any, tokenizer: Any, readout: Readout, fit: Examples, rows: Examples, seed: int) -> None:
+    """The steps of `check_card` in version 0.2, with today's functions."""
+    readout.check_model(model)
+    ends, embedding = end_of_turn_ids(model, tokenizer), embedding_point(model)
+    batches = [tokenize_examples(one.rows, tokenizer, None, None, ends) for one in (fit, rows)]
+    points = [readout.hook_point, embedding]
+    means = {point: values.double().numpy() for point, values in read_means(model, batches[0], points).items()}
+    rng = np.random.default_rng(seed)
+    features, zero = means[readout.hook_point], np.zeros((1, readout.width))
+    drawn = [version_0_2(features, rng.permutation(fit.labels)) for _ in range(PERMUTATIONS)]
+    weights = np.stack([one(np.eye(readout.width)) - one(zero) for one in drawn])
+    directions = np.concatenate([weights, rng.standard_normal((RANDOM_DIRECTIONS, readout.width))])
+    controls = Columns(readout.hook_point, torch.tensor(directions.T, dtype=torch.float32))
+    by_words = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"),
+        LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),
+    )
+    estimates = []
+    for start in range(0, len(rows), 256):
+        part = batches[1].part(slice(start, start + 256))
+        scores = read(model, part, [readout, controls])
+        estimates.append(readout.score(scores[readout.name]))
+        pool(scores["columns"].scores, part.completion_mask, "mean")
+    lexical = read_means(model, batches[1], [embedding])[embedding].double().numpy()
+    for values in (
+        np.concatenate(estimates), by_words.fit(fit.texts, fit.labels).decision_function(rows.texts),
+        np.array([len(text) for text in rows.texts]), version_0_2(means[embedding], fit.labels)(lexical),
+    ):  # fmt: skip
+        auroc_interval(rows.labels, values, rows.groups, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Scores along many directions (D, K)."""
+
+    hook_point: str
+    directions: torch.Tensor
+    name: str = "columns"
+
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        return activation @ self.directions.to(activation)
+
+
+def run_evidence(model: Any, tokenizer: Any, arguments: Any) -> tuple[list[Quantity], dict[str, Any]]:
+    """The part about the time of evidence."""
+    count, pairs = (120, 1) if arguments.quick else (SWEEP_EXAMPLES, arguments.pairs)
+    fit_on, rows = answers(count, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        made = fit_probe(model, tokenizer, fit_on, EVIDENCE_POINT, model_id=MODEL_ID, seed=arguments.seed)
+        card = load_card(publish(made, folder, name="sentiment", concept="Praises.", role="reward"))
+        readout = Readout.from_card(card)
+        runs: dict[str, Callable[[], Any]] = {
+            "0_2": lambda: check_as_0_2(model, tokenizer, readout, fit_on, rows, arguments.seed),
+            "now": lambda: check_card(card, model, tokenizer, fit_on, rows, seed=arguments.seed),
+        }
+        samples = []
+        for pair in tqdm(range(pairs), desc="evidence"):
+            order = list(runs) if pair % 2 == 0 else list(reversed(runs))
+            samples.append({name: measure(runs[name]) for name in order})
+    found = []
+    for suffix, clock in (("", "cpu"), ("_wall", "wall")):
+        ratios = [getattr(sample["now"], clock) / getattr(sample["0_2"], clock) for sample in samples]
+        found.append(median_of(f"evidence_vs_0_2{suffix}", ratios, arguments.seed, "" if suffix else "≤ 1.5"))
+    return found, {"model": MODEL_ID, "hook_point": EVIDENCE_POINT, "examples": [count, count], "pairs": pairs}
+
+
 # All parts
 
 
@@ -698,6 +792,7 @@ def main() -> None:
         "sets": lambda: run_sets(model, tokenizer, arguments),
         "planted": lambda: run_planted(arguments),
         "sweep": lambda: run_sweep(model, tokenizer, arguments),
+        "evidence": lambda: run_evidence(model, tokenizer, arguments),
     }
     parts: dict[str, Any] = {}
     for part in chosen:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from test_evidence import order_rows
 from test_verdicts import run_log_of
-from tiny import WORDS, labelled_rows, make_readout
+from tiny import labelled_rows, make_model, make_readout
 from training import logged, make_trainer
 
 from interp_rlhf import ConceptAnchor, ConceptPenalty, DriftConfig, Readout, attach, read
@@ -64,23 +63,13 @@ def test_a_concept_in_one_token_of_200_is_found_and_filler_does_not_move_its_sco
         assert np.abs(padded - scores).mean() <= 0.05 * scores.std()
 
 
-def needle_rows(count, seed):
-    rng = random.Random(seed)
-    rows = []
-    for i in range(count):
-        words = rng.choices([word for word in WORDS if word not in ("warm", "cold")], k=60)
-        words[rng.randrange(60)] = "warm" if i % 2 else "cold"
-        rows.append({"prompt": f"please {rng.randint(0, 10**9)}", "completion": " " + " ".join(words), "label": i % 2})
-    return rows
-
-
 @pytest.fixture
-def fitted(load, tokenizer, tmp_path):
+def fitted(tokenizer, tmp_path):
     """A model, and a card that was fitted for attention on it."""
-    model = load()
-    examples = make_examples(needle_rows(200, 1))
-    fit = fit_probe(model, tokenizer, examples, decoder_layers(model)[1], model_id="tiny", pooling="attention")
-    return model, publish(fit, tmp_path, name="needle", concept="Says warm once.", role="monitor"), fit
+    model = make_model("llama", tokenizer, seed=1)
+    examples = make_examples(order_rows(300, 1))
+    fit = fit_probe(model, tokenizer, examples, decoder_layers(model)[0], model_id="tiny", pooling="attention")
+    return model, publish(fit, tmp_path, name="order", concept="Warm before cold.", role="monitor"), fit
 
 
 def test_the_score_is_what_was_fitted_by_hand(fitted, tokenizer):
@@ -88,9 +77,9 @@ def test_the_score_is_what_was_fitted_by_hand(fitted, tokenizer):
     readout, artifact = Readout.from_card(load_card(path)), fit.artifact
     assert load_card(path).card.readout.pooling == "attention"
     assert artifact.header.sharpness is not None
-    rows = needle_rows(120, 2)
+    rows = order_rows(120, 2)
     batch = tokenize_examples(rows, tokenizer)
-    scores = np.array(readout.score(read(model, batch, [readout])["needle"]))
+    scores = np.array(readout.score(read(model, batch, [readout])["order"]))
     assert roc_auc_score([row["label"] for row in rows], scores) > 0.9
     values = read_activations(model, batch, [readout.hook_point])[readout.hook_point].double().numpy()
     counts, start = batch.completion_mask.sum(1).tolist(), 0
@@ -104,10 +93,6 @@ def test_the_score_is_what_was_fitted_by_hand(fitted, tokenizer):
     # The same, from activations that somebody else has read.
     flat = torch.from_numpy(values).float()
     np.testing.assert_allclose(scores_of(readout, batch, flat), scores, atol=1e-3)
-    # 500 words of filler at the end.
-    padded = [{**row, "completion": row["completion"] + " the" * 300} for row in rows[:40]]
-    longer = np.array(readout.score(read(model, tokenize_examples(padded, tokenizer), [readout])["needle"]))
-    assert roc_auc_score([row["label"] for row in padded], longer) > 0.85
 
 
 def test_the_artifact_keeps_its_query_and_says_what_it_was_fitted_for(fitted, load, tmp_path):
@@ -117,7 +102,7 @@ def test_the_artifact_keeps_its_query_and_says_what_it_was_fitted_for(fitted, lo
     assert (again.query_bias, again.header.pooling) == (pytest.approx(fit.artifact.query_bias), "attention")
     assert list(again.header.calibration) == ["attention"]
     with pytest.raises(ValueError, match="calibrated for `attention`"):
-        Readout.from_artifact(again, "needle", "mean")
+        Readout.from_artifact(again, "order", "mean")
     with pytest.raises(ValueError, match="pooling `attention` without a query"):
         Readout("by_hand", "model.layers.1", torch.ones(4), pooling="attention")
     other = make_readout(load(), pooling="attention", seed=1)

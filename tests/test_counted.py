@@ -63,8 +63,12 @@ def by_hand(model, readout, prompt_ids, answer_ids) -> float:
             torch.tensor([[*prompt_ids, *answer_ids]]), output_hidden_states=True, use_cache=False
         ).hidden_states
     model.train(training)
-    tokens = states[2][0].double() @ readout.weight.double() + readout.bias  # the output of layer 1
-    return pooled_by_hand(tokens[max(1, len(prompt_ids)) :].tolist(), readout.pooling)
+    own = states[2][0].double()[max(1, len(prompt_ids)) :]  # the output of layer 1
+    tokens = own @ readout.weight.double() + readout.bias
+    if readout.query is not None:
+        weights = (own @ readout.query.double() + readout.query_bias).exp()
+        return float(weights @ tokens / (1 + weights.sum()))
+    return pooled_by_hand(tokens.tolist(), readout.pooling)
 
 
 def prompt_of(tokenizer, messages, **kwargs):
