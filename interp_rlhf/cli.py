@@ -144,7 +144,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="AUROC with a bootstrap interval on held-out examples, beside TF-IDF, length, punctuation and a probe on the "
         "embedding, and against permuted labels and random directions. The evidence goes into the card. Exit code 1 where the "
         "card is meant to be a reward or a penalty and its evidence does not reach.",
-        epilog="example: interp-rlhf probe check reward/warmth/reward.v2.yaml --fit-data fit.jsonl --data check.jsonl",
+        epilog="example: interp-rlhf probe check reward/warmth/reward.v3.yaml --fit-data fit.jsonl --data check.jsonl",
     )
     check.add_argument("card", help="the card's YAML file")
     check.add_argument("--fit-data", required=True, help="what `probe fit` was given")
@@ -174,7 +174,7 @@ def _add_canaries(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "version of the "
         "card and of its artifact, with what they gave. A model that is to be read must give the same again. The new card has no "
         "evidence: run `probe check` on it.",
-        epilog="example: interp-rlhf probe canaries reward/warmth/reward.v2.yaml",
+        epilog="example: interp-rlhf probe canaries reward/warmth/reward.v3.yaml",
     )
     canaries.add_argument("card", help="the card's YAML file; it stays as it is")
     canaries.add_argument("--model", help=MODEL_HELP)
@@ -189,7 +189,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Runs both models over the same fixed texts and compares activations and predictions; with cards and "
         "labelled examples also what the probes still read: frozen, re-standardized and refitted. Exit code 1 where a limit "
         "is crossed, for use in CI.",
-        epilog="example: interp-rlhf drift compare base runs/dpo/checkpoint-100 --monitor reward/warmth/reward.v2.yaml "
+        epilog="example: interp-rlhf drift compare base runs/dpo/checkpoint-100 --monitor reward/warmth/reward.v3.yaml "
         "--labelled check.jsonl --max kl=0.5 --min cosine=0.9 --fail-on 'monitor stale'",
     )
     compare.add_argument(
@@ -339,7 +339,7 @@ def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "they are off, histogram and density, tokens promoted and suppressed, cosines with probes, and for labelled examples "
         "precision and recall; of the autoencoder FVU, L0 and dead latents. The log with everything is beside the page.",
         epilog="example: interp-rlhf sae inspect runs/sae/sae --texts texts.txt --top 20 --labelled check.jsonl "
-        "--probe reward/warmth/reward.v2.yaml --out inspect.html",
+        "--probe reward/warmth/reward.v3.yaml --out inspect.html",
     )
     _add_sae_source(inspect)
     inspect.add_argument("--texts", required=True, help="JSONL or CSV file of texts, or a text file with one per line")

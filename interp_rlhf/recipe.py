@@ -78,7 +78,7 @@ class InterpArguments:
         if not cards:
             raise ValueError(
                 "`interp.rewards` names no card – expected at least one: rollouts are trained on rewards. Add "
-                "`rewards: [reward/warmth/reward.v2.yaml]`."
+                "`rewards: [reward/warmth/reward.v3.yaml]`."
             )
         return [
             ConceptReward.from_card(**card) if isinstance(card, Mapping) else ConceptReward.from_card(card)

@@ -52,7 +52,7 @@ def test_sentiment_is_found_at_block_15_and_passes_its_gate(real, data, tmp_path
 
 def test_the_shipped_card_is_about_this_model_and_tells_warm_from_cold(real):
     model, tokenizer = real
-    warmth = Readout.from_card("reward/warmth/reward.v2.yaml")
+    warmth = Readout.from_card("reward/warmth/reward.v3.yaml")
     warmth.check_model(model)
     prompt = [{"role": "user", "content": "I failed my driving test."}]
     answers = [

@@ -22,7 +22,7 @@ def main() -> None:
 
     package = Path(interp_rlhf.__file__).resolve().parent
     assert "site-packages" in package.parts, f"{package} is not an installed wheel"
-    assert locate("reward/warmth/reward.v2.yaml").is_relative_to(package)
+    assert locate("reward/warmth/reward.v3.yaml").is_relative_to(package)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     passed = 0
     blocks = re.findall(r"```(python|bash)\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL)

@@ -223,7 +223,7 @@ def load_card(path: str | Path) -> LoadedCard:
     """Card of a YAML file, checked strictly.
 
     Args:
-        path (`str` or `Path`): a file, or the path of a shipped card (`reward/warmth/reward.v2.yaml`), which resolves
+        path (`str` or `Path`): a file, or the path of a shipped card (`reward/warmth/reward.v3.yaml`), which resolves
             the same from a checkout, an editable install and a wheel.
 
     Raises:

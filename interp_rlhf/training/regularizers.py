@@ -160,7 +160,7 @@ class ConceptAnchor(Regularizer):
     """Holds a concept's score near the reference's: λ (⟨h_θ, r⟩ − ⟨h_0, r⟩)².
 
     Source: ProCon (arXiv 2509.06795), which anchors the projection on the refusal direction during fine-tuning. Deviations:
-    1. r is any probe or direction, as fitted; a probe's weight is not normalized, so that the difference is in log-odds.
+    1. r is any probe or direction, as fitted and calibrated, so that the difference is in log-odds whatever its norm.
     2. Each counted token's difference, then the mean over a sequence's tokens, then over sequences, so that long sequences do
        not weigh more; `pooled=True` squares the difference of pooled scores instead.
     3. The schedule is the caller's; theirs is strong early (`Schedule(kind="decay")`).
@@ -204,8 +204,8 @@ class ConceptAnchor(Regularizer):
             gap = gap.masked_fill(~tokens.any, 0)
             values = gap.pow(2)
         else:
-            gap = tokens.means((now - start)[:, 0])
-            values = tokens.means((now - start)[:, 0].pow(2))
+            each = self.readout.scale * (now - start)[:, 0]
+            gap, values = tokens.means(each), tokens.means(each.pow(2))
         return Term(weight * values, {"squared_gap": values, "drift": gap})
 
 
