@@ -270,6 +270,32 @@ def test_the_figures_of_autoencoder_and_ppo_are_the_committed_ones():
         assert measured["dense"]["ratios"][name] <= 0.6
 
 
+def test_the_figures_of_the_probes_benchmark_are_the_committed_ones():
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    parts = json.loads((ROOT / "benchmarks" / "probes.json").read_text())
+
+    def shown(part, name, form):
+        low, high = parts[part]["settings"]["intervals"][name]
+        value = format(parts[part]["ratios"][name], form)
+        return f"{value}** [{low:{form}}, {high:{form}}]".replace("-", "−")
+
+    for part, name, form in (
+        ("sets", "auroc_minus_sklearn_cv", "+.4f"), ("planted", "filler_change_128", ".3f"),
+        ("planted", "planted_auroc_attention_576", ".3f"), ("sweep", "sweep_vs_0_2", ".2f"),
+        ("evidence", "evidence_vs_0_2", ".2f"),
+    ):  # fmt: skip
+        assert f"**{shown(part, name, form)}" in readme, name
+    ratios = {name: value for part in parts.values() for name, value in part["ratios"].items()}
+    assert ratios["auroc_minus_sklearn_cv"] >= 0
+    assert ratios["auroc_minus_probelab"] >= 0
+    assert ratios["sweep_vs_0_2"] <= 2
+    assert ratios["evidence_vs_0_2"] <= 1.5
+    for width in (128, 576):
+        assert ratios[f"planted_auroc_attention_{width}"] >= 0.95
+        assert ratios[f"planted_auroc_mean_{width}"] <= 0.7
+        assert max(ratios[f"filler_change_{width}"], ratios[f"repeated_filler_change_{width}"]) <= 0.05
+
+
 def story(verdicts):
     """Each verdict where it first holds: `steady, changed from 6`."""
     parts = []

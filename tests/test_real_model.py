@@ -48,6 +48,9 @@ def test_sentiment_is_found_at_block_15_and_passes_its_gate(real, data, tmp_path
     assert evidence.held_out.probe.auroc >= 0.75
     assert evidence.held_out.probe.auroc > evidence.held_out.embedding.auroc
     assert gate(load_card(path).card) == []
+    assert (
+        0.6 < evidence.held_out.calibration.slope < 1.7
+    )  # a score is a log-odds; 3.9 and 5.1 on the demo's cards of 0.2
 
 
 def test_the_shipped_card_is_about_this_model_and_tells_warm_from_cold(real):
