@@ -312,7 +312,7 @@ class _Fitted:
         return cls(
             Controls(readout, pooled["features"], labels, seed, permuted, center),
             (embedding, weight("embedding")),
-            weight("prompt"),
+            weight("prompt") if any(examples.prompts) else np.zeros(pooled["prompt"].shape[1]),
         )
 
     def read(self, model: Any, batch: TokenBatch, readout: Readout, progress: str | None) -> _Read:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # A score of which less is the answer's is nearly a function of the prompt: all answers to one get nearly one reward.
 ANSWER_SHARE = 0.1
-# So is one that keeps more of its AUROC above chance when each prompt has another prompt's answer.
+# So is one that surely keeps some of its AUROC, and more of it than this, when each prompt has another prompt's answer.
 KEPT = 0.75
 
 
@@ -69,7 +69,8 @@ def _of_the_prompt(findings: Findings, where: str) -> list[str]:
             f"on {where} its score is nearly a function of the prompt: {share.value:.0%} of its variance is the answer's, less "
             f"than {ANSWER_SHARE:.0%}"
         ]
-    if kept is not None and kept.auroc - 0.5 > KEPT * (findings.probe.auroc - 0.5):
+    sure = kept is not None and kept.low is not None and kept.low > 0.5
+    if kept is not None and sure and kept.auroc - 0.5 > KEPT * (findings.probe.auroc - 0.5):
         return [
             f"on {where} its score tells the prompts apart, not the answers: with another prompt's answer in the place of each "
             f"its AUROC is still {kept.auroc:.3f}, of {findings.probe.auroc:.3f}"
