@@ -150,8 +150,10 @@ def test_the_demo_figures_of_the_readme_are_the_committed_ones():
         row = [
             found["settings"]["seed"],
             "{auroc:.2f} [{low:.2f}, {high:.2f}]".format(**probe["probe"]),
+            "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**probe["adds"]["auroc"]),
             f"{probe['permutation']['p95']:.2f} / {probe['random_direction']['p95']:.2f}",
-            f"{probe['tfidf']['auroc']:.2f} / {probe['embedding']['auroc']:.2f} / {probe['measures']['vader']['auroc']:.2f}",
+            f"{probe['tfidf']['auroc']:.2f} / {probe['embedding']['auroc']:.2f} / {probe['likelihood']['mean']['auroc']:.2f} / "
+            f"{probe['measures']['vader']['auroc']:.2f}",
             gain(arms["probe"]),
             gain(arms["sham"]),
             gain(found["probe_minus_sham"]),

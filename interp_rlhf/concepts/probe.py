@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..activations import (
     TokenBatch,
@@ -170,14 +171,17 @@ def fit_probe(
     strengths = STRENGTHS if regularization is None else (regularization,)
     best: tuple[tuple[float, float], _Candidate] | None = None
     curve: list[SweepPoint] = []
-    for point, pooled, tokens in sets:
-        for how in poolings:
-            candidate = _candidate(point, how, pooled, tokens, labels, splits, method, strengths)
-            found = _sweep_point(candidate, labels, splits)
-            curve.append(found)
-            rank = (found.auroc, -found.log_loss)
-            if best is None or rank > best[0]:
-                best = rank, candidate
+    bar = tqdm(total=len(hook_points) * len(poolings), desc="fitting", unit="fit", disable=not progress, leave=False)
+    with bar:
+        for point, pooled, tokens in sets:
+            for how in poolings:
+                candidate = _candidate(point, how, pooled, tokens, labels, splits, method, strengths)
+                found = _sweep_point(candidate, labels, splits)
+                curve.append(found)
+                bar.update()
+                rank = (found.auroc, -found.log_loss)
+                if best is None or rank > best[0]:
+                    best = rank, candidate
     assert best is not None
     winner = best[1]
     strength = winner.chosen.strength if method == "logistic_regression" else None
