@@ -16,7 +16,7 @@ from interp_rlhf.activations import ConceptScores, decoder_layers, read, read_me
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import load_examples, make_examples, write_jsonl
-from interp_rlhf.concepts.linear import LinearProbe
+from interp_rlhf.concepts.linear import LinearProbe, separates
 from interp_rlhf.concepts.pooling import FITTED, POOLINGS, ema, pool
 from interp_rlhf.concepts.probe import fit_probe, sweep_points
 from interp_rlhf.concepts.publish import publish
@@ -368,3 +368,29 @@ def test_end_of_turn_tokens_are_left_out_alike_unless_the_artifact_says_otherwis
     ).artifact
     assert not torch.allclose(counted.weight, same.weight)
     assert Readout.from_artifact(counted, "warmth", "mean").include_end_of_turn
+
+
+def test_activations_that_are_all_alike_are_named(load, tokenizer):
+    rows = [{"prompt": f"a {i}", "completion": " day", "label": i % 2} for i in range(20)]
+    with pytest.raises(ValueError, match="are alike in the 20 examples – expected some that differ"):
+        fit_probe(load(), tokenizer, make_examples(rows), "model.layers.0.input", model_id="tiny", kind="direction")
+    with pytest.raises(ValueError, match="`regularization` is '0.1' – expected a finite number"):
+        LinearProbe(regularization="0.1")
+
+
+def test_the_more_is_tried_the_less_is_left_to_chance():
+    labels = np.arange(80) % 2
+    prompts = list(map(str, range(80)))
+    rng = np.random.default_rng(0)
+    drawn = rng.standard_normal((300, 15, 80))
+    for candidates in (1, 15):
+        best = [max(scores[:candidates], key=lambda own: roc_auc_score(labels, own)) for scores in drawn]
+        passed = np.mean([separates(labels, scores, prompts, candidates) for scores in best])
+        assert passed < 0.06, candidates
+
+
+def test_an_empty_text_beside_another_form_is_no_form():
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    examples = make_examples([{"text": "", "messages": said, "label": label} for label in (0, 1)])
+    assert examples.texts == ["b", "b"]
+    assert examples.prompts == ["a", "a"]

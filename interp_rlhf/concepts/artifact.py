@@ -146,6 +146,12 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
             "card was written: restore it, or fit and check again."
         )
     header = _header(data, path)
+    wanted = {"weight", "bias", *(("query", "query_bias") if header.pooling == ATTENTION else ())}
+    if missing := sorted(wanted - set(tensors)):
+        raise ValueError(
+            f"`{path}` lacks {', '.join(f'`{name}`' for name in missing)} – expected an artifact fitted for "
+            f"`{header.pooling}`. Fit it anew."
+        )
     weight, bias = tensors["weight"].float(), float(tensors["bias"].item())
     size = len(header.sae["latents"]) if header.kind == "sae_latents" else header.width
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

@@ -115,7 +115,14 @@ def make_examples(
         split_example(filled, f"`{source}`: row {i}")
     found, names = _binary(labels, source, positive)
     keep = (*CONTENT, *BESIDE)
-    kept = [{key: row[key] for key in keep if row.get(key) is not None} for row in rows]
+    kept = [
+        {
+            key: row[key]
+            for key in keep
+            if row.get(key) is not None and (key not in ("text", "messages") or row[key] != "")
+        }
+        for row in rows
+    ]
     fingerprint = _digest([kept, found.tolist()])
     return Examples(kept, found, names, f"sha256:{fingerprint}")
 

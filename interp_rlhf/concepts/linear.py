@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -19,8 +20,8 @@ METHODS = ("logistic_regression", "difference_of_means")
 # one class to that of the other, at the last the examples are separated and the weight follows their noise.
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))
 FOLDS = 5
-# A score separates out of fold where its AUROC lies above one half by so many standard errors under chance.
-SEPARATES = 1.96
+# A score separates out of fold where chance gives an AUROC so high in no more than this share of cases.
+BY_CHANCE = 0.025
 
 
 class LinearProbe:
@@ -41,7 +42,8 @@ class LinearProbe:
     def __init__(self, method: str = "logistic_regression", regularization: float | None = None, seed: int = 0):
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r} – expected one of {', '.join(METHODS)}.")
-        if regularization is not None and not 0 < regularization < float("inf"):
+        number = isinstance(regularization, int | float) and not isinstance(regularization, bool)
+        if regularization is not None and not (number and 0 < regularization < float("inf")):
             raise ValueError(
                 f"`regularization` is {regularization!r} – expected a finite number above 0, or None to have it chosen."
             )
@@ -107,7 +109,7 @@ def fit_paths(
     basis = None
     if method == "logistic_regression" and len(standardized) < standardized.shape[1]:
         values, vectors = np.linalg.eigh(standardized @ standardized.T)
-        kept = values > 1e-12 * values[-1]
+        kept = values > max(1e-12 * values[-1], 1e-30)  # none where all features are alike
         sizes = np.sqrt(values[kept])
         basis = standardized.T @ (vectors[:, kept] / sizes)  # (D, R), orthonormal
         standardized = vectors[:, kept] * sizes
@@ -146,6 +148,8 @@ def _logistic(
 ) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.linear_model import LogisticRegression
 
+    if standardized.shape[1] == 0:
+        return np.zeros((len(strengths), 0)), np.zeros(len(strengths))
     model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=1000)
     weights, biases = [], []
     for strength in strengths:
@@ -244,14 +248,20 @@ def fold_aurocs(
     return float(np.mean(found)), float(np.std(found))
 
 
-def separates(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str]) -> bool:
-    """Whether scores out of fold tell the labels apart better than chance would: AUROC above one half by 1.96 standard errors of
-    the rank sum under chance, with prompts counted in place of rows."""
+def separates(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str], candidates: int = 1) -> bool:
+    """Whether scores out of fold tell the labels apart better than chance would: by the rank sum under chance, one-sided, with
+    prompts counted in place of rows.
+
+    Args:
+        candidates (`int`, defaults to 1): among how many these scores were the best: the more, the less is left to chance
+            (Bonferroni).
+    """
     from sklearn.metrics import roc_auc_score
 
     sides = [len({group for group, label in zip(groups, labels, strict=True) if label == side}) for side in (0, 1)]
     error = np.sqrt((sum(sides) + 1) / (12 * sides[0] * sides[1]))
-    return bool(roc_auc_score(labels, scores) > 0.5 + SEPARATES * error)
+    errors = NormalDist().inv_cdf(1 - BY_CHANCE / candidates)
+    return bool(roc_auc_score(labels, scores) > 0.5 + errors * error)
 
 
 def platt(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:

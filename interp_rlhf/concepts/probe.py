@@ -187,6 +187,11 @@ def fit_probe(
     strength = winner.chosen.strength if method == "logistic_regression" else None
     weight, bias = LinearProbe(method, strength).fit(winner.features, labels)
     weights, biases = winner.chosen.weights, winner.chosen.biases
+    if not weight.any():
+        raise ValueError(
+            f"All activations at `{winner.hook_point}` are alike in the {len(labels)} examples – expected some that differ. Read "
+            "after a decoder layer, and look at whether all answers are the same."
+        )
     if kind == "direction":
         weight, bias = weight / np.linalg.norm(weight), 0.0
         weights, biases = weights / np.linalg.norm(weights, axis=1, keepdims=True), np.zeros(len(biases))
@@ -215,7 +220,7 @@ def fit_probe(
         data=examples.fingerprint,
         examples=len(examples),
         seed=seed,
-        calibration=_calibrate(labels, groups, out_of_fold),
+        calibration=_calibrate(labels, groups, out_of_fold, len(curve)),
         include_end_of_turn=include_end_of_turn,
         versions=library_versions(),
         canaries=make_canaries(model, tokenizer, winner.hook_point, readout.read_directions).entry(),
@@ -357,14 +362,14 @@ def _out_of_fold(
 
 
 def _calibrate(
-    labels: np.ndarray, groups: Sequence[str], out_of_fold: dict[str, np.ndarray]
+    labels: np.ndarray, groups: Sequence[str], out_of_fold: dict[str, np.ndarray], candidates: int
 ) -> dict[str, tuple[float, float]]:
     """Scale and offset per pooling that make the pooled score a log-odds; a pooling that does not separate the labels out of fold
     is left out."""
     found: dict[str, tuple[float, float]] = {}
     for pooling, scores in out_of_fold.items():
         scale, offset = platt(labels, scores)
-        if scale > 0 and separates(labels, scores, groups):
+        if scale > 0 and separates(labels, scores, groups, candidates):
             found[pooling] = (scale, offset)
         else:
             logger.warning(

@@ -169,7 +169,7 @@ class Readout:
     def digest(self) -> str:
         """SHA-256 of its weights."""
         tensors = [self.weight] if self.latents is None else [self.weight, *self.latents.tensors().values()]
-        tensors += [] if self.query is None else [self.query]
+        tensors += [] if self.query is None else [self.query, torch.tensor(self.query_bias)]
         found = hashlib.sha256()
         for tensor in tensors:
             found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -286,7 +286,7 @@ class Readout:
 
 
 def same_artifact(one: Readout, other: Readout) -> bool:
-    """Whether two readouts are one claim: the same hook point and the same weight, whatever their names, pooling and scale.
+    """Whether two readouts are one claim: the same hook point and the same weight, whatever their names, pooling, query and scale.
 
     Readouts of latents are one where they have a latent in common.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -262,6 +262,7 @@ class _Read:
 
     Attributes:
         own (`np.ndarray` of shape (N,)): the card's score.
+        log_odds (`np.ndarray` of shape (N,)): the same without the card's transform.
         controls (`np.ndarray` of shape (N, C)): pooled scores of the controls.
         embedding, prompt (`np.ndarray` of shape (N,)): scores of the probe on mean embeddings, and of that at the prompt's last
             token.
@@ -269,6 +270,7 @@ class _Read:
     """
 
     own: np.ndarray
+    log_odds: np.ndarray
     controls: np.ndarray
     embedding: np.ndarray
     prompt: np.ndarray
@@ -318,6 +320,7 @@ class _Fitted:
     def read(self, model: Any, batch: TokenBatch, readout: Readout, progress: str | None) -> _Read:
         """By one whole forward, in chunks of rows: per-token scores of so many controls never pile up."""
         parts: list[list[np.ndarray]] = []
+        plain = replace(readout, transform=None)
         for start in range(0, len(batch), CHUNK_ROWS):
             part = batch.part(slice(start, start + CHUNK_ROWS))
             scores, pooled, log_probs = read_with_likelihood(
@@ -331,12 +334,13 @@ class _Fitted:
             drawn = pool(scores["controls"].scores, part.completion_mask, self.controls.pooling)
             total = log_probs.double().sum(1).numpy()
             parts.append([
-                np.array(readout.score(scores[readout.name]), dtype=float), drawn.double().numpy(),
+                np.array(readout.score(scores[readout.name]), dtype=float),
+                np.array(plain.score(scores[readout.name]), dtype=float), drawn.double().numpy(),
                 pooled["embedding"].double().numpy() @ self.embedding[1], pooled["prompt"].double().numpy() @ self.prompt,
                 total / part.completion_mask.sum(1).numpy(), total,
             ])  # fmt: skip
-        own, controls, embedding, prompt, mean, total = (np.concatenate(values) for values in zip(*parts, strict=True))
-        return _Read(own, controls, embedding, prompt, {"mean": mean, "sum": total})
+        own, log_odds, controls, embedding, prompt, mean, total = map(np.concatenate, zip(*parts, strict=True))
+        return _Read(own, log_odds, controls, embedding, prompt, {"mean": mean, "sum": total})
 
 
 def _attended(model: Any, batch: TokenBatch, readout: Readout) -> tuple[np.ndarray, np.ndarray]:
@@ -376,7 +380,7 @@ def _findings(
         positives=int(labels.sum()),
         adds=added_finding(added(labels, read.own, others, groups, seed)),
         probe=interval(read.own),
-        calibration=calibration_finding(labels, read.own),
+        calibration=calibration_finding(labels, read.log_odds),
         permutation=_control(controls[:PERMUTATIONS]),
         random_direction=_control(controls[PERMUTATIONS:]),
         tfidf=interval(words["tfidf"]),
