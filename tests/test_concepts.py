@@ -374,7 +374,7 @@ def test_activations_that_are_all_alike_are_named(load, tokenizer):
     rows = [{"prompt": f"a {i}", "completion": " day", "label": i % 2} for i in range(20)]
     with pytest.raises(ValueError, match="are alike in the 20 examples – expected some that differ"):
         fit_probe(load(), tokenizer, make_examples(rows), "model.layers.0.input", model_id="tiny", kind="direction")
-    with pytest.raises(ValueError, match="`regularization` is '0.1' – expected a finite number"):
+    with pytest.raises(ValueError, match="`regularization` is '0\\.1' – expected a finite number"):
         LinearProbe(regularization="0.1")
 
 

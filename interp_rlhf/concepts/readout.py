@@ -286,7 +286,7 @@ class Readout:
 
 
 def same_artifact(one: Readout, other: Readout) -> bool:
-    """Whether two readouts are one claim: the same hook point and the same weight, whatever their names, pooling, query and scale.
+    """Whether two readouts are one claim: the same hook point and weight, whatever their names, pooling, query and scale.
 
     Readouts of latents are one where they have a latent in common.
     """

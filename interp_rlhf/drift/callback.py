@@ -496,7 +496,7 @@ class DriftCallback(TrainerCallback):
             gaps = [(i, new - old) for i, (new, old) in enumerate(pairs) if new is not None and old is not None]
             top = sorted(gaps, key=lambda item: -abs(item[1]))[:SHOWN]
             found[name] = [
-                {"prompt": self._own.prompts[i], "completion": now.texts[i], "change": round(gap, 4)}
+                {"prompt": self._own.prompts[i], "completion": now.texts[i], "change": round(gap, 6)}
                 for i, gap in top
                 if gap
             ]

@@ -266,7 +266,7 @@ def summarize(now: Sampled, start: Sampled, seed: int = 0) -> dict[str, Any]:
 def per_prompt(sampled: Sampled) -> dict[str, list[float | None]]:
     """Readout to each prompt's score on the policy, None where the answer is empty."""
     return {
-        name: [round(value, 4) if math.isfinite(value) else None for value in scores.tolist()]
+        name: [round(value, 6) if math.isfinite(value) else None for value in scores.tolist()]
         for name, scores in sampled.policy.items()
     }
 

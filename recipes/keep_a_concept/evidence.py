@@ -81,7 +81,14 @@ def probes_of(data: Path, model, tokenizer, folder: Path) -> tuple[list[Readout]
     }
     readouts, evidence = [], {}
     for name, (train, test) in sets.items():
-        fit = fit_probe(model, tokenizer, make_examples(train), [HOOK_POINT], model_id="SmolLM2-135M-Instruct")
+        fit = fit_probe(
+            model,
+            tokenizer,
+            make_examples(train),
+            [HOOK_POINT],
+            model_id="SmolLM2-135M-Instruct",
+            regularization=0.001,
+        )
         path = publish(fit, folder / name, name=name, concept=name)
         found = check_card(load_card(path), model, tokenizer, make_examples(train), make_examples(test))
         readouts.append(Readout.from_card(path))

@@ -150,7 +150,14 @@ def probes(data: Path, folder: Path) -> tuple[Readout, Readout]:
     model.eval()
     found = []
     for name, start, point in (("sentiment", 0, HOOK_POINT), ("holdout", 1000, HOLDOUT_POINT)):
-        fit = fit_probe(model, tokenizer, reviews(data, start, 300), [point], model_id="SmolLM2-135M-Instruct")
+        fit = fit_probe(
+            model,
+            tokenizer,
+            reviews(data, start, 300),
+            [point],
+            model_id="SmolLM2-135M-Instruct",
+            regularization=0.001,
+        )
         found.append(Readout.from_card(str(publish(fit, folder / name, name=name, concept=name, pooling="mean"))))
     return found[0], found[1]
 

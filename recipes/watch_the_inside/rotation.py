@@ -112,7 +112,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         card = publish(
-            fit_probe(model, tokenizer, train, [HOOK_POINT], model_id="SmolLM2-135M-Instruct"), place / "card",
+            fit_probe(
+                model, tokenizer, train, [HOOK_POINT], model_id="SmolLM2-135M-Instruct", regularization=0.001
+            ), place / "card",
             name="sentiment", concept="Speaks well of its subject.", role="monitor",
         )  # fmt: skip
         readout = Readout.from_card(str(card))
