@@ -161,6 +161,17 @@ def test_the_demo_figures_of_the_readme_are_the_committed_ones():
             f"{last['kl']:.2f} / {last['entropy']:.2f} / {last['clipped_ratio']:.2f}",
         ]
         assert "| " + " | ".join(map(str, row)) + " |" in readme, row
+        assert gain(found["probe_minus_sham"], "monitor_score") in readme
+        assert f"{probe['adds']['auroc_without']:.3f}" in readme
+        assert f"{probe['calibration']['slope']:.2f}" in readme
+    from interp_rlhf.concepts.card import load_card
+
+    shipped = load_card(ROOT / "reward" / "warmth" / "reward.v3.yaml").card.evidence.held_out.adds
+    assert (
+        "(AUROC {value:+.3f} [{low:+.3f}, {high:+.3f}] to ".format(**shipped.auroc.model_dump())
+        + f"{shipped.auroc_without:.3f} in the shipped card)"
+        in readme
+    )
 
 
 def test_the_evidence_figures_of_the_readme_are_the_committed_ones():
