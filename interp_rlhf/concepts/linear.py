@@ -225,15 +225,20 @@ def cross_validate(
     )  # fmt: skip
 
 
-def balance(labels: np.ndarray) -> np.ndarray:
-    """Weight (N,) of each row under which both labels weigh alike and the mean is 1."""
-    counts = np.bincount(labels, minlength=2)
-    return np.asarray(len(labels) / 2 / counts[labels])
+def equal_classes(labels: np.ndarray) -> np.ndarray:
+    """Weights (N,) that sum to one half for each label; both must be there."""
+    positive = labels.sum()
+    return np.where(labels == 1, 0.5 / positive, 0.5 / (len(labels) - positive))
+
+
+def losses(labels: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
+    """Log-loss of each row (N,) in nats."""
+    return np.logaddexp(0.0, np.where(labels == 1, -log_odds, log_odds))
 
 
 def log_loss(labels: np.ndarray, log_odds: np.ndarray) -> float:
     """Mean negative log-likelihood in nats, both labels weighing alike; ln 2 = 0.693 for scores of 0."""
-    return float(np.mean(balance(labels) * (np.logaddexp(0, log_odds) - labels * log_odds)))
+    return float(equal_classes(labels) @ losses(labels, log_odds))
 
 
 def fold_aurocs(
@@ -276,7 +281,7 @@ def platt(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     spread = float(scores.std()) or 1.0
     counts = np.bincount(labels, minlength=2)
     target = np.where(labels == 1, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
-    weight = balance(labels)
+    weight = len(labels) * equal_classes(labels)
     model = LogisticRegression(C=1e6, max_iter=1000)
     model.fit(
         np.tile(scores / spread, 2)[:, None], np.repeat([1, 0], len(labels)),

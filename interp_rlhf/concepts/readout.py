@@ -193,8 +193,12 @@ class Readout:
 
     def pooled(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pooled, calibrated and transformed scores (B,) of what it gives per token; NaN where no token counts."""
-        pooled = self.scale * pool(scores, mask, self.pooling)[:, 0] + self.offset  # (B,)
-        return pooled if self.transform is None else self.transform(pooled)
+        return self.calibrated(pool(scores, mask, self.pooling)[:, 0])
+
+    def calibrated(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores as log-odds, transformed as the card says."""
+        scores = self.scale * scores + self.offset
+        return scores if self.transform is None else self.transform(scores)
 
     def check_model(self, model: Any, exact: bool = True, trained: bool = False) -> None:
         """Refuse a model that this readout was not made on.

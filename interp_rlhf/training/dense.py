@@ -60,9 +60,7 @@ def per_token(
         `ValueError`: a score of a token that counts is not finite.
     """
     scores.require_finite()
-    values = readout.scale * scores.scores[..., 0] + readout.offset  # (B, T)
-    if readout.transform is not None:
-        values = readout.transform(values)
+    values = readout.calibrated(scores.scores[..., 0])  # (B, T)
     mask = scores.mask
     if kind == "ema":
         levels = ema(values[..., None], mask)[..., 0]
@@ -70,11 +68,7 @@ def per_token(
         values = levels - before
     elif kind == "share" and readout.query is not None:
         weights = attention_weights(scores.scores, mask)
-        sink = (
-            torch.tensor(readout.offset)
-            if readout.transform is None
-            else readout.transform(torch.tensor(readout.offset))
-        )
+        sink = readout.calibrated(torch.zeros(()))
         rest = (1 - weights.sum(1, keepdim=True)) * sink / mask.sum(1, keepdim=True).clamp(min=1)
         values = values * weights + rest
     elif kind == "share":

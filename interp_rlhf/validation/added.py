@@ -14,26 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .statistics import draws, enough_prompts, equal_classes, group_numbers, logistic, losses, weighted_aurocs
+from ..concepts.linear import equal_classes, log_loss, losses
+from .statistics import draws, enough_prompts, group_numbers, logistic, weighted_aurocs
 
 Interval = tuple[float, float, float]
 NAN = float("nan")
 
 FOLDS = 5
 REPEATS = 3  # of the outer folds; log-odds are averaged
-PENALTIES = (
-    10.0,
-    3.0,
-    1.0,
-    0.3,
-    0.1,
-    0.03,
-    0.01,
-    1e-3,
-    1e-4,
-    1e-6,
-    1e-8,
-)  # see `logistic`; the last for labels that separate
+# See `logistic`; the last are for labels that separate.
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-8)
 FARTHEST = 5.0  # standard deviations: where outliers are cut
 WIDER = ((1 / FOLDS + 1 / (FOLDS - 1)) / (1 / FOLDS)) ** 0.5  # 1.5, Nadeau & Bengio's correction; see `added`
 
@@ -175,9 +165,8 @@ def _together(
             found = logistic(fit[~held], labels[~held], weights, penalty, found)
             log_odds[i, held] = found[0] + fit[held] @ found[1:]
     log_odds = np.clip(log_odds, -limit, limit)
-    weights = equal_classes(labels)
-    best = int(np.argmin([weights @ losses(labels, line) for line in log_odds]))
-    found = logistic(fit, labels, weights, PENALTIES[best])
+    best = int(np.argmin([log_loss(labels, line) for line in log_odds]))
+    found = logistic(fit, labels, equal_classes(labels), PENALTIES[best])
     return log_odds[best], found[0] + test @ found[1:]
 
 

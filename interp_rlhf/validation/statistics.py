@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..concepts.linear import equal_classes, log_loss, losses
+
 RESAMPLES = 1000
 MIN_PROMPTS = 10  # fewer groups give no interval: a bootstrap of three prompts knows three values
 MIN_PER_LABEL = 5  # of an AUROC: groups that hold each label
@@ -200,24 +202,13 @@ def calibration(labels: np.ndarray, log_odds: np.ndarray) -> tuple[float, float,
         return (float("nan"),) * 4
     weights = equal_classes(labels)
     brier = float(weights @ (_sigmoid(log_odds) - labels) ** 2)
-    loss = float(weights @ losses(labels, log_odds))
+    loss = log_loss(labels, log_odds)
     high, low = log_odds[labels == 1], log_odds[labels == 0]
     if high.min() >= low.max() or high.max() <= low.min() or not np.isfinite(log_odds).all():
         return float("nan"), float("nan"), brier, loss
     center, spread = log_odds.mean(), log_odds.std()
     bias, slope = logistic(((log_odds - center) / spread)[:, None], labels, weights, 1e-9) / np.array([1.0, spread])
     return float(slope), float(bias - slope * center), brier, loss
-
-
-def equal_classes(labels: np.ndarray) -> np.ndarray:
-    """Weights (N,) that sum to one half for each label; both must be there."""
-    positive = labels.sum()
-    return np.where(labels == 1, 0.5 / positive, 0.5 / (len(labels) - positive))
-
-
-def losses(labels: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
-    """Log-loss of each row (N,) in nats."""
-    return np.logaddexp(0.0, np.where(labels == 1, -log_odds, log_odds))
 
 
 def logistic(
