@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Sees the rows of a batch, their token positions and the activation (rows, T, D) at one hook point.
 Sink = Callable[[str, torch.Tensor, torch.Tensor], None]
-# Sees the token positions and the logits (rows, T, V).
+# Sees token positions and their logits (rows, L, V): those of the last L positions of a bucket.
 LogitSink = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -230,18 +230,16 @@ def read_with_likelihood(
         add(hook_point, places, activation)
 
     def predictions(places: torch.Tensor, logits: torch.Tensor) -> None:
-        places = places[:, places.shape[1] - logits.shape[1] :]  # the model may have been asked for the last ones only
         for row, line in enumerate(places):
-            here = (
-                ((line[1:] >= 0) & counted[line[1:].clamp(min=0)]).nonzero().squeeze(1)
-            )  # predicted by the position before
+            line = line[line >= 0]
+            here = counted[line[1:]].nonzero().squeeze(1)  # predicted by the position before
             tokens = line[1:][here]
             found = logits[row, here.to(logits.device)].float()
             said = found.gather(1, ids[tokens, None].to(found.device))[:, 0]
             log_probs[tokens] = (said - found.logsumexp(-1)).cpu()
 
     points = list(dict.fromkeys([*groups, *(point for point, _ in pooled.values())]))
-    _forward(model, batch, points, sink, batch_tokens, progress, predictions, only_counted=True)
+    _forward(model, batch, points, sink, batch_tokens, progress, predictions)
     return _concept_scores(batch, readouts, scores, reader), sums, log_probs.view(batch.input_ids.shape)
 
 
@@ -505,12 +503,11 @@ def _forward(
     batch_tokens: int,
     progress: str | None,
     predictions: LogitSink | None = None,
-    only_counted: bool = False,
 ) -> None:
     """Runs the backbone over the batch in length buckets and hands every hook point's activation to `sink`.
 
-    With `predictions` the whole model runs, and its logits go there; with `only_counted`, where the model can do so, only
-    those of the positions from which the counted tokens are predicted. So it does, from the wrapper that is given, where its
+    With `predictions` the whole model runs, and the logits from which the counted tokens are predicted go there (of all
+    positions, where the model cannot choose). So it does, from the wrapper that is given, where its
     parameters are sharded: then on all ranks together, the same number of times, and without stopping early.
     """
     _check(model, batch)
@@ -518,7 +515,9 @@ def _forward(
     whole = sharded or predictions is not None
     core = unwrap(model) if whole else backbone(model)
     run = model if sharded else core
-    trimmed = only_counted and not sharded and "logits_to_keep" in inspect.signature(core.forward).parameters
+    trimmed = (
+        predictions is not None and not sharded and "logits_to_keep" in inspect.signature(core.forward).parameters
+    )
     counted = batch.completion_mask.flatten()
     waiting: set[str] = set()
     places = torch.empty(0)
@@ -569,7 +568,7 @@ def _forward(
                     if waiting or not whole:
                         raise _did_not_fire(waiting, core)
                     if predictions is not None:
-                        predictions(places, output.logits)
+                        predictions(places[:, places.shape[1] - output.logits.shape[1] :], output.logits)
                 bar.update(int(attention_mask.sum()))
     finally:
         for handle in handles:

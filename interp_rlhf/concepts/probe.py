@@ -169,21 +169,7 @@ def fit_probe(
     else:
         sets = _features(model, batch, hook_points, poolings, label)
     strengths = STRENGTHS if regularization is None else (regularization,)
-    best: tuple[tuple[float, float], _Candidate] | None = None
-    curve: list[SweepPoint] = []
-    bar = tqdm(total=len(hook_points) * len(poolings), desc="fitting", unit="fit", disable=not progress, leave=False)
-    with bar:
-        for point, pooled, tokens in sets:
-            for how in poolings:
-                candidate = _candidate(point, how, pooled, tokens, labels, splits, method, strengths)
-                found = _sweep_point(candidate, labels, splits)
-                curve.append(found)
-                bar.update()
-                rank = (found.auroc, -found.log_loss)
-                if best is None or rank > best[0]:
-                    best = rank, candidate
-    assert best is not None
-    winner = best[1]
+    winner, curve = _best(sets, poolings, labels, splits, method, strengths, len(hook_points) if progress else None)
     strength = winner.chosen.strength if method == "logistic_regression" else None
     weight, bias = LinearProbe(method, strength).fit(winner.features, labels)
     weights, biases = winner.chosen.weights, winner.chosen.biases
@@ -230,6 +216,33 @@ def fit_probe(
         sharpness=None if winner.query is None else winner.query.sharpness,
     )
     return Fit(Artifact(vector, bias, header, chosen, query, query_bias), curve if len(curve) > 1 else [])
+
+
+def _best(
+    sets: Iterator[_Features],
+    poolings: Sequence[str],
+    labels: np.ndarray,
+    splits: Sequence[tuple[np.ndarray, np.ndarray]],
+    method: str,
+    strengths: Sequence[float],
+    progress: int | None,
+) -> tuple[_Candidate, list[SweepPoint]]:
+    """The hook point and pooling with the highest cross-validated AUROC, of equal ones the lowest log-loss; and all of them."""
+    best: tuple[tuple[float, float], _Candidate] | None = None
+    curve: list[SweepPoint] = []
+    total = None if progress is None else progress * len(poolings)
+    with tqdm(total=total, desc="fitting", unit="fit", disable=progress is None, leave=False) as bar:
+        for point, pooled, tokens in sets:
+            for how in poolings:
+                candidate = _candidate(point, how, pooled, tokens, labels, splits, method, strengths)
+                found = _sweep_point(candidate, labels, splits)
+                curve.append(found)
+                bar.update()
+                rank = (found.auroc, -found.log_loss)
+                if best is None or rank > best[0]:
+                    best = rank, candidate
+    assert best is not None
+    return best[1], curve
 
 
 def _poolings(pooling: str | Sequence[str]) -> list[str]:

@@ -44,7 +44,7 @@ class Overlap:
     near: list[tuple[int, int, float]]
 
 
-def overlap(fit: Examples, held_out: Examples) -> Overlap:
+def overlap(fit: Examples, held_out: Examples, what: str = "held-out examples") -> Overlap:
     """Held-out rows that the fit has seen, those whose prompt it has seen, and those that are nearly one of its rows.
 
     A row is seen if its prompt and answer together are the same text as a row of the fit. Where one of the two has no prompt,
@@ -52,8 +52,11 @@ def overlap(fit: Examples, held_out: Examples) -> Overlap:
 
     Near-duplicates have a Jaccard similarity of at least 0.8, of prompt and answer or of long answers alone. Shingles that
     many rows share do not count, so a template, a system prompt or few-shot examples make no near-duplicates.
+
+    Args:
+        what (`str`): what an error calls the held-out examples.
     """
-    fit_rows, rows = _spoken_rows(fit, "fit's examples"), _spoken_rows(held_out, "held-out examples")
+    fit_rows, rows = _spoken_rows(fit, "fit's examples"), _spoken_rows(held_out, what)
     seen, prompts = _shared(fit_rows, rows)
     return Overlap(seen, prompts, _near(fit_rows, rows, {*seen, *prompts}))
 
@@ -61,28 +64,24 @@ def overlap(fit: Examples, held_out: Examples) -> Overlap:
 def require_apart(fit: Examples, held_out: Examples, what: str = "held-out examples") -> list[tuple[int, int, float]]:
     """Near-duplicates (see `Overlap.near`) of two sets of examples that share neither a row nor a prompt.
 
-    Args:
-        what (`str`): what the message calls the held-out examples.
-
     Raises:
         `ValueError`: they share one.
     """
-    fit_rows, rows = _spoken_rows(fit, "fit's examples"), _spoken_rows(held_out, what)
-    seen, prompts = _shared(fit_rows, rows)
-    if seen or prompts:
-        counts = [f"{len(seen)} rows"] * bool(seen)
-        if prompts:
-            counts.append(f"{len({rows[i][0] for i in prompts})} prompts")
-        first = (seen or prompts)[0]
-        text = _whole(rows[first])
+    found = overlap(fit, held_out, what)
+    if found.rows or found.prompts:
+        counts = [f"{len(found.rows)} rows"] * bool(found.rows)
+        if found.prompts:
+            counts.append(f"{len({spoken(held_out.rows[i])[0] for i in found.prompts})} prompts")
+        first = (found.rows or found.prompts)[0]
+        text = _whole(spoken(held_out.rows[first]))
         text = text if len(text) <= 60 else text[:59] + "…"
-        why = "" if seen else ": answers to one prompt are alike, and the probe may know the prompt"
+        why = "" if found.rows else ": answers to one prompt are alike, and the probe may know the prompt"
         raise ValueError(
             f"{' and '.join(counts)} of the {what} are among the fit's, the first is row {first}, {text!r} – expected data "
             f"that the fit did not see{why}. Case, white space and form (text, messages, prompt and completion) make no other "
             "row. Remove them."
         )
-    return _near(fit_rows, rows, set())
+    return found.near
 
 
 def _spoken_rows(examples: Examples, what: str) -> list[Spoken]:
