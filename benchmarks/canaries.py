@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp_rlhf import Readout
 from interp_rlhf.activations import TokenBatch, agreement, read
-from interp_rlhf.demo.model import default_model
+from interp_rlhf.embedded import default_model
 
 CARD = "reward/warmth/reward.v2.yaml"
 TEXTS = ["I am very happy to help you today my friend.", "The weather in Paris is rainy and cold this week."]

@@ -36,7 +36,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
-from interp_rlhf import ConceptAnchor, DriftPenalty, FeatureConstraint, Latents, Subspace, attach
+from interp_rlhf import (
+    ConceptAnchor,
+    DriftPenalty,
+    FeatureConstraint,
+    Latents,
+    Subspace,
+    attach,
+)
 from interp_rlhf.activations import reference_pass
 from interp_rlhf.training.loss_terms import _Batch
 from interp_rlhf.training.regularizers import Pairs, Regularizer

@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from interp_rlhf.activations import Tap
 from interp_rlhf.attachment import _FirstPassCheck, _Watch
-from interp_rlhf.drift.recorder import Recorder
+from interp_rlhf.runlog.recorder import Recorder
 from interp_rlhf.training.mixin import RolloutMixin
 from interp_rlhf.training.rewards import ConceptReward
 from interp_rlhf.training.rollout import Rollout

@@ -76,12 +76,12 @@ from interp_rlhf.concepts import linear
 from interp_rlhf.concepts.attention import Tokens, fit_attention
 from interp_rlhf.concepts.card import load_card
 from interp_rlhf.concepts.examples import Examples, make_examples
+from interp_rlhf.concepts.fitting import fit_probe, sweep_points
 from interp_rlhf.concepts.linear import LinearProbe, cross_validate, fold_aurocs, folds, platt
 from interp_rlhf.concepts.pooling import POOLINGS, pool
-from interp_rlhf.concepts.probe import fit_probe, sweep_points
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
-from interp_rlhf.demo.model import MODEL_ID, default_model
+from interp_rlhf.embedded import MODEL_ID, default_model
 from interp_rlhf.validation.check import RANDOM_DIRECTIONS, check_card
 from interp_rlhf.validation.dictionaries import PERMUTATIONS
 from interp_rlhf.validation.statistics import auroc_interval

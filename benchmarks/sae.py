@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from timing import Row, alternate, finish, parser, prepare, rows_of
 
-from interp_rlhf.concepts.sae.autoencoder import SaeSpec, SparseAutoencoder
+from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder
 
 WIDTH, SIZE, K = 576, 36_864, 32
 BATCH, TOKENS = 8, 64

@@ -41,7 +41,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import reward
-from interp_rlhf import ConceptAnchor, ConceptReward, DriftPenalty, FeatureConstraint, Latents, Subspace, attach
+from interp_rlhf import (
+    ConceptAnchor,
+    ConceptReward,
+    DriftPenalty,
+    FeatureConstraint,
+    Latents,
+    Subspace,
+    attach,
+)
 from interp_rlhf.activations import TokenBatch, read
 from interp_rlhf.activations.tap import run_readouts
 from interp_rlhf.concepts.readout import Readout

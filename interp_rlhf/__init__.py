@@ -40,7 +40,7 @@ _HOMES = {
     "TokenBatch": "activations",
     "attach": "attachment",
     "check_card": "validation.check",
-    "fit_probe": "concepts.probe",
+    "fit_probe": "concepts.fitting",
     "load_card": "concepts.card",
     "load_examples": "concepts.examples",
     "read": "activations",
@@ -83,13 +83,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .activations import ConceptScores, TokenBatch, read
+    from .activations.batch import ConceptScores, TokenBatch
+    from .activations.read import read
     from .attachment import attach
     from .concepts.card import load_card
     from .concepts.examples import load_examples
+    from .concepts.fitting import fit_probe
     from .concepts.latents import Latents
     from .concepts.linear import LinearProbe
-    from .concepts.probe import fit_probe
     from .concepts.readout import Readout
     from .concepts.subspace import Subspace
     from .drift.callback import DriftCallback, DriftConfig
@@ -105,7 +106,13 @@ if TYPE_CHECKING:
     from .training.interventions import ConceptAblation, PreventativeSteering
     from .training.ppo.config import PPOConfig
     from .training.ppo.trainer import PPOTrainer
-    from .training.regularizers import ConceptAnchor, ConceptPenalty, DriftPenalty, ExplainAway, FeatureConstraint
+    from .training.regularizers import (
+        ConceptAnchor,
+        ConceptPenalty,
+        DriftPenalty,
+        ExplainAway,
+        FeatureConstraint,
+    )
     from .training.rewards import ConceptReward
     from .training.schedule import Schedule
     from .validation.check import check_card

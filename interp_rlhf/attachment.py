@@ -6,33 +6,48 @@ In: a trainer of TRL (or, for drift alone, of transformers). Out: the same train
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .activations import has_adapters, of_all_ranks, reference_pass
-from .concepts.card import LoadedCard, load_card
+from .activations.hook_points import has_adapters
+from .activations.ranks import of_all_ranks
+from .activations.read import reference_pass
+from .concepts.card import load_card
 from .concepts.readout import Readout, same_artifact
 from .drift.callback import DriftCallback, DriftConfig, whole_number
 from .drift.own_text import values_of
-from .drift.recorder import record
 from .messages import as_list, completion_text, prompt_text
-from .runlog import RunLog
-from .training.checkpoints import ResumeCallback, prompts_of, require_aligned_saves, save_multiple
-from .training.interventions import TrainingIntervention, make_intervention
+from .runlog.recorder import record
+from .training.checkpoints import (
+    ResumeCallback,
+    prompts_of,
+    require_aligned_saves,
+    save_multiple,
+)
+from .training.interventions import make_intervention
 from .training.loss_terms import LossTerms, reference_source, trainer_kind
 from .training.mixin import LossMixin, with_mixin
 from .training.reference import kl_option, reference_of, warn_of_other_start
 from .training.refusals import refuse_noise, refuse_pieces, refuse_terms, refuse_turns
-from .training.regularizers import ConceptPenalty, ExplainAway, Regularizer, make_regularizer
+from .training.regularizers import ConceptPenalty, ExplainAway, make_regularizer
 from .training.rewards import ConceptReward
-from .training.rollout import Reader, Rollout
+from .training.rollout import Rollout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from .concepts.card import LoadedCard
+    from .runlog.log import RunLog
+    from .training.interventions import TrainingIntervention
+    from .training.regularizers import Regularizer
+    from .training.rollout import Reader
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 DATA_HELP = (
     "JSONL, CSV or Parquet file, or a `datasets` path, with `label` and one of `text`, `messages`, "

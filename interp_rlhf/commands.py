@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -46,7 +48,7 @@ def probe_fit(arguments: argparse.Namespace) -> int:
     """`interp-rlhf probe fit`."""
     from .concepts.card import load_card
     from .concepts.examples import load_examples
-    from .concepts.probe import fit_probe, sweep_points
+    from .concepts.fitting import fit_probe, sweep_points
     from .concepts.publish import plot_sweep, publish, require_new
 
     latents = _indices(arguments.latents)
@@ -184,7 +186,7 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     """`interp-rlhf drift compare`."""
     from .concepts.examples import load_examples
     from .drift.compare import compare_checkpoints, crossed, load_texts, parse_limits
-    from .runlog import jsonable
+    from .runlog.log import jsonable
 
     limits = parse_limits(arguments.max, arguments.min, arguments.fail_on)
     texts = load_texts(arguments.texts) if arguments.texts else None
@@ -224,11 +226,11 @@ def drift_compare(arguments: argparse.Namespace) -> int:
 
 def sae_train(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae train`."""
-    from .activations import hidden_size, resolve
+    from .activations.hook_points import hidden_size, resolve
     from .concepts.artifact import write_atomically
-    from .concepts.sae.held_out import check_other_contexts, check_other_texts, evaluate
-    from .concepts.sae.stream import cut, load_corpus
-    from .concepts.sae.train import SaeTraining, check_folder, train_sae
+    from .sae.held_out import check_other_contexts, check_other_texts, evaluate
+    from .sae.stream import cut, load_corpus
+    from .sae.train import SaeTraining, check_folder, train_sae
 
     settings = {
         "hook_point": arguments.hook_point, "k": arguments.k,
@@ -311,10 +313,10 @@ def sae_inspect(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae inspect`."""
     from .concepts.examples import load_examples
     from .concepts.readout import Readout
-    from .concepts.sae.reading import Reading
     from .drift.compare import load_texts
-    from .runlog import jsonable
-    from .validation.latents import inspect_latents
+    from .runlog.log import jsonable
+    from .sae.reading import Reading
+    from .validation.inspecting import inspect_latents
 
     started, out = time.monotonic(), _html(arguments.out)
     how = Reading(context_length=arguments.context_length, window=arguments.window)
@@ -360,8 +362,8 @@ def sae_find(arguments: argparse.Namespace) -> int:
 
     from .concepts.examples import make_examples
     from .drift.compare import load_texts
-    from .runlog import jsonable
-    from .validation.find import find_latents
+    from .runlog.log import jsonable
+    from .validation.finding import find_latents
 
     started, out = time.monotonic(), None if arguments.out is None else _html(arguments.out)
     rows = [
@@ -447,7 +449,7 @@ def _path(name: str) -> str:
 
     if name != EMBEDDED:
         return name
-    from .demo.model import default_model
+    from .embedded import default_model
 
     return str(default_model())
 
@@ -462,7 +464,7 @@ def _indices(given: str | None) -> list[int] | None:
 
 def _sae_of(arguments: argparse.Namespace, model: Any) -> Any:
     """The autoencoder that arguments name, resolved on the model; None where they name none."""
-    from .concepts.sae.files import load_sae
+    from .sae.files import load_sae
 
     where = {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
     return None if arguments.sae is None else load_sae(arguments.sae, model=model, **where)
@@ -500,7 +502,7 @@ def _write_latents(
 ) -> list[str]:
     """The event's log and its page, anew; the page is the last of the files."""
     from .report import write_report
-    from .runlog import RunLog
+    from .runlog.log import RunLog
 
     log = RunLog(out.with_name(f"{out.stem}.events.jsonl"))
     _require_own(log.path)
@@ -529,7 +531,7 @@ def _bounds(interval: tuple[float, float, float], sign: str = "") -> str:
 
 def _load(name: str | None) -> tuple[Any, Any, str]:
     from .activations.loading import adapter_base, load_model, load_tokenizer
-    from .demo.model import MODEL_ID, default_model
+    from .embedded import MODEL_ID, default_model
 
     path = name or str(default_model())
     base = adapter_base(path)

@@ -198,7 +198,7 @@ def model_of(model: Any, args: Any) -> str:
         **(args.model_init_kwargs or {}),
     }  # fmt: skip
     if model.model_name_or_path == EMBEDDED:
-        from .demo.model import default_model
+        from .embedded import default_model
 
         return str(default_model())
     return str(model.model_name_or_path)

@@ -6,13 +6,16 @@ call `attach`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
-from .attachment import Attachment, attach
+from .attachment import attach
 from .training.mixin import LossMixin, RolloutMixin
 from .training.ppo.trainer import PPOTrainer
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
 
 OURS = (
     "regularizers", "interventions", "monitors", "measures", "drift", "reference", "run_log", "arm", "samples_every",

@@ -11,15 +11,27 @@ from test_verdicts import run_log_of
 from tiny import labelled_rows, make_model, make_readout
 from training import logged, make_trainer
 
-from interp_rlhf import ConceptAnchor, ConceptPenalty, DriftConfig, Readout, attach, read
-from interp_rlhf.activations import ConceptScores, decoder_layers, read_activations, tokenize_examples
+from interp_rlhf import (
+    ConceptAnchor,
+    ConceptPenalty,
+    DriftConfig,
+    Readout,
+    attach,
+    read,
+)
+from interp_rlhf.activations import (
+    ConceptScores,
+    decoder_layers,
+    read_activations,
+    tokenize_examples,
+)
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.attention import Query, Tokens, fit_attention
 from interp_rlhf.concepts.card import load_card
 from interp_rlhf.concepts.examples import make_examples
+from interp_rlhf.concepts.fitting import fit_probe
 from interp_rlhf.concepts.linear import LinearProbe, folds
 from interp_rlhf.concepts.pooling import attention_weights, pool
-from interp_rlhf.concepts.probe import fit_probe
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.drift.monitors import scores_of
 from interp_rlhf.training.dense import per_token

@@ -11,11 +11,27 @@ from tiny import FAMILIES, labelled_rows, make_card, make_model, make_readout, s
 from training import lora_config, make_trainer, randomize_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, OlmoConfig, TrainerCallback
 
-from interp_rlhf import ConceptAnchor, ConceptReward, DriftConfig, DriftPenalty, Readout, Subspace, attach, read
-from interp_rlhf.activations import Canaries, agreement, causes, identity, make_canaries, resolve
+from interp_rlhf import (
+    ConceptAnchor,
+    ConceptReward,
+    DriftConfig,
+    DriftPenalty,
+    Readout,
+    Subspace,
+    attach,
+    read,
+)
+from interp_rlhf.activations import (
+    Canaries,
+    agreement,
+    causes,
+    identity,
+    make_canaries,
+    resolve,
+)
 from interp_rlhf.concepts.card import load_card
 from interp_rlhf.concepts.examples import make_examples
-from interp_rlhf.concepts.probe import fit_probe
+from interp_rlhf.concepts.fitting import fit_probe
 
 LAYER = "model.layers.1"
 
@@ -628,8 +644,8 @@ def test_canaries_of_every_family_agree_with_themselves(family, tokenizer):
 
 
 def test_an_autoencoder_of_another_model_is_refused_and_of_a_trained_one_is_told(tokenizer, tmp_path, caplog):
-    from interp_rlhf.concepts.sae.files import load_sae
-    from interp_rlhf.concepts.sae.train import SaeTraining, train_sae
+    from interp_rlhf.sae.files import load_sae
+    from interp_rlhf.sae.train import SaeTraining, train_sae
 
     model = make_model("llama", tokenizer)
     settings = SaeTraining(LAYER, latents=64, k=4, epochs=2, batch_tokens=128, buffer=1024, context=32)

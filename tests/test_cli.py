@@ -10,7 +10,7 @@ from tiny import labelled_rows
 from interp_rlhf.cli import build_parser, main
 from interp_rlhf.concepts.card import load_card
 from interp_rlhf.concepts.examples import write_jsonl
-from interp_rlhf.runlog import RunLog, read_run_log
+from interp_rlhf.runlog.log import RunLog, read_run_log
 
 
 @pytest.fixture

@@ -12,13 +12,19 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from tiny import labelled_rows, make_card, make_readout, with_lora
 
-from interp_rlhf.activations import ConceptScores, decoder_layers, read, read_means, tokenize_examples
+from interp_rlhf.activations import (
+    ConceptScores,
+    decoder_layers,
+    read,
+    read_means,
+    tokenize_examples,
+)
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import load_examples, make_examples, write_jsonl
+from interp_rlhf.concepts.fitting import fit_probe, sweep_points
 from interp_rlhf.concepts.linear import LinearProbe, separates
 from interp_rlhf.concepts.pooling import FITTED, POOLINGS, ema, pool
-from interp_rlhf.concepts.probe import fit_probe, sweep_points
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.validation.statistics import calibration

@@ -11,8 +11,21 @@ from hypothesis import strategies as st
 from tiny import STYLES, WORDS, make_model, make_readout, make_tokenizer, sentences
 from training import logged, lora_config, make_trainer, randomize_adapters, rows_of
 
-from interp_rlhf import ConceptAnchor, ConceptReward, PPOConfig, PPOTrainer, attach, read
-from interp_rlhf.activations import ChatMarks, TokenBatch, counted, end_of_turn_ids, tokenize_examples
+from interp_rlhf import (
+    ConceptAnchor,
+    ConceptReward,
+    PPOConfig,
+    PPOTrainer,
+    attach,
+    read,
+)
+from interp_rlhf.activations import (
+    ChatMarks,
+    TokenBatch,
+    counted,
+    end_of_turn_ids,
+    tokenize_examples,
+)
 from interp_rlhf.activations.counted import counted_in_text
 from interp_rlhf.concepts.pooling import EMA_SPAN
 from interp_rlhf.concepts.subspace import Subspace

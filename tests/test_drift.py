@@ -10,7 +10,7 @@ from tiny import labelled_rows, make_card, make_readout, sentences
 
 from interp_rlhf import DriftCallback, DriftConfig, attach, load_examples
 from interp_rlhf.concepts.examples import write_jsonl
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
 
 
 def plain_trainer(tmp_path, model, tokenizer, **changes):

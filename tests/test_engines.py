@@ -20,7 +20,7 @@ pytest.importorskip("deepspeed")
 
 from engines import compare
 
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
 from interp_rlhf.training.checkpoints import last_complete_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from tiny import WORDS, labelled_rows, make_card, make_model
 from interp_rlhf import ConceptReward
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
-from interp_rlhf.concepts.probe import fit_probe
+from interp_rlhf.concepts.fitting import fit_probe
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.validation.check import Controls, check_card
 from interp_rlhf.validation.gate import gate

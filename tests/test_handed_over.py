@@ -21,7 +21,7 @@ from interp_rlhf.cli import main
 from interp_rlhf.concepts.examples import load_examples, read_rows
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.drift.compare import load_texts
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
 
 LAYER = "model.layers.1"
 
@@ -60,8 +60,8 @@ def test_one_hook_point_readout_file_or_text_is_that_one_in_the_library_too(load
     from interp_rlhf import Subspace
     from interp_rlhf.activations import read_means, tokenize_examples
     from interp_rlhf.concepts.examples import make_examples
-    from interp_rlhf.concepts.probe import fit_probe
-    from interp_rlhf.concepts.sae.stream import cut, load_corpus
+    from interp_rlhf.concepts.fitting import fit_probe
+    from interp_rlhf.sae.stream import cut, load_corpus
     from interp_rlhf.training.interventions import make_intervention
     from interp_rlhf.training.regularizers import make_regularizer
 
@@ -375,7 +375,7 @@ def test_what_the_first_layer_is_given_is_read_where_no_module_gives_it_out(toke
     from transformers import BloomConfig, GraniteConfig, RecurrentGemmaConfig
 
     from interp_rlhf.activations import TokenBatch
-    from interp_rlhf.concepts.sae.hook_names import Layout, module_path
+    from interp_rlhf.sae.hook_names import Layout, module_path
 
     size = len(tokenizer)
     common = {
@@ -801,7 +801,7 @@ def test_broken_files_and_options_end_in_one_line(case, model_folder, load, toke
 
 
 def test_files_of_others_next_to_a_page_stay(tmp_path, capsys):
-    from interp_rlhf.runlog import RunLog
+    from interp_rlhf.runlog.log import RunLog
 
     log = RunLog(tmp_path / "interp.jsonl")
     log.append("run", title="t", arm="a", model="m")
@@ -892,8 +892,8 @@ def test_a_torn_checkpoint_is_passed_over(file, content, tmp_path):
 def test_recipes_read_tables_as_people_have_them(tmp_path):
     from types import SimpleNamespace
 
-    from interp_rlhf.concepts.sae.stream import load_corpus
     from interp_rlhf.recipe import datasets_of
+    from interp_rlhf.sae.stream import load_corpus
 
     def found(path, split="train"):
         script = SimpleNamespace(

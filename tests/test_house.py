@@ -16,22 +16,27 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "interp_rlhf"
 # In the order in which data flows: a room imports only rooms above it. The report stands apart: it reads the run log.
 ROOMS = [
+    "registry",
     "runlog",
     "messages",
     "activations",
     "concepts",
+    "sae",
     "validation",
     "drift",
     "training",
     "attachment",
     "trainers",
     "report",
+    "embedded",
     "demo",
     "recipe",
     "commands",
     "cli",
 ]
 ALLOWED = {room: set(ROOMS[:i]) | {room} for i, room in enumerate(ROOMS)}
+ALLOWED["concepts"] |= {"sae"}
+ALLOWED["runlog"] |= {"concepts"}
 ALLOWED["report"] = {"report", "runlog"}
 ALLOWED["cli"] = {"cli", "commands", "__init__"}
 

@@ -23,7 +23,14 @@ from training import (
 )
 
 import interp_rlhf
-from interp_rlhf import ConceptAnchor, DriftPenalty, FeatureConstraint, Latents, Schedule, Subspace
+from interp_rlhf import (
+    ConceptAnchor,
+    DriftPenalty,
+    FeatureConstraint,
+    Latents,
+    Schedule,
+    Subspace,
+)
 from interp_rlhf.activations import ChatMarks, counted
 
 LAYER = "model.layers.1"

@@ -20,7 +20,7 @@ from training import activations_by_hand, distance, logged, lora_config, rows_of
 
 from interp_rlhf import ConceptReward, PPOConfig, PPOTrainer, Readout, attach
 from interp_rlhf.activations import TokenBatch, decoder_layers, read
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
 from interp_rlhf.training.ppo import advantages as adv
 from interp_rlhf.training.ppo.critic import VALUE_HEAD
 

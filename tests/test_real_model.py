@@ -8,7 +8,7 @@ import torch
 from interp_rlhf.activations import read
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
-from interp_rlhf.concepts.probe import fit_probe
+from interp_rlhf.concepts.fitting import fit_probe
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.validation.check import check_card
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def real():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from interp_rlhf.demo.model import default_model
+    from interp_rlhf.embedded import default_model
 
     folder = default_model()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

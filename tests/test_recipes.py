@@ -21,9 +21,9 @@ from training import rows_of
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.card import load_card, locate
 from interp_rlhf.concepts.examples import write_jsonl
-from interp_rlhf.concepts.sae.files import save_sae
 from interp_rlhf.recipe import InterpArguments
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
+from interp_rlhf.sae.files import save_sae
 from interp_rlhf.training.interventions import make_intervention
 from interp_rlhf.training.regularizers import make_regularizer
 

@@ -23,7 +23,7 @@ from interp_rlhf.report.groups import group_metrics
 from interp_rlhf.report.load import load_runs
 from interp_rlhf.report.plots import Line, arm_style, line_plot
 from interp_rlhf.report.text import fence, markdown, visible
-from interp_rlhf.runlog import RunLog
+from interp_rlhf.runlog.log import RunLog
 
 ROOT = Path(__file__).parents[1]
 

@@ -121,7 +121,7 @@ def test_nothing_sticks_out_on_a_phone_or_a_wide_screen(page, width):
 @pytest.fixture
 def latents(tmp_path, browser):
     """A page of many latents, as `sae inspect` writes it."""
-    from interp_rlhf.runlog import RunLog
+    from interp_rlhf.runlog.log import RunLog
 
     event = hostile_event()
     (page,) = event["latents"]

@@ -19,7 +19,7 @@ from tiny import make_readout
 from training import distance, make_trainer, rows_of, weights_of
 
 from interp_rlhf import ConceptAnchor, attach
-from interp_rlhf.runlog import RunLog, read_run_log
+from interp_rlhf.runlog.log import RunLog, read_run_log
 from interp_rlhf.training.checkpoints import last_complete_checkpoint, save_multiple
 
 HERE = Path(__file__).resolve().parent

@@ -521,7 +521,7 @@ def test_a_call_that_is_refused_leaves_the_trainer_as_it_was(tmp_path, load, tok
 def test_the_card_and_the_arm_reach_a_log_that_the_callback_opened_first(tmp_path, load, tokenizer):
     from interp_rlhf import DriftCallback
     from interp_rlhf.concepts.card import load_card
-    from interp_rlhf.runlog import read_run_log
+    from interp_rlhf.runlog.log import read_run_log
 
     model = load("llama")
     path = make_card(tmp_path, model, tokenizer)

@@ -19,15 +19,15 @@ from interp_rlhf.concepts import latents as latents_module
 from interp_rlhf.concepts.artifact import load_artifact
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
+from interp_rlhf.concepts.fitting import fit_probe, latent_tokens
 from interp_rlhf.concepts.latents import Latents
-from interp_rlhf.concepts.probe import fit_probe, latent_tokens
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout, same_artifact
-from interp_rlhf.concepts.sae.autoencoder import SaeSpec, SparseAutoencoder, random_dictionary
-from interp_rlhf.concepts.sae.files import save_sae
 from interp_rlhf.concepts.subspace import Subspace
-from interp_rlhf.drift.sparse import changed_latents
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.drift.latent_drift import changed_latents
+from interp_rlhf.runlog.log import read_run_log
+from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder, random_dictionary
+from interp_rlhf.sae.files import save_sae
 from interp_rlhf.training.interventions import PreventativeSteering
 from interp_rlhf.training.regularizers import (
     ConceptPenalty,

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model, with_lora
 
 from interp_rlhf.activations.hook_points import output_tensor, resolve
-from interp_rlhf.concepts.sae.autoencoder import SaeSpec, SparseAutoencoder
-from interp_rlhf.concepts.sae.files import load_sae, save_sae
-from interp_rlhf.concepts.sae.hook_names import Layout, module_path
+from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder
+from interp_rlhf.sae.files import load_sae, save_sae
+from interp_rlhf.sae.hook_names import Layout, module_path
 
 # D = 2, S = 3. For x = (3, 2): x W_enc + b_enc = (3, 2 − 1, 3 − 2 + 0.5) = (3, 1, 1.5).
 # With b_dec = (1, −1) subtracted first, x' = (2, 3): (2, 3 − 1, 2 − 3 + 0.5) = (2, 2, −0.5).

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sae_files import CASES, REFUSED, sae_lens_outputs, sae_lens_reads
 
-from interp_rlhf.concepts.sae.files import load_sae, save_sae
+from interp_rlhf.sae.files import load_sae, save_sae
 
 pytestmark = pytest.mark.slow
 NORM, MLP = "model.layers.1.post_attention_layernorm", "model.layers.1.mlp"

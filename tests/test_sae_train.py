@@ -20,15 +20,15 @@ from tiny import make_model, make_tokenizer, sentences
 
 from interp_rlhf.activations import read_activations
 from interp_rlhf.cli import main
-from interp_rlhf.concepts.sae import cache as cache_module
-from interp_rlhf.concepts.sae.cache import CachedActivations, fill_cache
-from interp_rlhf.concepts.sae.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
-from interp_rlhf.concepts.sae.files import load_sae, save_sae
-from interp_rlhf.concepts.sae.held_out import evaluate, held_out
-from interp_rlhf.concepts.sae.sparse import Entries, keep_largest, keep_rows
-from interp_rlhf.concepts.sae.stream import ModelActivations, ShuffleBuffer, cut, load_corpus
-from interp_rlhf.concepts.sae.train import SaeTraining, Training, train_sae
-from interp_rlhf.runlog import RunLog, read_run_log
+from interp_rlhf.runlog.log import RunLog, read_run_log
+from interp_rlhf.sae import cache as cache_module
+from interp_rlhf.sae.cache import CachedActivations, fill_cache
+from interp_rlhf.sae.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
+from interp_rlhf.sae.files import load_sae, save_sae
+from interp_rlhf.sae.held_out import evaluate, held_out
+from interp_rlhf.sae.sparse import Entries, keep_largest, keep_rows
+from interp_rlhf.sae.stream import ModelActivations, ShuffleBuffer, cut, load_corpus
+from interp_rlhf.sae.train import SaeTraining, Training, train_sae
 
 POINT = "model.layers.1"
 # 60 steps of 64 activations; the texts have about 1,900 tokens that count.
@@ -511,7 +511,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path):
 
 def test_norm_outliers_do_not_count_where_a_small_corpus_is_cached(tmp_path, model, tokenizer, monkeypatch):
     """Every fifth activation is an outlier here: of the cache's tokens, 4/5, blocks and batches are made."""
-    monkeypatch.setattr("interp_rlhf.concepts.sae.stream.norm_outliers", lambda rows: torch.arange(len(rows)) % 5 == 0)
+    monkeypatch.setattr("interp_rlhf.sae.stream.norm_outliers", lambda rows: torch.arange(len(rows)) % 5 == 0)
     contexts = cut(TEXTS, tokenizer, 16)
     config = SaeTraining(**{**SMALL, "tokens": 640, "buffer": 4096})
     assert contexts.tokens < config.buffer  # the buffer is as large as the corpus

@@ -10,18 +10,23 @@ import torch
 from test_report import Page
 from tiny import WORDS, labelled_rows, make_model, sentences
 
-from interp_rlhf.activations import embedding_point, read_activations, read_means, tokenize_examples
+from interp_rlhf.activations import (
+    embedding_point,
+    read_activations,
+    read_means,
+    tokenize_examples,
+)
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.concepts.readout import Readout
-from interp_rlhf.concepts.sae.autoencoder import SaeSpec, SparseAutoencoder
-from interp_rlhf.concepts.sae.contexts import Reading, gather, survey
-from interp_rlhf.concepts.sae.effects import cosines, final_gain
-from interp_rlhf.concepts.sae.reading import counted_batch, pooled
 from interp_rlhf.report import write_report
-from interp_rlhf.runlog import RunLog, read_run_log
-from interp_rlhf.validation.find import find_latents
-from interp_rlhf.validation.latents import best_threshold, inspect_latents
+from interp_rlhf.runlog.log import RunLog, read_run_log
+from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder
+from interp_rlhf.sae.contexts import Reading, gather, survey
+from interp_rlhf.sae.effects import cosines, final_gain
+from interp_rlhf.sae.reading import counted_batch, pooled
+from interp_rlhf.validation.finding import find_latents
+from interp_rlhf.validation.inspecting import best_threshold, inspect_latents
 from interp_rlhf.validation.split import split_examples
 
 NAMED = [" warm", " cold", " rain"]  # latents 0, 1, 2; latent 3 is never on
@@ -551,7 +556,7 @@ def test_torn_events_of_latents_do_not_stop_the_report(tmp_path):
 
 
 def saved(sae, folder):
-    from interp_rlhf.concepts.sae.files import save_sae
+    from interp_rlhf.sae.files import save_sae
 
     save_sae(sae, folder)
     return str(folder)

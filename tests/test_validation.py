@@ -10,7 +10,7 @@ from tiny import labelled_rows, make_card, sentences
 from interp_rlhf import ConceptReward
 from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
-from interp_rlhf.concepts.probe import fit_probe
+from interp_rlhf.concepts.fitting import fit_probe
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.validation import baselines
 from interp_rlhf.validation.check import check_card

@@ -14,14 +14,20 @@ import torch
 from tiny import labelled_rows, make_card, make_readout, sentences
 from training import logged, make_trainer, weights_of
 
-from interp_rlhf import ConceptPenalty, DriftCallback, DriftConfig, attach, load_card
+from interp_rlhf import (
+    ConceptPenalty,
+    DriftCallback,
+    DriftConfig,
+    attach,
+    load_card,
+)
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.drift.monitors import LabelledSet, fit_anew
 from interp_rlhf.drift.own_text import repetition
 from interp_rlhf.drift.verdicts import ALARMS, NOT_ENOUGH, TABLE, Change, Evidence, gather, judge
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [[{"role": "user", "content": text}] for text in sentences(10, seed=4)]

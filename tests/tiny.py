@@ -199,9 +199,17 @@ def make_card(folder, model, tokenizer, role="reward", name="warmth", pooling="m
 
 def _write_card(folder, model, tokenizer, role, name, pooling, evidence, fields):
     from interp_rlhf.activations import decoder_layers
-    from interp_rlhf.concepts.card import ArtifactRef, Card, ModelRef, ReadoutSpec, dump_card, load_card, with_evidence
+    from interp_rlhf.concepts.card import (
+        ArtifactRef,
+        Card,
+        ModelRef,
+        ReadoutSpec,
+        dump_card,
+        load_card,
+        with_evidence,
+    )
     from interp_rlhf.concepts.examples import make_examples
-    from interp_rlhf.concepts.probe import fit_probe
+    from interp_rlhf.concepts.fitting import fit_probe
     from interp_rlhf.validation.check import check_card
 
     train, test = make_examples(labelled_rows(24, seed=1)), make_examples(labelled_rows(40, seed=2))

@@ -7,14 +7,17 @@ In: texts, conversations or token ids. Out: `TokenBatch`, which says for every t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..messages import as_list, content_text, split_example
 from .counted import ChatMarks, counted_in_text, counted_length, without_first
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,20 @@ the base, and positions are not in any weight. It must not know probes or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .batch import TokenBatch
 from .hook_points import READABLE, adapter_parts, device_of, unwrap
 from .read import read
 from .sharding import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
 
 TEXTS = (
     "A letter from the harbour came late, but nobody on the island had been waiting for it.",

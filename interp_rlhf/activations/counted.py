@@ -19,13 +19,15 @@ know trainers, nor what is read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .hook_points import unwrap
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,13 @@ hook.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INPUT = ".input"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .hook_points import resolve, unwrap
 from .sharding import in_one_piece, loaded
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # What shapes an activation. Names of files, token ids, dropout and library versions are left out on purpose: they
 # differ between copies of one model.

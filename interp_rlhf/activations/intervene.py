@@ -7,12 +7,15 @@ know which trainer runs it, nor when it may be open.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .hook_points import on_activation
 from .tap import adapters_off, first_adapter_layer, is_reading
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 

@@ -8,17 +8,27 @@ run it is run: measured is what it does, not what its config says. It must not k
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .hook_points import adapter_parts, backbone, device_of, is_tuner_layer, unwrap, without_engine
+from .hook_points import (
+    adapter_parts,
+    backbone,
+    device_of,
+    is_tuner_layer,
+    unwrap,
+    without_engine,
+)
 from .sharding import is_sharded
 from .tap import adapters_off, first_adapter_layer, reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # A pass that repeats in float32 does so to 1e-6 or so; in 16 bits, kernels for other shapes differ by a percent.
 FELT, FELT_IN_16_BITS = 1e-3, 5e-2

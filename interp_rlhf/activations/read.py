@@ -9,22 +9,36 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..messages import as_list
 from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .counted import end_of_turn_ids
-from .hook_points import INPUT, backbone, decoder_layers, device_of, on_activation, unwrap, without_engine
+from .hook_points import (
+    INPUT,
+    backbone,
+    decoder_layers,
+    device_of,
+    on_activation,
+    unwrap,
+    without_engine,
+)
 from .noise import rope_from_the_start, rope_reach, runs_here
 from .ranks import most_of_all_ranks
 from .sharding import is_sharded, readable
-from .tap import TokenReadout, group_by_hook_point, reading, run_readouts
+from .tap import group_by_hook_point, reading, run_readouts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+    from .tap import TokenReadout
 
 logger = logging.getLogger(__name__)
 

@@ -6,18 +6,22 @@ ranks call it together, and all of them stop. It must not know rewards or losses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from .batch import TokenBatch
 from .canaries import precision_of
 from .noise import causes
 from .ranks import raise_on_all_ranks
 from .read import read
-from .tap import TokenReadout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from .batch import TokenBatch
+    from .tap import TokenReadout
 
 # Rollouts, or optimizer steps, between two checks; there is always one at the first.
 EVERY = 50

@@ -7,14 +7,17 @@ to be run whole. Everything here but `is_sharded` is for all ranks together. It 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .hook_points import unwrap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -7,16 +7,19 @@ anyway and a regularizer asked for them. It must not know what a reward is, and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import nn
 
 from .hook_points import backbone, is_tuner_layer, on_activation, unwrap
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from torch import nn
 
 PassKind = Literal["policy", "policy_no_grad", "reference"]
 

@@ -10,16 +10,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .latents import Latents
 from .pooling import ATTENTION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HEADER_KEY = "interp_rlhf"
 

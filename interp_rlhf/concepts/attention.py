@@ -12,13 +12,26 @@ It starts next to mean pooling. Scores out of fold say where to stop, and whethe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .linear import STRENGTHS, CrossValidated, Path, fit_path, log_loss, require_finite
+from .linear import (
+    STRENGTHS,
+    CrossValidated,
+    fit_path,
+    log_loss,
+    require_finite,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .linear import (
+        Path,
+    )
 
 # Standard deviations of ⟨h, q⟩ over tokens, each with the number of turns taken at it.
 SHARPNESS = ((0.25, 2), (0.5, 2), (1.0, 6), (1.5, 2), (2.0, 2), (3.0, 2))

@@ -12,15 +12,18 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..messages import as_list, content_text, split_example
 from .spoken import spoken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CONTENT = ("text", "messages", "prompt", "completion")
 # Columns that TRL renders along with them, or that hold a completion as it was generated.

@@ -8,14 +8,18 @@ blocks of tokens, so that (B, T, S) is never held. It must not know files, nor w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import linear
 
-from ..activations import Canaries, hidden_size, resolve
+from ..activations.hook_points import hidden_size, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ..activations.canaries import Canaries
 
 Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
 # Added to the norm or the standard deviation by sae-lens' normalizations.

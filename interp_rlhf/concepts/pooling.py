@@ -7,10 +7,12 @@ batch do not reach the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Pooling = Literal["mean", "ema_max", "last", "max", "attention"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)

@@ -11,13 +11,26 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..activations import make_canaries
+from ..activations.canaries import make_canaries
 from .artifact import load_artifact, write_atomically
-from .card import ArtifactRef, Card, LoadedCard, ModelRef, ReadoutSpec, Transform, dump_card, require_name
-from .probe import Fit, SweepPoint
+from .card import (
+    ArtifactRef,
+    Card,
+    ModelRef,
+    ReadoutSpec,
+    dump_card,
+    require_name,
+)
 from .readout import Readout
+
+if TYPE_CHECKING:
+    from .card import (
+        LoadedCard,
+        Transform,
+    )
+    from .fitting import Fit, SweepPoint
 
 Role = Literal["reward", "penalty", "monitor"]
 DEFAULT_POOLING = {"reward": "mean", "penalty": "ema_max", "monitor": "ema_max"}

@@ -9,28 +9,25 @@ import hashlib
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..activations import (
-    Agreement,
-    Canaries,
-    ConceptScores,
-    adapters_off_in,
-    agreement,
-    has_adapters,
-    hidden_size,
-    identity,
-    resolve,
-    runs_here,
-    structure,
-)
-from ..activations.hook_points import is_offloaded
-from .artifact import Artifact, Header, load_artifact
-from .card import Card, LoadedCard, Transform, load_card
-from .latents import Latents
+from ..activations.canaries import Canaries, agreement
+from ..activations.hook_points import has_adapters, hidden_size, is_offloaded, resolve
+from ..activations.identity import identity, structure
+from ..activations.noise import runs_here
+from ..activations.read import adapters_off_in
+from .artifact import load_artifact
+from .card import LoadedCard, load_card
 from .pooling import ATTENTION, pool
+
+if TYPE_CHECKING:
+    from ..activations.batch import ConceptScores
+    from ..activations.canaries import Agreement
+    from .artifact import Artifact, Header
+    from .card import Card, Transform
+    from .latents import Latents
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..messages import content_text, split_example
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Spoken = tuple[str, str]
 

@@ -7,31 +7,27 @@ held, measured or ablated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..activations import (
-    Canaries,
-    TokenBatch,
-    adapters_off_in,
-    agreement,
-    end_of_turn_ids,
-    has_adapters,
-    hidden_size,
-    make_canaries,
-    norm_outliers,
-    read_activations,
-    resolve,
-    runs_here,
-    tokenize_examples,
-)
-from ..activations.canaries import RELATED
+from ..activations.batch import tokenize_examples
+from ..activations.canaries import RELATED, agreement, make_canaries
+from ..activations.counted import end_of_turn_ids
+from ..activations.hook_points import has_adapters, hidden_size, resolve
+from ..activations.noise import runs_here
+from ..activations.outliers import norm_outliers
+from ..activations.read import adapters_off_in, read_activations
 from ..messages import as_list
 from .latents import Latents
 from .readout import Readout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..activations.batch import TokenBatch
+    from ..activations.canaries import Canaries
 
 logger = logging.getLogger(__name__)
 

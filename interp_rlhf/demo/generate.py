@@ -5,15 +5,17 @@ In: a model, a tokenizer, conversational prompts. Out: rows with `prompt`, `comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..activations import end_of_turn_ids
 from ..activations.batch import tokenize_prompt
+from ..activations.counted import end_of_turn_ids
 from .prompts import FOLLOWS, VIOLATES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Message = dict[str, str]
 

@@ -10,25 +10,26 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from .. import runlog
-from ..activations import end_of_turn_ids, read, tokenize_examples
-from ..attachment import Attachment, attach
+from ..activations.batch import tokenize_examples
+from ..activations.counted import end_of_turn_ids
+from ..activations.read import read
+from ..attachment import attach
 from ..concepts.artifact import library_versions, write_atomically
 from ..concepts.card import load_card, with_evidence
-from ..concepts.examples import Examples, load_examples, write_jsonl
-from ..concepts.probe import fit_probe, sweep_points
+from ..concepts.examples import load_examples, write_jsonl
+from ..concepts.fitting import fit_probe, sweep_points
 from ..concepts.publish import plot_sweep, publish
 from ..concepts.readout import Readout
 from ..drift.callback import DriftConfig
+from ..embedded import MODEL_ID, default_model
 from ..report import write_report
 from ..training.rewards import ConceptReward
 from ..validation import measures
@@ -36,8 +37,14 @@ from ..validation.check import check_card
 from ..validation.gate import require_passed
 from ..validation.statistics import mean_interval
 from .generate import ROLLOUT_TEMPERATURE, contrast, generate
-from .model import MODEL_ID, default_model
 from .prompts import CONCEPT, prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..attachment import Attachment
+    from ..concepts.examples import Examples
+    from ..runlog.log import RunLog
 
 ARMS = {"probe": None, "sham": "shuffle"}
 
@@ -352,7 +359,7 @@ def _difference(probe: dict[str, Any], sham: dict[str, Any], seed: int) -> dict[
     return found
 
 
-def _log_samples(log: runlog.RunLog, before: list[dict[str, Any]], after: list[dict[str, Any]], step: int) -> None:
+def _log_samples(log: RunLog, before: list[dict[str, Any]], after: list[dict[str, Any]], step: int) -> None:
     for when, rows, at in (("before", before, 0), ("after", after, step)):
         shown = [
             {"prompt": row["prompt"][-1]["content"], "completion": row["completion"], "scores": row["scores"]}
@@ -361,7 +368,7 @@ def _log_samples(log: runlog.RunLog, before: list[dict[str, Any]], after: list[d
         log.append("samples", at, when=when, rows=shown)
 
 
-def _tables(log: runlog.RunLog, summary: dict[str, Any]) -> None:
+def _tables(log: RunLog, summary: dict[str, Any]) -> None:
     probe = summary["probe"]
     gates = [[name, probe[name]["mean"], None, probe[name]["p95"]] for name in ("permutation", "random_direction")]
     adds = probe["adds"]["auroc"]

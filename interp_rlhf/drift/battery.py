@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..activations import TokenBatch, norm_outliers, predicts, read_activations, read_predictions
+from ..activations.hook_points import predicts
+from ..activations.outliers import norm_outliers
+from ..activations.read import read_activations, read_predictions
 from ..concepts.artifact import load_tensors, write_atomically
 from . import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from ..activations.batch import TokenBatch
 
 logger = logging.getLogger(__name__)
 

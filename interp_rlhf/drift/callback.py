@@ -16,40 +16,45 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from transformers import Trainer, TrainerCallback
 
-from ..activations import (
+from ..activations.batch import tokenize_examples
+from ..activations.counted import end_of_turn_ids
+from ..activations.hook_points import (
     decoder_layers,
-    end_of_turn_ids,
-    from_rank_zero,
     has_adapters,
     layers_or_none,
     predicts,
-    require_positions,
     resolve,
-    tokenize_examples,
 )
-from ..activations.read import require_reference_below
+from ..activations.ranks import from_rank_zero
+from ..activations.read import require_positions, require_reference_below
 from ..concepts.examples import Examples, load_examples, read_prompts, read_rows
 from ..concepts.readout import Readout
-from ..concepts.sae.autoencoder import SparseAutoencoder
-from ..concepts.sae.files import load_sae
 from ..messages import as_list, as_prompts
-from ..runlog import read_run_log
-from .battery import Battery, Snapshot, spread
+from ..runlog.log import read_run_log
+from ..runlog.recorder import record
+from ..sae.autoencoder import SparseAutoencoder
+from ..sae.files import load_sae
+from .battery import Battery, spread
+from .latent_drift import changed_latents
 from .monitors import LabelledSet, Reading, scores_of
 from .own_text import OwnText, Sampled, per_prompt, summarize
-from .recorder import record
-from .sparse import changed_latents
 from .texts import TEXTS
-from .verdicts import Verdict, gather, judge
+from .verdicts import gather, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+    from .battery import Snapshot
+    from .verdicts import Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ..activations import (
-    decoder_layers,
-    end_of_turn_ids,
-    has_adapters,
-    layers_or_none,
-    require_positions,
-    resolve,
-    tokenize_examples,
-)
+from ..activations.batch import tokenize_examples
+from ..activations.counted import end_of_turn_ids
+from ..activations.hook_points import decoder_layers, has_adapters, layers_or_none, resolve
 from ..activations.loading import adapter_base, has_tokenizer, load_model, load_tokenizer
+from ..activations.read import require_positions
 from ..concepts.card import load_card
-from ..concepts.examples import Examples, read_rows
+from ..concepts.examples import read_rows
 from ..concepts.readout import Readout
 from ..messages import as_list
-from .battery import Battery, Snapshot, spread
-from .monitors import LabelledSet, Reading
+from .battery import Battery, spread
+from .monitors import LabelledSet
 from .texts import TEXTS
-from .verdicts import TABLE, Verdict, gather, judge
+from .verdicts import TABLE, gather, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.examples import Examples
+    from .battery import Snapshot
+    from .monitors import Reading
+    from .verdicts import Verdict
 
 
 def compare_checkpoints(

@@ -6,19 +6,30 @@ refitted), and from those AUROCs with intervals. It must not know trainers or lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..activations import ConceptScores, TokenBatch, read_activations
-from ..concepts.examples import Examples
+from ..activations.batch import ConceptScores
+from ..activations.read import read_activations
 from ..concepts.linear import folds
-from ..concepts.readout import Readout
-from ..validation.statistics import MIN_PER_LABEL, MIN_PROMPTS, auroc_difference, auroc_interval, enough_prompts
+from ..validation.statistics import (
+    MIN_PER_LABEL,
+    MIN_PROMPTS,
+    auroc_difference,
+    auroc_interval,
+    enough_prompts,
+)
 from .metrics import direction_cosine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..activations.batch import TokenBatch
+    from ..concepts.examples import Examples
+    from ..concepts.readout import Readout
 
 PARTS = ("direction", "mean", "std")
 READINGS = ("frozen", "restandardized", "refitted")

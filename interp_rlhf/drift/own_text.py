@@ -7,26 +7,29 @@ does* and *representation drift*. It must not know logs or verdicts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..activations import TokenBatch, from_rank_zero, read_predictions, reference_pass
-from ..activations.batch import tokenize_prompt
+from ..activations.batch import TokenBatch, tokenize_prompt
 from ..activations.counted import counted_length
-from ..activations.read import measuring
+from ..activations.ranks import from_rank_zero
+from ..activations.read import measuring, read_predictions, reference_pass
 from ..activations.sharding import is_sharded, readable
 from ..activations.tap import reading
-from ..concepts.readout import Readout
-from ..concepts.sae.autoencoder import SparseAutoencoder
 from ..validation.statistics import MIN_PROMPTS, mean_interval
 from .battery import perplexity
+from .latent_drift import unexplained
 from .monitors import scores_of
-from .sparse import unexplained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ..concepts.readout import Readout
+    from ..sae.autoencoder import SparseAutoencoder
 
 _NGRAM = 4
 
@@ -157,7 +160,7 @@ class OwnText:
     @property
     def has_reference(self) -> bool:
         """Whether the frozen reference can be read."""
-        from ..activations import has_adapters
+        from ..activations.hook_points import has_adapters
 
         return self.reference is not None or has_adapters(self.trainer.model)
 

@@ -7,9 +7,11 @@ and what to do next. Pure functions on plain dictionaries, so that a finished ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 # Sizes are in standard deviations of the scores at the start, unless said otherwise. What is smaller is not called a movement,
 # however surely it is not zero: every training moves something.

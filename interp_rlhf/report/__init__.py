@@ -4,6 +4,6 @@ Knows run logs and nothing else of the project; imports neither torch nor TRL, a
 when a report is written.
 """
 
-from interp_rlhf.report.page import write_model_card, write_report
+from .page import write_model_card, write_report
 
 __all__ = ["write_model_card", "write_report"]

@@ -6,19 +6,22 @@ HTML or Markdown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.report.figures import drift_figures, has_measure, metric_figures
-from interp_rlhf.report.groups import group_metrics
-from interp_rlhf.report.latent_pages import latents_content
-from interp_rlhf.report.load import Metrics, Run, Table
-from interp_rlhf.report.notes import LATENT_NOTES, NOTES
-from interp_rlhf.report.plots import arm_style
-from interp_rlhf.report.samples import compare_samples, token_readout
-from interp_rlhf.report.text import MISSING, as_number, show, show_seconds, visible
+from .figures import drift_figures, has_measure, metric_figures
+from .groups import group_metrics
+from .latent_pages import latents_content
+from .notes import LATENT_NOTES, NOTES
+from .plots import arm_style
+from .samples import compare_samples, token_readout
+from .text import MISSING, as_number, show, show_seconds, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .load import Metrics, Run, Table
 
 _PROMINENT = 12  # samples beyond these are folded away
 _MOVED = 200  # rows of the table of what moved a monitor

@@ -6,13 +6,18 @@ In: loaded runs. Out: figures made of panels (one SVG each). Knows nothing of HT
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from interp_rlhf.report.groups import MEASURE, MetricGroup
-from interp_rlhf.report.load import Metrics, Run
-from interp_rlhf.report.plots import Line, arm_style, depth_style, heat_map, line_plot
-from interp_rlhf.report.text import show
+from .groups import MEASURE
+from .plots import Line, arm_style, depth_style, heat_map, line_plot
+from .text import show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .groups import MetricGroup
+    from .load import Metrics, Run
 
 _TITLES = {"cka": "CKA", "cosine": "cosine similarity", "auroc": "AUROC"}
 _OVERLAID = 4  # with several arms, up to so many hook points get a panel each, in which the arms lie over each other

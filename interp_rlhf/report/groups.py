@@ -6,8 +6,12 @@ In: names of metrics. Out: groups of names in reading order, and the rest. Knows
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MEASURE = re.compile(r"interp/measure/.+/(?:own_)?mean")
 _REWARD = re.compile(r"rewards/.+/mean|rewards/[^/]+")  # GRPO and PPO; DPO's margins, accuracies, chosen, rejected

@@ -6,13 +6,17 @@ In: inspections. Out: the values that the templates show, and the histograms. Kn
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.report.figures import Panel
-from interp_rlhf.report.latents import Context, Inspection, Latent, interval, sae_name
-from interp_rlhf.report.plots import COLOURS
-from interp_rlhf.report.text import MISSING, show, visible
+from .figures import Panel
+from .inspection import interval, sae_name
+from .plots import COLOURS
+from .text import MISSING, show, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .inspection import Context, Inspection, Latent
 
 LEVELS = 4  # of a token's mark, in quarters of the latent's highest activation
 _KINDS = (

@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.report.latents import Inspection, found_table, parse_inspection
-from interp_rlhf.report.text import as_dict, as_list, as_number, model_text, show, visible
-from interp_rlhf.runlog import read_run_log
+from ..runlog.log import read_run_log
+from .inspection import found_table, parse_inspection
+from .text import as_dict, as_list, as_number, model_text, show, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from .inspection import Inspection
 
 logger = logging.getLogger(__name__)
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from interp_rlhf.report import text
-from interp_rlhf.report.content import as_json, page_content
-from interp_rlhf.report.figures import Panel
-from interp_rlhf.report.load import load_runs
-from interp_rlhf.report.write import write_all
+from . import text
+from .content import as_json, page_content
+from .load import load_runs
+from .write import write_all
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from .figures import Panel
 
 _BEGIN, _END = "<!-- interp_rlhf: begin -->", "<!-- interp_rlhf: end -->"
 

@@ -6,12 +6,17 @@ In: loaded runs. Out: one comparison per prompt, with the completions of every a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
+from typing import TYPE_CHECKING
 
-from interp_rlhf.report.load import Run, Sample, Samples
-from interp_rlhf.report.text import show
+from .load import Samples
+from .text import show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .load import Run, Sample
 
 
 @dataclass

@@ -7,13 +7,18 @@ weights. The score at y_t is read at y_t's own position: it is of the text up to
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..activations import ConceptScores, of_all_ranks
+from ..activations.ranks import of_all_ranks
 from ..concepts.pooling import attention_weights, ema
-from ..concepts.readout import Readout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..activations.batch import ConceptScores
+    from ..concepts.readout import Readout
 
 KINDS = ("score", "share", "ema")
 

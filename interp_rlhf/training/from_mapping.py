@@ -9,10 +9,13 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..messages import as_list
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # Options whose value is a word, whatever it looks like.

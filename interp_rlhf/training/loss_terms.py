@@ -7,41 +7,35 @@ sequences and the division by their number comes last, so that accumulation, ran
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
-from ..activations import (
-    ChatMarks,
-    Counted,
-    Intervention,
-    Pass,
-    Recheck,
-    Tap,
-    TokenBatch,
-    TokenReadout,
-    causes,
-    counted,
-    end_of_turn_ids,
-    from_rank_zero,
-    has_adapters,
-    input_ids,
-    of_all_ranks,
-    read,
-    read_inputs,
-    reference_pass,
-    runs_after,
-    runs_here,
-)
-from ..activations.recheck import EVERY
-from ..concepts.readout import Readout
-from .interventions import TrainingIntervention
+from ..activations.batch import TokenBatch
+from ..activations.counted import ChatMarks, counted, end_of_turn_ids, input_ids
+from ..activations.hook_points import has_adapters, runs_after
+from ..activations.intervene import Intervention
+from ..activations.noise import causes, runs_here
+from ..activations.ranks import from_rank_zero, of_all_ranks
+from ..activations.read import read, read_inputs, reference_pass
+from ..activations.recheck import EVERY, Recheck
+from ..activations.tap import Tap
 from .reference import kl_option
-from .regularizers import ExplainAway, Pairs, Regularizer, Term, Whole
+from .regularizers import ExplainAway, Pairs, Whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+    from ..activations.counted import Counted
+    from ..activations.tap import Pass, TokenReadout
+    from ..concepts.readout import Readout
+    from .interventions import TrainingIntervention
+    from .regularizers import Regularizer, Term
 
 # What a batch holds beside the backbone's own arguments.
 NOT_FOR_THE_MODEL = {"labels", "completion_mask", "label", "ref_chosen_logps", "ref_rejected_logps", "ref_logps"}

@@ -6,14 +6,16 @@ them as pass-throughs; a test pins the private ones' signatures. Without terms, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..activations import from_rank_zero
+from ..activations.ranks import from_rank_zero
 from .checkpoints import last_complete_checkpoint
-from .loss_terms import LossTerms
-from .rollout import Rollout
+
+if TYPE_CHECKING:
+    from .loss_terms import LossTerms
+    from .rollout import Rollout
 
 
 class LossMixin:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import backbone, has_adapters, runs_here, unwrap
-from ..activations.hook_points import device_of
-from ..activations.noise import LENGTH, rope_from_the_start
+from ..activations.hook_points import backbone, device_of, has_adapters, unwrap
+from ..activations.noise import LENGTH, rope_from_the_start, runs_here
 from ..activations.read import measuring, require_reference_below
 from ..activations.sharding import in_one_piece, is_sharded
 from ..activations.tap import reading

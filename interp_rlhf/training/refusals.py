@@ -5,18 +5,24 @@ In: a built trainer and what shall join its loss. Out: nothing, or an error that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..activations import Causes, ChatMarks, embedding_point, has_adapters, layers_or_none, resolve, runs_after, unwrap
 from ..activations.counted import turns_in
-from ..activations.hook_points import INPUT
+from ..activations.hook_points import (
+    INPUT,
+    embedding_point,
+    has_adapters,
+    layers_or_none,
+    resolve,
+    runs_after,
+    unwrap,
+)
 from ..concepts.latents import Latents
-from ..concepts.readout import Readout, same_artifact
-from .interventions import TRAINERS, ConceptAblation, TrainingIntervention
+from ..concepts.readout import same_artifact
+from .interventions import TRAINERS, ConceptAblation
 from .reference import kl_option
 from .regularizers import (
     LENGTH_NORMALIZED_LOSSES,
@@ -25,8 +31,18 @@ from .regularizers import (
     DriftPenalty,
     ExplainAway,
     FeatureConstraint,
-    Regularizer,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ..activations.counted import ChatMarks
+    from ..activations.noise import Causes
+    from ..concepts.readout import Readout
+    from .interventions import TrainingIntervention
+    from .regularizers import (
+        Regularizer,
+    )
 
 
 def refuse_terms(

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch.nn.functional import logsigmoid, softplus
 from torch.utils.checkpoint import checkpoint
 
-from ..activations import Counted, TokenReadout
 from ..concepts.card import load_card
 from ..concepts.latents import Latents, block_size
 from ..concepts.readout import Readout
@@ -27,6 +26,10 @@ from ..messages import as_list
 from ..validation.gate import require_passed
 from .from_mapping import check_options, from_mapping
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from ..activations.counted import Counted
+    from ..activations.tap import TokenReadout
 
 # Loss types of `DPOTrainer` whose value depends on β · (chosen − rejected score) alone (METHODS: EA-DPO), and those that divide
 # each score by its completion's length first.
@@ -556,7 +559,7 @@ def _load(model: Any, kind: str, options: dict[str, Any]) -> None:
         cards = as_list(options.pop("cards"))
         options["subspace"] = Subspace.from_readouts([Readout.from_card(load_card(card)) for card in cards])
     elif kind == "feature_constraint" and "sae" in options:
-        from ..concepts.sae.files import load_sae
+        from ..sae.files import load_sae
 
         where = {key: options.pop(key) for key in ("revision", "subfolder", "hook_point") if key in options}
         sae = load_sae(options.pop("sae"), model=model, **where)

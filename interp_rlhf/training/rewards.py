@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..activations import of_all_ranks
-from ..concepts.card import LoadedCard, load_card
+from ..activations.ranks import of_all_ranks
+from ..concepts.card import load_card
 from ..concepts.readout import Readout
 from ..validation.gate import require_passed
 from .dense import dealt, kind_of, negated, per_token
-from .rollout import Reader, Rollout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..concepts.card import LoadedCard
+    from .rollout import Reader, Rollout
 
 SHAMS = ("shuffle",)
 

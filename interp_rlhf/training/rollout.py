@@ -8,32 +8,29 @@ taken is read again too. It must not know how rewards are weighted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
-from ..activations import (
-    ConceptScores,
-    Pass,
-    Recheck,
-    Tap,
-    TokenBatch,
-    causes,
-    end_of_turn_ids,
-    from_rank_zero,
-    raise_on_all_ranks,
-    read,
-    reference_pass,
-    runs_here,
-    unwrap,
-)
-from ..activations.counted import counted_length, without_first
-from ..activations.recheck import EVERY
-from ..concepts.readout import Readout
+from ..activations.batch import ConceptScores, TokenBatch
+from ..activations.counted import counted_length, end_of_turn_ids, without_first
+from ..activations.hook_points import unwrap
+from ..activations.noise import causes, runs_here
+from ..activations.ranks import from_rank_zero, raise_on_all_ranks
+from ..activations.read import read, reference_pass
+from ..activations.recheck import EVERY, Recheck
+from ..activations.tap import Tap
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from ..activations.tap import Pass
+    from ..concepts.readout import Readout
 
 Reader = Literal["reference", "policy"]
 

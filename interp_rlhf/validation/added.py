@@ -9,13 +9,22 @@ what the baselines cannot predict of the probe's score is added, with one coeffi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..concepts.linear import equal_classes, log_loss, losses
-from .statistics import draws, enough_prompts, group_numbers, logistic, weighted_aurocs
+from .statistics import (
+    draws,
+    enough_prompts,
+    group_numbers,
+    logistic,
+    weighted_aurocs,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 Interval = tuple[float, float, float]
 NAN = float("nan")

@@ -7,12 +7,14 @@ that words alone give away is still a concept, but then a word list would have d
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..concepts.linear import log_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FOLDS = 3
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C

@@ -7,40 +7,56 @@ probe here, real or control, is read at the positions and with the pooling that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..activations import (
-    TokenBatch,
-    embedding_point,
-    end_of_turn_ids,
+from ..activations.batch import tokenize_examples
+from ..activations.counted import end_of_turn_ids
+from ..activations.hook_points import embedding_point
+from ..activations.read import (
     read_activations,
     read_pooled,
     read_with_likelihood,
     token_weights,
-    tokenize_examples,
 )
 from ..concepts.artifact import library_versions, strength_of
 from ..concepts.attention import Query, Tokens
-from ..concepts.card import Control, Estimate, Evidence, Findings, LoadedCard
-from ..concepts.examples import Examples
-from ..concepts.latents import Latents
+from ..concepts.card import Control, Evidence, Findings
+from ..concepts.fitting import require_bare
 from ..concepts.linear import LinearProbe, fit_paths, spreads
 from ..concepts.pooling import pool
-from ..concepts.probe import require_bare
 from ..concepts.readout import Readout
-from ..concepts.sae.autoencoder import SparseAutoencoder
 from . import baselines
 from .added import added
-from .dictionaries import PERMUTATIONS, RandomDictionaries, all_mean_latents, permuted_choices, sae_findings
-from .findings import added_finding, calibration_finding, estimate, prompt_finding
+from .dictionaries import (
+    PERMUTATIONS,
+    RandomDictionaries,
+    all_mean_latents,
+    permuted_choices,
+    sae_findings,
+)
+from .findings import (
+    added_finding,
+    calibration_finding,
+    estimate,
+    prompt_finding,
+)
 from .overlap import require_apart
-from .prompts import Swapped, read_swapped
+from .prompts import read_swapped
 from .statistics import auroc_interval, auroc_within, weighted_aurocs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ..activations.batch import TokenBatch
+    from ..concepts.card import Estimate, LoadedCard
+    from ..concepts.examples import Examples
+    from ..concepts.latents import Latents
+    from ..sae.autoencoder import SparseAutoencoder
+    from .prompts import Swapped
 
 logger = logging.getLogger(__name__)
 

@@ -6,19 +6,25 @@ of random dictionaries that had the same choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..activations import TokenBatch, norm_outliers, read_activations
+from ..activations.outliers import norm_outliers
+from ..activations.read import read_activations
 from ..concepts.card import SaeFindings
-from ..concepts.latents import Latents
 from ..concepts.linear import LinearProbe
 from ..concepts.pooling import pool
-from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
+from ..sae.autoencoder import random_dictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ..activations.batch import TokenBatch
+    from ..concepts.latents import Latents
+    from ..sae.autoencoder import SparseAutoencoder
 
 PERMUTATIONS = 100
 RANDOM_DICTIONARIES = 5

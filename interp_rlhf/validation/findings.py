@@ -5,14 +5,19 @@ In: statistics. Out: parts of `Findings`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..concepts.card import Adds, Calibration, Difference, Estimate, PromptFindings
-from .added import Added
-from .prompts import Swapped, shares
+from .prompts import shares
 from .statistics import auroc_interval, calibration, draws, enough_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .added import Added
+    from .prompts import Swapped
 
 
 def number(value: float) -> float | None:

@@ -7,9 +7,12 @@ a monitor.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from ..concepts.card import Card, Findings
 from .statistics import MIN_PER_LABEL, MIN_PROMPTS
+
+if TYPE_CHECKING:
+    from ..concepts.card import Card, Findings
 
 logger = logging.getLogger(__name__)
 

@@ -6,14 +6,18 @@ completion, as plain text or rendered by a chat template; case and white space n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..concepts.examples import Examples
-from ..concepts.spoken import Spoken, spoken
+from ..concepts.spoken import spoken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.examples import Examples
+    from ..concepts.spoken import Spoken
 
 # Characters that an answer needs to stand for its row without the prompt: "Yes." answers many prompts.
 TELLING = 20

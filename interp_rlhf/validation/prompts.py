@@ -5,15 +5,19 @@ In: examples with prompts, a readout. Out: scores of the pairs as they are, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..activations import TokenBatch, read
+from ..activations.read import read
 from ..concepts.examples import Examples
-from ..concepts.readout import Readout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..activations.batch import TokenBatch
+    from ..concepts.readout import Readout
 
 ROWS = 60
 FEWEST = 10

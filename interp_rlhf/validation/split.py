@@ -6,10 +6,14 @@ In: examples, a seed. Out: two sets of examples. It must not know models.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..concepts.examples import Examples, make_examples
+from ..concepts.examples import make_examples
+
+if TYPE_CHECKING:
+    from ..concepts.examples import Examples
 
 
 def split_examples(examples: Examples, seed: int, held_out: float = 0.5) -> tuple[Examples, Examples]:

@@ -6,11 +6,14 @@ are not independent. Where a number is not defined, or an interval would rest on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..concepts.linear import equal_classes, log_loss, losses
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 RESAMPLES = 1000
 MIN_PROMPTS = 10  # fewer groups give no interval: a bootstrap of three prompts knows three values

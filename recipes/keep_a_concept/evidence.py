@@ -28,11 +28,18 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from interp_rlhf import ConceptAnchor, Readout, attach, check_card, fit_probe, load_card
+from interp_rlhf import (
+    ConceptAnchor,
+    Readout,
+    attach,
+    check_card,
+    fit_probe,
+    load_card,
+)
 from interp_rlhf.activations import ChatMarks, Tap, adapters_on, counted
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.publish import publish
-from interp_rlhf.demo.model import default_model
+from interp_rlhf.embedded import default_model
 
 HOOK_POINT = "model.layers.15"
 SEEDS = (0, 1, 2)

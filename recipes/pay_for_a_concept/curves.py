@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.runlog.log import read_run_log
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = {  # name: script, configuration

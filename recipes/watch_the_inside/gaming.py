@@ -40,13 +40,20 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from interp_rlhf import ConceptPenalty, DriftConfig, ExplainAway, Readout, attach, fit_probe
+from interp_rlhf import (
+    ConceptPenalty,
+    DriftConfig,
+    ExplainAway,
+    Readout,
+    attach,
+    fit_probe,
+)
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.publish import publish
-from interp_rlhf.demo.model import default_model
 from interp_rlhf.demo.prompts import prompts
 from interp_rlhf.drift.verdicts import gather, judge
-from interp_rlhf.runlog import read_run_log
+from interp_rlhf.embedded import default_model
+from interp_rlhf.runlog.log import read_run_log
 from interp_rlhf.validation.measures import vader
 
 HOOK_POINT, HOLDOUT_POINT = "model.layers.15", "model.layers.21"

@@ -28,8 +28,8 @@ from interp_rlhf.activations import read_means, tokenize_examples
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
-from interp_rlhf.demo.model import default_model
 from interp_rlhf.drift.compare import compare_checkpoints
+from interp_rlhf.embedded import default_model
 
 HOOK_POINT = "model.layers.15"
 ROTATIONS = 20

@@ -9,11 +9,14 @@ and s_L the prompt with the whole completion. Masks are 1 on y_0 … y_{L−1} a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 

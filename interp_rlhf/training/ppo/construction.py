@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model, set_seed
 from transformers import AutoProcessor
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ...activations import unwrap
+from ...activations.hook_points import unwrap
 from ..checkpoints import require_aligned_saves
 from .config import PPOConfig
 from .critic import VALUE_HEAD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NOT_BUILT = {
     "tools": "tool results would stand among the tokens that are rewarded",

@@ -8,18 +8,19 @@ it, adapters save it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ...activations import backbone, decoder_layers, hidden_size, resolve, unwrap
-from ...activations.hook_points import output_tensor
+from ...activations.hook_points import backbone, decoder_layers, hidden_size, output_tensor, resolve, unwrap
 from ...activations.sharding import in_one_piece
 from ...activations.tap import adapters_off, first_adapter_layer, is_reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 VALUE_HEAD = "value_head"
 

@@ -5,12 +5,15 @@ In: a rollout's tensors (B, T), or those of a micro-batch. Out: metric name to n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import advantages as adv
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass

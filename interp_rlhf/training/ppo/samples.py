@@ -6,14 +6,17 @@ completion. It computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...messages import completion_text, prompt_text
-from ...runlog import RunLog
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from ...runlog.log import RunLog
 
 TITLE = "Tokens of one completion"
 NOTE = (

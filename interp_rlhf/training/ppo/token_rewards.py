@@ -7,15 +7,17 @@ said of single tokens is kept. A reward that is no number stops the run here; TR
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
 from .advantages import on_last_token, shaping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 @dataclass

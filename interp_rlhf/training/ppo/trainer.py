@@ -10,18 +10,16 @@ How it differs from TRL 1.12's `PPOTrainer` is listed in `docs/ppo.md`.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from trl import GRPOTrainer
 
-from ...drift.recorder import record
-from ...runlog import RunLog
+from ...runlog.recorder import record
 from ..checkpoints import ResumeCallback, prompts_of
 from ..mixin import RolloutMixin
 from . import advantages as adv
@@ -40,6 +38,11 @@ from .construction import (
 from .critic import VALUE_HEAD, Critic, add_value_head
 from .samples import Rollout, write
 from .token_rewards import Returned, listened
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ...runlog.log import RunLog
 
 OURS = ("kl", "missing_eos")  # components of the reward that are no function's
 COMPILED = (

@@ -23,9 +23,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SCHEMA = 1
 EVENTS = ("run", "metric", "drift", "samples", "table", "verdict", "latents", "latents_found", "end")

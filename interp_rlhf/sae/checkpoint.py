@@ -10,13 +10,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..concepts.artifact import folder_aside, load_tensors
 
-from ..artifact import folder_aside, load_tensors
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    import torch
 
 _NAME = re.compile(r"sae-checkpoint-(\d+)")  # trainers write, and delete, `checkpoint-<step>`
 _TENSORS, _STATE = "tensors.safetensors", "state.json"

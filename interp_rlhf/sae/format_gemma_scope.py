@@ -7,10 +7,14 @@ know where files come from. Source: sae-lens 6.54.12, `pretrained_sae_loaders.py
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
+from .formats import Contents
 
-from .formats import Contents, RawFile, Shape
+if TYPE_CHECKING:
+    import torch
+
+    from .formats import RawFile, Shape
 
 _SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
 # Gemma Scope 2: folder to what it reads and predicts, for the folders without `config.json`.

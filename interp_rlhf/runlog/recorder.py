@@ -6,14 +6,17 @@ In: the callbacks of a transformers or TRL trainer. Out: `run`, `metric` and `en
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from ..concepts.card import LoadedCard
-from ..runlog import RunLog
+from .log import RunLog
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.card import LoadedCard
 
 RUN_LOG = "interp.jsonl"
 # Of the trainer's arguments, what a reader of the report wants to know.

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from .autoencoder import Architecture
-from .formats import Contents, RawFile, Shape
+from .formats import Contents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .autoencoder import Architecture
+    from .formats import RawFile, Shape
 
 # Modules outside the layers that a folder may be named after.
 _OUTSIDE = ("embed_tokens", "wte", "norm", "ln_f")
@@ -41,7 +45,7 @@ def read_sparsify(raw: RawFile) -> Contents:
     names |= ({} if transcoder else {"center": "b_dec"}) | ({"skip": "W_skip"} if skip else {})
     point = _hook_point(raw.folder)
     return Contents(
-        architecture=cast(Architecture, architecture), k=k, transcoder=transcoder, model_id=_model(raw.folder),
+        architecture=cast("Architecture", architecture), k=k, transcoder=transcoder, model_id=_model(raw.folder),
         tensors={} if raw.problems else {ours: found[theirs] for ours, theirs in names.items()},
         reads=f"{point}.input" if transcoder and point else point, predicts=point if transcoder else None,
     )  # fmt: skip

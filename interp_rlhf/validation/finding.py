@@ -6,24 +6,30 @@ alone and reported on the held-out part. It must not know what a latent is used 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from ..activations import TokenBatch
 from ..concepts.examples import Examples
 from ..concepts.linear import LinearProbe
-from ..concepts.sae.autoencoder import SparseAutoencoder, random_dictionary
-from ..concepts.sae.reading import Pooled, counted_batch, pooled
+from ..sae.autoencoder import random_dictionary
+from ..sae.reading import counted_batch, pooled
 from . import baselines
 from .dictionaries import aurocs
-from .latents import describe
+from .inspecting import describe
 from .overlap import require_apart
 from .split import split_examples
 from .statistics import auroc_difference, auroc_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from ..activations.batch import TokenBatch
+    from ..sae.autoencoder import SparseAutoencoder
+    from ..sae.reading import Pooled
 
 Interval = tuple[float, float, float]
 RANDOM_DICTIONARIES = 3

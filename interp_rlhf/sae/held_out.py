@@ -5,17 +5,32 @@ In: an autoencoder and activations, block by block. Out: `HeldOut`. It must not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from .autoencoder import SparseAutoencoder
-from .cache import HELD_OUT, CachedActivations, CacheType, check_cache, fill_cache, holds
-from .stream import FORWARD_TOKENS, Contexts, in_order
+from .cache import (
+    HELD_OUT,
+    CachedActivations,
+    check_cache,
+    fill_cache,
+    holds,
+)
+from .stream import FORWARD_TOKENS, in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import nn
+
+    from .autoencoder import SparseAutoencoder
+    from .cache import (
+        CacheType,
+    )
+    from .stream import Contexts
 
 
 @dataclass(frozen=True)

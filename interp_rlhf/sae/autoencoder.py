@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 from torch.utils.checkpoint import checkpoint
 
-from ...activations import Canaries, adapters_off_in, agreement, identity, runs_here
-from ...activations.canaries import RELATED
-from ..latents import Latents, Normalization, blocks, normalize
+from ..activations.canaries import RELATED, Canaries, agreement
+from ..activations.identity import identity
+from ..activations.noise import runs_here
+from ..activations.read import adapters_off_in
+from ..concepts.latents import Latents, blocks, normalize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.latents import Normalization
 
 logger = logging.getLogger(__name__)
 

@@ -6,16 +6,19 @@ texts a latent is on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ...activations import backbone, decoder_layers, unwrap
-from ..readout import Readout
-from .autoencoder import SparseAutoencoder
+from ..activations.hook_points import backbone, decoder_layers, unwrap
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.readout import Readout
+    from .autoencoder import SparseAutoencoder
 
 _ROWS = 64  # latents whose effects (V,) are held at a time
 

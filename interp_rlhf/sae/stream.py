@@ -7,17 +7,22 @@ what they are for. The stream can be stopped anywhere and taken up again at the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
-from ...activations import TokenBatch, norm_outliers, read_activations
-from ...messages import as_list
-from ..examples import read_rows
+from ..activations.batch import TokenBatch
+from ..activations.outliers import norm_outliers
+from ..activations.read import read_activations
+from ..concepts.examples import read_rows
+from ..messages import as_list
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import nn
 
 # Tokens per forward. More of them are not faster on a CPU; outliers are told from the median norm of these.
 FORWARD_TOKENS = 4096

@@ -7,37 +7,25 @@ calibrated on scores out of fold, and the curve of the sweep.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..activations import (
-    TokenBatch,
-    adapters_on,
-    decoder_layers,
-    end_of_turn_ids,
-    hidden_size,
-    identity,
-    make_canaries,
-    read,
-    read_activations,
-    read_pooled,
-    structure,
-    token_weights,
-    tokenize_examples,
-)
+from ..activations.batch import tokenize_examples
+from ..activations.canaries import make_canaries
+from ..activations.counted import end_of_turn_ids
+from ..activations.hook_points import decoder_layers, hidden_size
+from ..activations.identity import identity, structure
+from ..activations.read import read, read_activations, read_pooled, token_weights
+from ..activations.tap import adapters_on
 from ..messages import as_list
 from .artifact import Artifact, Header, library_versions
-from .attention import Query, Tokens, fit_attention
-from .examples import Examples
-from .latents import Latents
+from .attention import Tokens, fit_attention
 from .linear import (
     STRENGTHS,
-    CrossValidated,
     LinearProbe,
     cross_validate,
     fold_aurocs,
@@ -48,7 +36,18 @@ from .linear import (
 )
 from .pooling import ATTENTION, FITTED, POOLINGS, pool
 from .readout import Readout
-from .sae.autoencoder import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ..activations.batch import TokenBatch
+    from ..sae.autoencoder import SparseAutoencoder
+    from .attention import Query
+    from .examples import Examples
+    from .latents import Latents
+    from .linear import (
+        CrossValidated,
+    )
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,17 @@ from. Source: sae-lens 6.54.12, `sae_lens/saes`; BatchTopK and Matryoshka autoen
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..latents import Normalization
-from .autoencoder import Architecture, SaeSpec, SparseAutoencoder
-from .formats import Contents, RawFile, Shape
+from .formats import Contents
 from .hook_names import transformer_lens_name
+
+if TYPE_CHECKING:
+    from ..concepts.latents import Normalization
+    from .autoencoder import Architecture, SaeSpec, SparseAutoencoder
+    from .formats import RawFile, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +131,7 @@ def _normalization(raw: RawFile) -> Normalization:
                 raw.origin, value,
             )  # fmt: skip
         return "none"
-    return cast(Normalization, value)
+    return cast("Normalization", value)
 
 
 def _warn_of_processing(metadata: dict[str, Any]) -> None:

@@ -12,18 +12,23 @@ read. Activations beyond its range are refused; float32 takes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from ...activations import identity
-from ..artifact import write_atomically
-from .stream import Contexts, activations_of, in_order, order
+from ..activations.identity import identity
+from ..concepts.artifact import write_atomically
+from .stream import activations_of, in_order, order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from .stream import Contexts
 
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256

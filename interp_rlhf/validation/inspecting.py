@@ -6,22 +6,28 @@ how good the autoencoder is on these texts. It must not know how pages look; a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from ..concepts.examples import Examples
-from ..concepts.readout import Readout
-from ..concepts.sae.autoencoder import SparseAutoencoder
-from ..concepts.sae.contexts import LatentContexts, Survey, gather, require_windows, survey
-from ..concepts.sae.effects import Promotion, cosines, promotions
-from ..concepts.sae.reading import Reading, counted_batch, pooled
 from ..messages import as_list
+from ..sae.contexts import gather, require_windows, survey
+from ..sae.effects import cosines, promotions
+from ..sae.reading import Reading, counted_batch, pooled
 from .split import split_examples
 from .statistics import auroc_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+    from ..concepts.examples import Examples
+    from ..concepts.readout import Readout
+    from ..sae.autoencoder import SparseAutoencoder
+    from ..sae.contexts import LatentContexts, Survey
+    from ..sae.effects import Promotion
 
 
 @dataclass(frozen=True)

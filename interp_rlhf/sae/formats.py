@@ -6,15 +6,17 @@ wrong with it is noted, so that one error names all of it. Each format has a rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..latents import Normalization
-from .autoencoder import Architecture
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from ..concepts.latents import Normalization
+    from .autoencoder import Architecture
 
 Shape = tuple[int | None, ...]
 

@@ -7,18 +7,23 @@ what a page looks like.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.functional import linear, max_pool1d
 
-from ..latents import Latents, blocks, normalize
-from .autoencoder import SparseAutoencoder
-from .reading import Block, Reading, read_blocks
+from ..concepts.latents import blocks, normalize
+from .reading import read_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..concepts.latents import Latents
+    from .autoencoder import SparseAutoencoder
+    from .reading import Block, Reading
 
 # Bins between 0 and a power of two: when a larger value comes, neighbours become one bin, so that no value is looked at twice.
 BINS = 64

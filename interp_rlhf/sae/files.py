@@ -12,21 +12,25 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...activations import resolve
-from ..artifact import folder_aside, load_tensors
+from ..activations.hook_points import resolve
+from ..concepts.artifact import folder_aside, load_tensors
 from .autoencoder import SaeSpec, SparseAutoencoder
 from .format_gemma_scope import read_gemma_scope, read_gemma_scope_2
 from .format_sae_lens import read_sae_lens, write_sae_lens
 from .format_sparsify import read_sparsify
-from .formats import Contents, RawFile
+from .formats import RawFile
 from .hook_names import Layout, module_path
 from .locate import FILES, locate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .formats import Contents
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # Name and reader of a format by the name of the file with the weights.

@@ -15,23 +15,49 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from ...activations import identity, make_canaries, resolve
-from ...runlog import RunLog, read_run_log
-from ..artifact import library_versions
+from ..activations.canaries import make_canaries
+from ..activations.hook_points import resolve
+from ..activations.identity import identity
+from ..concepts.artifact import library_versions
+from ..runlog.log import RunLog, read_run_log
 from .autoencoder import SaeSpec, SparseAutoencoder
-from .cache import HEAD, HELD_OUT, SHARDS, CachedActivations, CacheType, cached_tokens, fill_cache
+from .cache import (
+    HEAD,
+    HELD_OUT,
+    SHARDS,
+    CachedActivations,
+    cached_tokens,
+    fill_cache,
+)
 from .checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
-from .sparse import Entries, keep_largest, keep_rows
-from .stream import FORWARD_TOKENS, Contexts, ModelActivations, ShuffleBuffer, Source, cut
+from .sparse import keep_largest, keep_rows
+from .stream import (
+    FORWARD_TOKENS,
+    Contexts,
+    ModelActivations,
+    ShuffleBuffer,
+    cut,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from .cache import (
+        CacheType,
+    )
+    from .sparse import Entries
+    from .stream import (
+        Source,
+    )
 
 logger = logging.getLogger(__name__)
 

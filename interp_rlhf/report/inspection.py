@@ -6,12 +6,14 @@ nothing of pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.report.text import MISSING, as_dict, as_list, as_number, show, visible
+from .text import MISSING, as_dict, as_list, as_number, show, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 KINDS = ("top", "near", "off")  # of contexts
 

@@ -7,16 +7,23 @@ like no other token's, and would decide every number. (tokens, S) is never held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ...activations import TokenBatch, end_of_turn_ids, norm_outliers, read_activations, tokenize_examples
-from ..latents import Latents, blocks
-from .autoencoder import SparseAutoencoder
+from ..activations.batch import TokenBatch, tokenize_examples
+from ..activations.counted import end_of_turn_ids
+from ..activations.outliers import norm_outliers
+from ..activations.read import read_activations
+from ..concepts.latents import blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ..concepts.latents import Latents
+    from .autoencoder import SparseAutoencoder
 
 _TEXTS = 64  # tokenized at a time
 

@@ -5,12 +5,14 @@ In: activations of the same tokens on two models, or of one text on one. Out: nu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..activations import norm_outliers
-from ..concepts.sae.autoencoder import SparseAutoencoder
+from ..activations.outliers import norm_outliers
+
+if TYPE_CHECKING:
+    from ..sae.autoencoder import SparseAutoencoder
 
 CHANGED = 10  # latents that are named
 
