@@ -44,6 +44,7 @@ _HOMES = {
     "load_card": "concepts.card",
     "load_examples": "concepts.examples",
     "read": "activations",
+    "register_measure": "validation.measures",
     "write_report": "report",
 }
 
@@ -79,6 +80,7 @@ __all__ = [
     "load_card",
     "load_examples",
     "read",
+    "register_measure",
     "write_report",
 ]
 
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
     from .training.rewards import ConceptReward
     from .training.schedule import Schedule
     from .validation.check import check_card
+    from .validation.measures import register_measure
 
 
 def __getattr__(name: str) -> Any:

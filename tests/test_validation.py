@@ -15,6 +15,7 @@ from interp_rlhf.concepts.publish import publish
 from interp_rlhf.validation import baselines
 from interp_rlhf.validation.check import check_card
 from interp_rlhf.validation.gate import gate
+from interp_rlhf.validation.measures import MEASURES, register_measure
 from interp_rlhf.validation.statistics import auroc_interval, mean_interval, weighted_aurocs
 
 
@@ -148,3 +149,21 @@ def test_baselines_find_what_they_look_for():
     assert np.argmax(baselines.tfidf(train, labels, ["yes", "no"])) == 0
     shorter = baselines.length(["aaaa", "a", "aaaa", "a"], np.array([0, 1, 0, 1]), ["aa", "aaaaaa"])
     assert shorter[0] > shorter[1]
+
+
+def test_a_registered_measure_is_found_by_its_name_and_is_not_replaced(monkeypatch):
+    monkeypatch.setattr(MEASURES, "_entries", dict(MEASURES))
+
+    @register_measure("sentence_length")
+    def sentence_length():
+        return lambda text: float(len(text))
+
+    assert {"vader", "sentence_length"} <= set(MEASURES)
+    assert MEASURES["sentence_length"]()("four") == 4.0
+    with pytest.raises(
+        KeyError,
+        match="'sentence_lenght' is not a measure – expected one of .*`sentence_length`.*Did you mean `sentence_length`",
+    ):
+        MEASURES["sentence_lenght"]
+    with pytest.raises(ValueError, match="`vader` is already registered as a measure"):
+        register_measure("vader")(lambda: len)

@@ -1,17 +1,57 @@
-"""Independent measures of a text: what a reward is compared with and never sees."""
+"""Independent measures of a text. A reward is compared with them and never sees them.
+
+In: the name of a measure. Out: a function from a text to a float. It must not know models, cards or trainers.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..registry import Registry
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Each entry makes a measure. It is called when the measure is used, so that registering one imports nothing.
+MEASURES: Registry[Callable[[], Callable[[str], float]]] = Registry("a measure")
 
+
+def register_measure(
+    name: str,
+) -> Callable[[Callable[[], Callable[[str], float]]], Callable[[], Callable[[str], float]]]:
+    """Decorator that registers an independent measure of a text. Recipes and `--measure` then know it by its name.
+
+    The decorated function takes nothing and returns the measure: a function from a text to a finite float. It is called once for
+    each use, so it is the place to load a lexicon or a model.
+
+    Args:
+        name (`str`): a lower-case identifier, as recipes write it: `measures: [vader, my_own]`. A recipe lists the module that
+            registers the measure under `imports`.
+
+    Returns:
+        `Callable`: the decorator. It returns the decorated function unchanged.
+
+    Raises:
+        `ValueError`: the name is not an identifier, or another measure has it.
+
+    Example:
+        >>> from interp_rlhf import register_measure
+        >>> @register_measure("exclamations")
+        ... def exclamations():
+        ...     return lambda text: float(text.count("!"))
+        >>> from interp_rlhf.validation.measures import MEASURES
+        >>> measure = MEASURES["exclamations"]()
+        >>> measure("Well done! Go on!")
+        2.0
+    """
+    return MEASURES.register(name)
+
+
+@register_measure("vader")
 def vader() -> Callable[[str], float]:
-    """VADER's compound sentiment of a text, in [−1, 1], higher = more positive.
+    """VADER's compound sentiment of a text, in [−1, 1]; higher = more positive.
 
-    Source: Hutto & Gilbert 2014, a lexicon with rules; knows nothing of any model.
+    Source: Hutto & Gilbert 2014. VADER is a lexicon with rules. It uses no language model.
 
     Raises:
         `RuntimeError`: the package is not installed.
