@@ -24,7 +24,7 @@ from interp_rlhf.training.checkpoints import last_complete_checkpoint, save_mult
 
 HERE = Path(__file__).resolve().parent
 STEPS = 12
-# Timings, and the two counters that TRL starts anew (TRL.md, section 8).
+# Timings, and two counters that TRL starts again from 0 when it resumes.
 RESTARTED = (
     "runtime",
     "per_second",

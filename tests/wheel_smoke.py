@@ -1,7 +1,7 @@
-"""Runs everything that the README shows, from wherever interp_rlhf is installed: not from the checkout.
+"""Run everything that the documents show, from the place where interp_rlhf is installed: not from the checkout.
 
-Usage: python wheel_smoke.py README.md, in an empty folder. Python blocks run as they stand, one process each; of the shell
-blocks the `interp-rlhf` commands run, in order, with the demo in its quick form.
+Usage: python wheel_smoke.py README.md docs/command_line.md …, in an empty folder. The documents run in the order given. Python
+blocks run as they stand, one process each. Of the shell blocks the `interp-rlhf` commands run, with the demo in its quick form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main() -> None:
     assert locate("reward/warmth/reward.v3.yaml").is_relative_to(package)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     passed = 0
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL)
+    text = "\n".join(Path(document).read_text() for document in sys.argv[1:])
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
     for language, block in blocks:
         for command in commands_of(language, block):
             started = time.monotonic()
@@ -36,7 +37,7 @@ def main() -> None:
                 raise SystemExit(f"exit code {done.returncode}")
             passed += 1
             print(f"  ok after {time.monotonic() - started:.0f} s", flush=True)
-    assert passed >= 7, f"the README shows {passed} things, expected at least seven"
+    assert passed >= 10, f"the documents show {passed} things – expected at least ten"
     summary = json.loads(Path("runs/demo/summary.json").read_text())
     extra = {arm: found["extra_forward_passes_for_the_reward"] for arm, found in summary["arms"].items()}
     assert extra == {"probe": 0, "sham": 0}, extra
