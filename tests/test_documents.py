@@ -6,10 +6,12 @@ import json
 import re
 import shlex
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from tiny import make_card
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -87,6 +89,26 @@ def test_every_document_that_shows_something_to_run_is_run():
         shown = re.search(r"^```python$|^```bash\n(?:.*\n)*?interp-rlhf ", path.read_text(), re.M)
         if shown and path.name != "extending.md":
             assert str(path.relative_to(ROOT)) in given, path.name
+
+
+def python_blocks():
+    for path in (ROOT / "README.md", ROOT / "docs" / "ppo.md"):
+        for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)):
+            yield pytest.param(block, id=f"{path.name}-{i}")
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_what_the_documents_show_runs_on_a_tiny_model(block, model_folder, load, tokenizer, monkeypatch, tmp_path):
+    """As it stands, but for the embedded model and the shipped cards, which CI takes (`wheel_smoke.py`)."""
+    import interp_rlhf.embedded
+
+    cards = tmp_path / "reward" / "warmth"
+    cards.mkdir(parents=True)
+    make_card(cards, load(), tokenizer).rename(cards / "reward.v3.yaml")
+    make_card(cards, load(), tokenizer, role="monitor", name="witness", layer=0).rename(cards / "monitor.v3.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interp_rlhf.embedded, "default_model", model_folder)
+    exec(compile(block, "a document", "exec"), {"__name__": "__main__"})
 
 
 @by_name
@@ -247,6 +269,23 @@ def test_the_figures_of_autoencoder_and_ppo_are_the_committed_ones():
     for name in ("dense_samples", "dense_samples_model"):
         assert ratio("dense", name) in ppo, name
         assert measured["dense"]["ratios"][name] <= 0.6
+
+
+def test_the_curves_of_ppo_are_the_committed_ones():
+    ppo = document("ppo")
+    measured = json.loads((ROOT / "recipes" / "pay_for_a_concept" / "curves.json").read_text())
+    assert measured["command"] in ppo
+    curves = {(run["arm"], run["seed"]): run["curve"] for run in measured["runs"]}
+    for arm in ("PPO, dense", "PPO, terminal", "GRPO"):
+        cells = [
+            "; ".join(
+                f"{mean(curves[arm, seed][name][:3]):+.2f} → {mean(curves[arm, seed][name][-3:]):+.2f}"
+                for seed in (0, 1)
+            )
+            for name in ("warmth", "holdout", "vader")
+        ]
+        cells.append("; ".join(f"{mean(curves[arm, seed]['kl'][-3:]):.2f}" for seed in (0, 1)))
+        assert f"| {' | '.join([arm, *cells])} |" in ppo, arm
 
 
 def test_the_figures_of_the_probes_benchmark_are_the_committed_ones():
