@@ -19,7 +19,7 @@ _HOMES = {
     "ConceptReward": "training.rewards",
     "ConceptScores": "activations",
     "DriftCallback": "drift.callback",
-    "DriftConfig": "drift.callback",
+    "DriftConfig": "drift.config",
     "DriftPenalty": "training.regularizers",
     "ExplainAway": "training.regularizers",
     "FeatureConstraint": "training.regularizers",
@@ -95,7 +95,8 @@ if TYPE_CHECKING:
     from .concepts.linear import LinearProbe
     from .concepts.readout import Readout
     from .concepts.subspace import Subspace
-    from .drift.callback import DriftCallback, DriftConfig
+    from .drift.callback import DriftCallback
+    from .drift.config import DriftConfig
     from .report import write_report
     from .trainers import (
         InterpDPOTrainer,

@@ -20,7 +20,8 @@ from .activations.ranks import of_all_ranks
 from .activations.read import reference_pass
 from .concepts.card import load_card
 from .concepts.readout import Readout, same_artifact
-from .drift.callback import DriftCallback, DriftConfig, whole_number
+from .drift.callback import DriftCallback
+from .drift.config import DriftConfig, whole_number
 from .drift.own_text import values_of
 from .messages import as_list, completion_text, prompt_text
 from .runlog.recorder import record

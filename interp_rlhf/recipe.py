@@ -16,7 +16,7 @@ from typing import Any
 
 from .concepts.card import locate
 from .concepts.examples import SPOKEN, read_prompts, read_rows
-from .drift.callback import DriftConfig, whole_number
+from .drift.config import DriftConfig, whole_number
 from .messages import as_list
 from .training.from_mapping import yaml_numbers
 from .training.rewards import ConceptReward

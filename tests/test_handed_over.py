@@ -939,7 +939,7 @@ def test_attach_checks_how_often_it_samples_and_takes_drift_as_a_mapping(model_f
 
 
 def test_texts_and_prompts_of_a_drift_configuration_may_be_a_file(tmp_path):
-    from interp_rlhf.drift.callback import DriftConfig
+    from interp_rlhf.drift.config import DriftConfig
 
     rows = [{"text": f"text {i}", "prompt": f"prompt {i}"} for i in range(8)]
     path = tmp_path / "rows.jsonl"

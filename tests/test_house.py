@@ -35,7 +35,6 @@ ROOMS = [
 ]
 ALLOWED = {room: set(ROOMS[:i]) | {room} for i, room in enumerate(ROOMS)}
 ALLOWED["concepts"] |= {"sae"}
-ALLOWED["runlog"] |= {"concepts"}
 ALLOWED["report"] = {"report", "runlog"}
 ALLOWED["cli"] = {"cli", "commands", "__init__"}
 

@@ -28,7 +28,7 @@ from ..concepts.examples import load_examples, write_jsonl
 from ..concepts.fitting import fit_probe, sweep_points
 from ..concepts.publish import plot_sweep, publish
 from ..concepts.readout import Readout
-from ..drift.callback import DriftConfig
+from ..drift.config import DriftConfig
 from ..embedded import MODEL_ID, default_model
 from ..report import write_report
 from ..training.rewards import ConceptReward

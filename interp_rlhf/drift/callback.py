@@ -18,7 +18,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import Trainer, TrainerCallback
@@ -34,14 +34,15 @@ from ..activations.hook_points import (
 )
 from ..activations.ranks import from_rank_zero
 from ..activations.read import require_positions, require_reference_below
-from ..concepts.examples import Examples, load_examples, read_prompts, read_rows
+from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
-from ..messages import as_list, as_prompts
+from ..messages import as_list
 from ..runlog.log import read_run_log
 from ..runlog.recorder import record
 from ..sae.autoencoder import SparseAutoencoder
 from ..sae.files import load_sae
 from .battery import Battery, spread
+from .config import DriftConfig
 from .latent_drift import changed_latents
 from .monitors import LabelledSet, Reading, scores_of
 from .own_text import OwnText, Sampled, per_prompt, summarize
@@ -61,86 +62,6 @@ logger = logging.getLogger(__name__)
 START_FILE = "interp_drift_start.safetensors"
 LAST_GOOD = "last_good"
 SHOWN = 5  # prompts that moved a monitor most, and samples, per evaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftConfig:
-    """What `attach(trainer, drift=…)` watches, and how often.
-
-    Attributes:
-        every (`int`, defaults to 50): optimizer steps between two evaluations; there is one at the start and one at the end.
-        texts (`Sequence`, *optional*): texts or examples (see `tokenize_examples`), or a data file of them; by default 24 neutral
-            ones that come with the package. At most 2,048 tokens are used. The first token of each text and tokens whose norm
-            stands out are left out.
-        hook_points (`Sequence[str]`, *optional*): where to measure; by default four decoder layers spread over the depth. Those
-            of the monitors are added.
-        labelled (`str`, `Path` or `Examples`, *optional*): labelled examples (20 or more) on which monitors are read frozen,
-            re-standardized and refitted; without them, monitors are read frozen on `texts`.
-        prompts (`Sequence`, *optional*): prompts (8 or more), or a data file of them, that the policy answers at every
-            evaluation: what the text does and what the representation does are told apart on them, where there is a frozen
-            reference (`reference_model`, or PEFT).
-        max_new_tokens (`int`, defaults to 32): of those answers.
-        measures (`dict[str, Callable]`, *optional*): independent measures of their text, of what the training is meant to
-            improve: a text to a float.
-        on_verdict (`str`, defaults to `"log"`): or `stop`: an alarm (`verdicts.ALARMS`) ends training; `last_good/` in the
-            output folder is the checkpoint of the last evaluation without one.
-        max_overhead (`float`, *optional*): share of the training time that evaluations may take, 0.02 say: they become rarer than
-            `every` where they would take more.
-        baseline (`str` or `Path`, *optional*): run log of a run without the term: its movement of each monitor is taken off.
-        sae (`str`, `Path` or `SparseAutoencoder`, *optional*): a sparse autoencoder (see `load_sae`): the latents that changed
-            most, and the variance that it leaves unexplained, on `texts` and on the policy's own tokens.
-        seed (`int`, defaults to 0): of sampling, folds and bootstraps.
-    """
-
-    every: int = 50
-    texts: Sequence[Any] | None = None
-    hook_points: Sequence[str] | None = None
-    labelled: str | Path | Examples | None = None
-    prompts: Sequence[Any] | None = None
-    max_new_tokens: int = 32
-    measures: Mapping[str, Callable[[str], float]] | None = None
-    on_verdict: Literal["log", "stop"] = "log"
-    max_overhead: float | None = None
-    baseline: str | Path | None = None
-    sae: str | Path | SparseAutoencoder | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("every", "max_new_tokens", "seed"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if self.max_overhead is not None and not isinstance(self.max_overhead, int | float):
-            raise ValueError(
-                f"`max_overhead` is {self.max_overhead!r} – expected a share of the training time, 0.02 say."
-            )
-        for name in ("texts", "prompts"):
-            if _names_a_file(given := getattr(self, name)):
-                object.__setattr__(self, name, read_prompts(given) if name == "prompts" else read_rows(given))
-        for name in ("texts", "hook_points"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_list(getattr(self, name)))
-        if self.prompts is not None:
-            object.__setattr__(self, "prompts", as_prompts(self.prompts))
-        if self.every < 1:
-            raise ValueError(f"`every` is {self.every} – expected a number of optimizer steps, at least 1.")
-        if self.on_verdict not in ("log", "stop"):
-            raise ValueError(f"`on_verdict` is {self.on_verdict!r} – expected `log` or `stop`.")
-        if self.max_overhead is not None and not 0 < self.max_overhead < 1:
-            raise ValueError(
-                f"`max_overhead` is {self.max_overhead} – expected a share of the training time, 0.02 say."
-            )
-        if self.measures and not self.prompts:
-            raise ValueError("`measures` was given without `prompts` – expected prompts, whose answers are measured.")
-
-
-def _names_a_file(given: Any) -> bool:
-    """Whether a text is the path of a data file: one text alone is nothing to measure on."""
-    return isinstance(given, str | Path) and Path(given).suffix.lower() in (
-        ".jsonl",
-        ".json",
-        ".csv",
-        ".tsv",
-        ".parquet",
-    )
 
 
 @dataclass(frozen=True)
@@ -568,13 +489,6 @@ class DriftCallback(TrainerCallback):
         labelled = {key.removeprefix("labelled/"): value for key, value in extra.items()}
         readings = {m.name: Reading.from_tensors(m.name, labelled) for m in self.monitors} if self._labelled else {}
         return _Start(snapshot, readings, Sampled.from_tensors(extra) if self._own is not None else None)
-
-
-def whole_number(name: str, value: Any) -> int:
-    """A whole number, also where YAML made a float of it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ValueError(f"`{name}` is {value!r} – expected a whole number.")
-    return int(value)
 
 
 def _kept_step(args: Any, state: Any) -> int | None:

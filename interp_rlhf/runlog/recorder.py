@@ -1,13 +1,15 @@
-"""Writes what a trainer logs into the run log.
+"""Records a trainer: what it logs goes into the run log.
 
-In: the callbacks of a transformers or TRL trainer. Out: `run`, `metric` and `end` events.
+In: the callbacks of a transformers or TRL trainer. Out: `run`, `metric` and `end` events. It must not know cards: it
+takes their name, role and hash.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from transformers import TrainerCallback
 
@@ -16,10 +18,8 @@ from .log import RunLog
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..concepts.card import LoadedCard
-
 RUN_LOG = "interp.jsonl"
-# Of the trainer's arguments, what a reader of the report wants to know.
+# Arguments of the trainer that the report shows.
 SETTINGS = (
     "learning_rate", "beta", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_generations", "max_completion_length", "temperature", "steps_per_generation",
@@ -27,40 +27,73 @@ SETTINGS = (
 )  # fmt: skip
 
 
+class NamedCard(Protocol):
+    """What the run log says of a card."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+
+
+class HashedCard(Protocol):
+    """A card with the SHA-256 of its file, as `load_card` returns it."""
+
+    @property
+    def card(self) -> NamedCard: ...
+    @property
+    def sha256(self) -> str: ...
+
+
 def default_path(trainer: Any) -> Path:
     """`interp.jsonl` in the trainer's output folder."""
     return Path(trainer.args.output_dir) / RUN_LOG
 
 
-def record(trainer: Any, path: str | Path | None = None, cards: Sequence[LoadedCard] = (), arm: str = "") -> RunLog:
-    """Run log of a trainer; its metrics go there from now on. A trainer that is recorded already keeps its log and
-    learns the cards and the arm.
+def record(trainer: Any, path: str | Path | None = None, cards: Sequence[HashedCard] = (), arm: str = "") -> RunLog:
+    """Record a trainer's metrics into a run log from now on.
+
+    A trainer that is recorded already keeps its log; the cards and the arm are added to it.
+
+    Args:
+        trainer (`transformers.Trainer`): built.
+        path (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
+        cards (`Sequence`): cards as `load_card` returns them.
+        arm (`str`): name of this run among those that a report compares.
+
+    Returns:
+        `RunLog`: writable on rank 0 only.
 
     Raises:
-        `ValueError`: it is recorded already into another file.
+        `ValueError`: the trainer is recorded into another file already.
     """
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, Recorder):
-            callback.add(path, cards, arm)
-            return callback.log
+    recorder = _RECORDERS.get(trainer)
+    if recorder is not None:
+        recorder.add(path, cards, arm)
+        return recorder.log
     log = RunLog(path or default_path(trainer), writable=trainer.is_world_process_zero())
-    trainer.add_callback(Recorder(trainer, log, cards, arm))
+    _RECORDERS[trainer] = Recorder(trainer, log, cards, arm)
+    trainer.add_callback(_RECORDERS[trainer])
     return log
 
 
 class Recorder(TrainerCallback):
-    """Callback behind `record`."""
+    """The callback behind `record`."""
 
-    def __init__(self, trainer: Any, log: RunLog, cards: Sequence[LoadedCard], arm: str):
+    def __init__(self, trainer: Any, log: RunLog, cards: Sequence[HashedCard], arm: str):
         self.log = log
         self._trainer_name = type(trainer).__name__
-        self._model_name = getattr(trainer.model.config, "_name_or_path", "") or type(trainer.model).__name__
+        self._model_name = getattr(trainer.model.config, "name_or_path", "") or type(trainer.model).__name__
         self._cards = _described(cards)
         self._arm = arm
         self._started = time.monotonic()
 
-    def add(self, path: str | Path | None, cards: Sequence[LoadedCard], arm: str) -> None:
-        """More to say of the run before it begins."""
+    def add(self, path: str | Path | None, cards: Sequence[HashedCard], arm: str) -> None:
+        """Add cards and the arm before training begins.
+
+        Raises:
+            `ValueError`: `path` is another file than that of the log.
+        """
         if path is not None and Path(path) != self.log.path:
             raise ValueError(
                 f"`run_log` is `{path}` – the trainer is recorded into `{self.log.path}` already. Pass the same file, or pass it "
@@ -93,5 +126,9 @@ class Recorder(TrainerCallback):
         self.log.append("end", state.global_step, seconds=round(time.monotonic() - self._started, 3))
 
 
-def _described(cards: Sequence[LoadedCard]) -> list[dict[str, str]]:
+def _described(cards: Sequence[HashedCard]) -> list[dict[str, str]]:
     return [{"name": c.card.name, "role": c.card.role, "sha256": c.sha256} for c in cards]
+
+
+# The recorder of each trainer. A recorder holds no reference to its trainer, so that both can be freed.
+_RECORDERS: WeakKeyDictionary[Any, Recorder] = WeakKeyDictionary()
