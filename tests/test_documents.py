@@ -112,6 +112,16 @@ def test_what_the_documents_show_runs_on_a_tiny_model(block, model_folder, load,
 
 
 @by_name
+def test_documents_use_todays_words(path):
+    """The style's list; its own page quotes what to avoid."""
+    if path.name == "style.md" or path.parent.name == "benchmarks":
+        return
+    said = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    old = r"\b(anew|beside|whatever|of (?:its|their|your) own|in the place of|to be had)\b"
+    assert not re.findall(old, said), path.name
+
+
+@by_name
 def test_tables_have_both_of_their_marks(path):
     text = path.read_text()
     opened = re.findall(r"^<!-- table: (\w+) -->$", text, re.M)
