@@ -45,6 +45,7 @@ _HOMES = {
     "load_examples": "concepts.examples",
     "read": "activations",
     "register_measure": "validation.measures",
+    "register_pooling": "concepts.pooling",
     "write_report": "report",
 }
 
@@ -81,6 +82,7 @@ __all__ = [
     "load_examples",
     "read",
     "register_measure",
+    "register_pooling",
     "write_report",
 ]
 
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from .concepts.fitting import fit_probe
     from .concepts.latents import Latents
     from .concepts.linear import LinearProbe
+    from .concepts.pooling import register_pooling
     from .concepts.readout import Readout
     from .concepts.subspace import Subspace
     from .drift.callback import DriftCallback

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .concepts.pooling import POOLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +129,7 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     fit.add_argument("--role", choices=["reward", "penalty", "monitor"], default="reward", help="(default: reward)")
     fit.add_argument(
         "--pooling",
-        choices=["mean", "ema_max", "last", "max", "attention", "best"],
+        choices=[*POOLINGS, "best"],
         help="how token scores become one; a probe is fitted for mean, last or attention, the others are read with what is "
         "fitted for the mean; best tries those three at every hook point (default: mean for a reward, ema_max otherwise)",
     )

@@ -24,7 +24,7 @@ from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import load_examples, make_examples, write_jsonl
 from interp_rlhf.concepts.fitting import fit_probe, sweep_points
 from interp_rlhf.concepts.linear import LinearProbe, separates
-from interp_rlhf.concepts.pooling import FITTED, POOLINGS, ema, pool
+from interp_rlhf.concepts.pooling import FITTED, POOLINGS, ema, pool, register_pooling
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.validation.statistics import calibration
@@ -69,7 +69,7 @@ def with_logits(scores, logits, pooling):
     shift=st.floats(-5, 5),
     left=st.integers(0, 5),
     right=st.integers(0, 5),
-    pooling=st.sampled_from(POOLINGS),
+    pooling=st.sampled_from(sorted(POOLINGS)),
 )
 def test_pooling_is_equivariant_and_blind_to_padding(values, scale, shift, left, right, pooling):
     alone, counts = scores_of(values)
@@ -94,6 +94,34 @@ def test_a_row_without_counted_tokens_is_nan_and_scores_none(load):
         ValueError, match="`pooling` is 'median' – expected one of attention, ema_max, last, max, mean"
     ):
         pool(scores, mask, "median")
+
+
+def test_a_registered_pooling_is_calibrated_by_the_fit_and_known_to_cards(load, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(POOLINGS, "_entries", dict(POOLINGS))
+    model, examples, point = load(), make_examples(labelled_rows(24)), ["model.layers.1"]
+    before = fit_probe(model, tokenizer, examples, point, model_id="tiny")
+
+    @register_pooling("halves")
+    def halves(scores, mask):
+        return (pool(scores, mask, "mean") + pool(scores, mask, "last")) / 2
+
+    with pytest.raises(ValueError, match=r"`pooling` of `warmth` is `halves` – .* is calibrated for `.* fit it again"):
+        publish(before, tmp_path / "before", name="warmth", concept="Speaks warmly.", pooling="halves")
+    fit = fit_probe(model, tokenizer, examples, point, model_id="tiny")
+    assert {**before.artifact.header.calibration, "halves": fit.artifact.header.calibration["halves"]} == (
+        fit.artifact.header.calibration
+    )
+    path = publish(fit, tmp_path, name="warmth", concept="Speaks warmly.", pooling="halves")
+    readout = Readout.from_card(str(path))
+    scores, mask = scores_of([1.0, 2.0, 6.0])
+    assert readout.pooled(scores, mask).item() == pytest.approx(readout.scale * 4.5 + readout.offset)  # (3 + 6) / 2
+    with pytest.raises(ValueError, match="`halves` is already registered as a pooling"):
+        register_pooling("halves")(lambda scores, mask: scores[:, 0])
+    monkeypatch.undo()  # the module that registers it has not been imported
+    with pytest.raises(
+        ValueError, match=r"`readout\.pooling`: 'halves' – expected one of attention, .*`register_pooling`.* module"
+    ):
+        load_card(path)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

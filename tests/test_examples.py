@@ -13,6 +13,7 @@ from tiny import labelled_rows, make_card, make_readout
 from training import make_trainer
 
 import interp_rlhf
+from interp_rlhf.registry import Registry
 
 # Files in the folder in which an example runs: `tiny/` (a saved chat model), `warmth.yaml` (a reward card that passed its gate),
 # `witness.yaml` (a monitor, fitted at another layer), and `contrast.jsonl` (labelled answers). Variables that an example may use:
@@ -40,6 +41,11 @@ def doctests():
         for test in finder.find(module, module.__name__):
             if test.examples:
                 yield pytest.param(test, id=test.name.removeprefix("interp_rlhf."))
+
+
+def registries():
+    every = [value for module in modules() for value in vars(module).values() if isinstance(value, Registry)]
+    return {id(registry): registry for registry in every}.values()
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +82,8 @@ def test_the_example_of_a_docstring_runs(test, folder, load, tokenizer, monkeypa
     place = tmp_path / "work"
     shutil.copytree(folder, place)
     monkeypatch.chdir(place)
+    for registry in registries():  # an example may register something: the other tests must not see it
+        monkeypatch.setattr(registry, "_entries", dict(registry))
     said = "".join(example.source for example in test.examples)
     test.globs.update({name: make(name, load, tokenizer, place) for name in MADE if re.search(rf"\b{name}\b", said)})
     problems: list[str] = []

@@ -160,10 +160,7 @@ def test_a_registered_measure_is_found_by_its_name_and_is_not_replaced(monkeypat
 
     assert {"vader", "sentence_length"} <= set(MEASURES)
     assert MEASURES["sentence_length"]()("four") == 4.0
-    with pytest.raises(
-        KeyError,
-        match="'sentence_lenght' is not a measure – expected one of .*`sentence_length`.*Did you mean `sentence_length`",
-    ):
+    with pytest.raises(KeyError, match=r"'sentence_lenght' is not a measure – .* Did you mean `sentence_length`"):
         MEASURES["sentence_lenght"]
     with pytest.raises(ValueError, match="`vader` is already registered as a measure"):
         register_measure("vader")(lambda: len)

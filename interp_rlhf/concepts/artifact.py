@@ -74,6 +74,22 @@ class Header:
     sharpness: float | None = None
 
 
+def calibration_of(header: Header, pooling: str, name: str) -> tuple[float, float]:
+    """Scale and offset that make a score of this pooling a log-odds.
+
+    Raises:
+        `ValueError`: the artifact is not calibrated for this pooling.
+    """
+    if pooling not in header.calibration:
+        raise ValueError(
+            f"`pooling` of `{name}` is `{pooling}` – the artifact is calibrated for "
+            f"{', '.join(f'`{known}`' for known in sorted(header.calibration)) or 'none'}. Under another pooling its scores did "
+            "not separate the labels out of fold, or that pooling needs its own fit (`probe fit --pooling`), or was registered "
+            "after the fit. Choose one of these, fit it again, or fit on other data."
+        )
+    return header.calibration[pooling]
+
+
 def strength_of(header: Header) -> float | None:
     """Regularization of a fit, for controls that are to have the same; None where a difference of means has none."""
     if header.method == "difference_of_means":

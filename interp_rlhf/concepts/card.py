@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .pooling import require_pooling
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -38,7 +40,7 @@ class ReadoutSpec(Strict):
     kind: Literal["probe", "direction", "sae_latents"]
     hook_point: str
     artifact: ArtifactRef
-    pooling: Literal["mean", "ema_max", "last", "max", "attention"]
+    pooling: Annotated[str, AfterValidator(require_pooling)]
     include_end_of_turn: bool = False
 
 
@@ -334,4 +336,5 @@ def _problem(error: Any) -> str:
         return f"`{where}`: unknown key"
     given = error.get("input")
     shown = "" if isinstance(given, dict | list) else f"{given!r} – "
-    return f"`{where}`: {shown}{error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{where}`: {shown}{message[0].lower()}{message[1:]}"

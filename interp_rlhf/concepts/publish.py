@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..activations.canaries import make_canaries
-from .artifact import load_artifact, write_atomically
+from .artifact import calibration_of, load_artifact, write_atomically
 from .card import (
     ArtifactRef,
     Card,
@@ -68,11 +68,7 @@ def publish(
             f"seen, under any pooling ({header.examples} examples) – expected scores out of fold above chance. Fit on more or "
             "other examples, at other hook points (`--sweep`), or for another pooling."
         )
-    if pooling not in header.calibration:
-        raise ValueError(
-            f"`pooling` is `{pooling}` – the fit is calibrated for {', '.join(sorted(header.calibration))}: another does not "
-            "separate the labels out of fold, or needs a fit of its own. Choose one."
-        )
+    calibration_of(header, pooling, name)
     card = Card(
         schema=1,
         name=name,

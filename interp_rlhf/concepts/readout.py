@@ -18,7 +18,7 @@ from ..activations.hook_points import has_adapters, hidden_size, is_offloaded, r
 from ..activations.identity import identity, structure
 from ..activations.noise import runs_here
 from ..activations.read import adapters_off_in
-from .artifact import load_artifact
+from .artifact import calibration_of, load_artifact
 from .card import LoadedCard, load_card
 from .pooling import ATTENTION, pool
 
@@ -86,13 +86,7 @@ class Readout:
             `ValueError`: the artifact was not calibrated for this pooling.
         """
         header = artifact.header
-        if pooling not in header.calibration:
-            raise ValueError(
-                f"`pooling` of `{name}` is `{pooling}` – the artifact is calibrated for "
-                f"{', '.join(f'`{key}`' for key in sorted(header.calibration)) or 'none'}. Another did not separate the labels "
-                "out of fold, or needs a fit of its own (`probe fit --pooling`); choose one of these or fit on other data."
-            )
-        scale, offset = header.calibration[pooling]
+        scale, offset = calibration_of(header, pooling, name)
         return cls(
             name, header.hook_point, artifact.weight, artifact.bias, pooling, scale, offset, transform,
             header.include_end_of_turn, header, artifact.latents, query=artifact.query, query_bias=artifact.query_bias,

@@ -25,8 +25,8 @@ def register_measure(
     each use, so it is the place to load a lexicon or a model.
 
     Args:
-        name (`str`): a lower-case identifier, as recipes write it: `measures: [vader, my_own]`. A recipe lists the module that
-            registers the measure under `imports`.
+        name (`str`): a lower-case identifier, as recipes write it: `measures: [vader, my_own]`. A recipe has a list of
+            modules to import: name the one there that registers the measure.
 
     Returns:
         `Callable`: the decorator. It returns the decorated function unchanged.
