@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from source_tree import Module
 
 EMPTY_WORDS, NEAR = ("found", "own", "given"), 2
-Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+OpensScope = Function | ast.Lambda | ast.ClassDef | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 
 def assigned_names(tree: ast.Module) -> dict[str, int]:
@@ -82,7 +82,7 @@ def _visit(node: ast.AST, scope: Scope, far: dict[tuple[int, str], int]) -> None
     inside = list(_in_scope(node))
     _bind(node, inside, scope)
     for part in inside:
-        if isinstance(part, (Function | ast.Lambda | Comprehension, ast.ClassDef)):
+        if isinstance(part, OpensScope):
             _visit(part, Scope(scope), far)
         elif isinstance(part, ast.Name) and (isinstance(part.ctx, ast.Load) or _is_augmented(part, inside)):
             _note(part, scope, far)
@@ -92,7 +92,7 @@ def _in_scope(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes below `node` that share its scope; a node that opens another scope comes, but not what is in it."""
     for child in ast.iter_child_nodes(node):
         yield child
-        if not isinstance(child, Function | ast.Lambda | ast.ClassDef | Comprehension):
+        if not isinstance(child, OpensScope):
             yield from _in_scope(child)
 
 
