@@ -11,6 +11,7 @@ from statistics import mean
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from test_house import ROOMS
 from tiny import make_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,18 @@ def test_every_page_is_in_the_index():
     index = document("README")
     for path in (ROOT / "docs").glob("*.md"):
         assert path.name == "README.md" or f"({path.name})" in index, path.name
+
+
+def test_every_public_name_is_on_its_page():
+    import interp_rlhf
+
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", document("python"), re.M)))
+    assert sorted(listed) == sorted(name for name in interp_rlhf.__all__ if not name.startswith("register_"))
+
+
+def test_the_rooms_of_the_design_are_those_of_the_code():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", document("design"), re.M)
+    assert [room for row in rows for room in re.findall(r"`(\w+)`", row)] == ROOMS
 
 
 def test_every_document_that_shows_something_to_run_is_run():
