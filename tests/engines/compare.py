@@ -2,18 +2,21 @@
 
     python tests/engines/compare.py                                        # everything, some minutes on two cores
     python tests/engines/compare.py --engines ddp zero3 --cases dpo sft
+    python tests/engines/compare.py --write docs/engines.json && python tools/render.py    # the table of docs/engines.md
 
-Each engine is started once, by `accelerate launch` with a file of `recipes/accelerate_configs/`. Exits with 1 where anything
-differs from the single process by more than `TOLERANCE`; the column `others` is not judged: TRL averages some metrics of its own
+Each engine is started once, by `accelerate launch` with a file of `recipes/accelerate_configs/`. Exits with 1 if anything
+differs from the single process by more than `TOLERANCE`. The column `others` is not judged: TRL averages some of its metrics
 over processes without weights (`entropy`, `eval_entropy`, `eval_logits/*`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -115,15 +118,15 @@ def kind_of(key: str) -> str:
 
 
 def gap(a: float, b: float) -> float:
-    """Difference, relative where numbers are large; a number beside none differs infinitely."""
+    """Difference, relative if a number is above 1; infinite if only one of the two is a number."""
     if math.isnan(a) and math.isnan(b):
         return 0.0
-    found = abs(a - b) / max(1.0, abs(a), abs(b))
-    return math.inf if math.isnan(found) else found
+    difference = abs(a - b) / max(1.0, abs(a), abs(b))
+    return math.inf if math.isnan(difference) else difference
 
 
 def compare(one: dict[str, Any], other: dict[str, Any], folders: tuple[Path, Path]) -> dict[str, tuple[float, str]]:
-    """Largest difference per column, and where it is."""
+    """Largest difference per column, and the place where it was found."""
     from safetensors.torch import load_file
 
     worst: dict[str, tuple[float, str]] = dict.fromkeys(COLUMNS, (0.0, ""))
@@ -158,37 +161,61 @@ def compare(one: dict[str, Any], other: dict[str, Any], folders: tuple[Path, Pat
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", default=["ddp", "zero2", "zero3", "fsdp2"], choices=list(CONFIGS))
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument(
-        "--out", type=Path, help="folder of all runs, a temporary one by default; finished runs are kept"
+        "--out", type=Path, help="folder of all runs (default: a temporary one); finished runs are kept"
     )
     parser.add_argument("--json", action="store_true", help="print the table as JSON on the last line")
-    given = parser.parse_args()
-    out = given.out or Path(tempfile.mkdtemp(prefix="engines-"))
-    out = out.resolve()
+    parser.add_argument("--write", type=Path, help="write the table as JSON to this file, `docs/engines.json` say")
+    arguments = parser.parse_args()
+    out = (arguments.out or Path(tempfile.mkdtemp(prefix="engines-"))).resolve()
     model = out / "model"
     if not (model / "config.json").exists():
         make_model(model)
+    rows = compare_engines(arguments.engines, arguments.cases, model, out)
+    measured = {"settings": settings(), "rows": [with_numbers_only(row) for row in rows]}
+    print(table(measured["rows"]))
+    if arguments.write:
+        arguments.write.write_text(json.dumps(measured, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(measured))
+    return 1 if any(differing(row["worst"]) for row in rows) else 0
+
+
+def compare_engines(engines: Sequence[str], cases: Sequence[str], model: Path, out: Path) -> list[dict[str, Any]]:
+    """One row per engine and case: the largest differences from the single process, printed as they come."""
     rows: list[dict[str, Any]] = []
-    alone = run("single", given.cases, model, out)
-    for engine in given.engines:
+    alone = run("single", cases, model, out)
+    for engine in engines:
         began = time.monotonic()
-        for case, result in run(engine, given.cases, model, out).items():
+        for case, result in run(engine, cases, model, out).items():
             worst = compare(alone[case], result, (out / case / "single", out / case / engine))
             rows.append({"case": case, "engine": engine, "found": result["found"], "worst": worst})
             print(line(rows[-1]), flush=True)
         print(f"{engine}: {time.monotonic() - began:.0f} s", flush=True)
-    print(table(rows))
-    if given.json:
-        print(json.dumps(rows))
-    return 1 if any(differing(row["worst"]) for row in rows) else 0
+    return rows
+
+
+def settings() -> dict[str, Any]:
+    """The command, and on what it ran."""
+    names = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
+    return {
+        "command": shlex.join(["python", "tests/engines/compare.py", *sys.argv[1:]]),
+        "cores": os.cpu_count(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def with_numbers_only(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is stored: each column's largest difference, without the place where it was found."""
+    return {**row, "worst": {column: value for column, (value, _) in row["worst"].items()}}
 
 
 def differing(worst: dict[str, tuple[float, str]]) -> dict[str, tuple[float, str]]:
-    """Columns that are not the same, but for `others`."""
-    return {column: found for column, found in worst.items() if found[0] > TOLERANCE and column != "others"}
+    """Columns that differ by more than the tolerance. `others` is not judged."""
+    return {column: worst[column] for column in worst if worst[column][0] > TOLERANCE and column != "others"}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -197,14 +224,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Largest differences from the single process, as Markdown."""
+    """Largest differences from the single process, as Markdown, from stored rows."""
     lines = [f"| case | engine that it had | processes | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 3) + "|"]
     for row in rows:
-        found = row["found"]
-        stage = f" stage {found['stage']}" if "stage" in found else ""
-        name = f"{found['distributed_type']}{stage}, `{found['model']}`, {found['backend']}"
-        values = " | ".join(f"{row['worst'][c][0]:.0e}" if row["worst"][c][0] else "0" for c in COLUMNS)
-        lines.append(f"| {row['case']} | {name} | {found['processes']} | {values} |")
+        engine = row["found"]
+        stage = f" stage {engine['stage']}" if "stage" in engine else ""
+        name = f"{engine['distributed_type']}{stage}, `{engine['model']}`, {engine['backend']}"
+        values = " | ".join(f"{row['worst'][c]:.0e}" if row["worst"][c] else "0" for c in COLUMNS)
+        lines.append(f"| {row['case']} | {name} | {engine['processes']} | {values} |")
     return "\n".join(lines)
 
 
