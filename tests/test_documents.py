@@ -124,6 +124,17 @@ def test_what_the_documents_show_runs_on_a_tiny_model(block, model_folder, load,
     exec(compile(block, "a document", "exec"), {"__name__": "__main__"})
 
 
+def test_forms_hooks_and_citation_say_what_they_must():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert path.name == "config.yml" or {"name", "description", "body"} <= set(form), path.name
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]  # nothing is downloaded
+    assert {hook["language"] for repo in hooks for hook in repo["hooks"]} == {"system"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
+
+
 @by_name
 def test_documents_use_todays_words(path):
     """The style's list; its own page quotes what to avoid."""
