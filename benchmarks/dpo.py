@@ -45,8 +45,9 @@ from interp_rlhf import (
     attach,
 )
 from interp_rlhf.activations import reference_pass
-from interp_rlhf.training.loss_terms import _Batch
-from interp_rlhf.training.regularizers import Pairs, Regularizer
+from interp_rlhf.training.terms.batch import TermBatch
+from interp_rlhf.training.terms.pairs import Pairs
+from interp_rlhf.training.terms.term import LossTerm
 
 VOCABULARY = 16_384
 PAIRS_PER_STEP, LATENTS, RANK_OF_SUBSPACE, RANK = 4, 4096, 8, 16
@@ -76,7 +77,7 @@ def pairs_of(tokenizer: Any, real: bool, seed: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def terms_of(folder: Path, seed: int) -> list[Regularizer]:
+def terms_of(folder: Path, seed: int) -> list[LossTerm]:
     """The three terms; readouts are random, since speed does not depend on what they have learned."""
     config = AutoConfig.from_pretrained(folder)
     block, width = config.num_hidden_layers // 2, config.hidden_size
@@ -94,7 +95,7 @@ def terms_of(folder: Path, seed: int) -> list[Regularizer]:
 class NaiveTrainer(DPOTrainer):
     """The same three terms from forwards of their own."""
 
-    naive_terms: list[Regularizer]
+    naive_terms: list[LossTerm]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -108,12 +109,14 @@ class NaiveTrainer(DPOTrainer):
             start = reference(**arguments, output_hidden_states=True)
         point = self.naive_terms[0].policy_point
         assert point is not None
-        references = {r: r(start.hidden_states[block + 1]) for term in self.naive_terms for r in term.references}
+        references = {
+            r: r(start.hidden_states[block + 1]) for term in self.naive_terms for r in term.reference_readouts
+        }
+        before = _summed(start.logits, labels)
         pairs = Pairs(
-            _summed(output.logits, labels), _summed(start.logits, labels), inputs["completion_mask"].sum(1), self.beta,
-            [("sigmoid", 1.0)],
+            _summed(output.logits, labels), before, inputs["completion_mask"].sum(1), self.beta, [("sigmoid", 1.0)], before,
         )  # fmt: skip
-        batch = _Batch(inputs, set(), {point: output.hidden_states[block + 1]}, references, pairs)
+        batch = TermBatch(inputs, set(), {point: output.hidden_states[block + 1]}, references, pairs)
         return loss + sum(term.compute(batch, term.weight).values.mean() for term in self.naive_terms)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 from trl import GRPOTrainer
 
 from interp_rlhf.activations import Tap
-from interp_rlhf.attachment import _FirstPassCheck, _Watch
 from interp_rlhf.runlog.recorder import Recorder
 from interp_rlhf.training.mixin import RolloutMixin
 from interp_rlhf.training.rewards import ConceptReward
 from interp_rlhf.training.rollout import Rollout
+from interp_rlhf.training.watch import FirstPassCheck, RolloutWatch
 
 THEIRS = "TRL"
 # Everything that a trainer or a model calls of ours, and, below it, what our code calls of TRL's.
@@ -31,8 +31,8 @@ ENTRY_POINTS: list[tuple[type, str, str]] = [
     (RolloutMixin, "_calculate_rewards", "mixin"),
     (Rollout, "open", "Rollout.open"),
     (ConceptReward, "__call__", "ConceptReward"),
-    (_Watch, "__call__", "watchers"),
-    (_FirstPassCheck, "on_pre_optimizer_step", "first-pass check"),
+    (RolloutWatch, "__call__", "watchers"),
+    (FirstPassCheck, "on_pre_optimizer_step", "first-pass check"),
     (Recorder, "on_log", "run log"),
     (GRPOTrainer, "_tokenize_prompts", THEIRS),
     (GRPOTrainer, "_calculate_rewards", THEIRS),

@@ -54,8 +54,9 @@ from interp_rlhf.activations import TokenBatch, read
 from interp_rlhf.activations.tap import run_readouts
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.drift.battery import Battery
-from interp_rlhf.training.loss_terms import _Batch
-from interp_rlhf.training.regularizers import Pairs, Regularizer
+from interp_rlhf.training.terms.batch import TermBatch
+from interp_rlhf.training.terms.pairs import Pairs
+from interp_rlhf.training.terms.term import LossTerm
 
 POINT = "model.layers.1"
 # Width, blocks and intermediate width of the three models; latents are 16 per dimension.
@@ -98,7 +99,8 @@ def pieces(s: Shape, seed: int) -> dict[str, Piece]:
     direction, weight = normal(s.width) / s.width**0.5, normal(s.chosen)
     span = Subspace.spanned_by(POINT, normal(s.rank, s.width))
     chosen = range(0, s.latents, s.latents // s.chosen)
-    pair = Pairs(normal(s.rows), normal(s.rows), torch.ones(s.rows), 0.1, [("sigmoid", 1.0)])
+    before = normal(s.rows)
+    pair = Pairs(normal(s.rows), before, torch.ones(s.rows), 0.1, [("sigmoid", 1.0)], before)
 
     def reading(readout: Any) -> Piece:
         def run(mark: Callable[[str], None]) -> None:
@@ -114,17 +116,19 @@ def pieces(s: Shape, seed: int) -> dict[str, Piece]:
         latents = Latents("latents", POINT, encoder, bias, **kind).choose(chosen)
         return reading(Readout("latents", POINT, weight, latents=latents))
 
-    def term(made: Regularizer) -> Piece:
+    def term(made: LossTerm) -> Piece:
         def run(mark: Callable[[str], None]) -> None:
             policy.grad = None
             scores: dict[str, torch.Tensor] = {}
             # As a forward makes it, and forgets it.
             reference = start if mark is no_mark else start.clone()
             mark("begin")
-            run_readouts(made.references, reference, scores)
+            run_readouts(made.reference_readouts, reference, scores)
             del reference
             mark("carried")
-            batch = _Batch(inputs, set(), {POINT: policy}, {r: scores[r.name] for r in made.references}, pair)
+            batch = TermBatch(
+                inputs, set(), {POINT: policy}, {r: scores[r.name] for r in made.reference_readouts}, pair
+            )
             values = made.compute(batch, made.weight).values
             del batch
             mark("held")

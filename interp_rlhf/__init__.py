@@ -14,15 +14,15 @@ __version__ = "0.3.0"
 
 _HOMES = {
     "ConceptAblation": "training.interventions",
-    "ConceptAnchor": "training.regularizers",
-    "ConceptPenalty": "training.regularizers",
+    "ConceptAnchor": "training.terms.anchor",
+    "ConceptPenalty": "training.terms.penalty",
     "ConceptReward": "training.rewards",
     "ConceptScores": "activations",
     "DriftCallback": "drift.callback",
     "DriftConfig": "drift.config",
-    "DriftPenalty": "training.regularizers",
-    "ExplainAway": "training.regularizers",
-    "FeatureConstraint": "training.regularizers",
+    "DriftPenalty": "training.terms.drift_penalty",
+    "ExplainAway": "training.terms.explain_away",
+    "FeatureConstraint": "training.terms.features",
     "InterpDPOTrainer": "trainers",
     "InterpGRPOTrainer": "trainers",
     "InterpKTOTrainer": "trainers",
@@ -46,6 +46,7 @@ _HOMES = {
     "read": "activations",
     "register_measure": "validation.measures",
     "register_pooling": "concepts.pooling",
+    "register_term": "training.terms.registry",
     "write_report": "report",
 }
 
@@ -83,6 +84,7 @@ __all__ = [
     "read",
     "register_measure",
     "register_pooling",
+    "register_term",
     "write_report",
 ]
 
@@ -112,15 +114,14 @@ if TYPE_CHECKING:
     from .training.interventions import ConceptAblation, PreventativeSteering
     from .training.ppo.config import PPOConfig
     from .training.ppo.trainer import PPOTrainer
-    from .training.regularizers import (
-        ConceptAnchor,
-        ConceptPenalty,
-        DriftPenalty,
-        ExplainAway,
-        FeatureConstraint,
-    )
     from .training.rewards import ConceptReward
     from .training.schedule import Schedule
+    from .training.terms.anchor import ConceptAnchor
+    from .training.terms.drift_penalty import DriftPenalty
+    from .training.terms.explain_away import ExplainAway
+    from .training.terms.features import FeatureConstraint
+    from .training.terms.penalty import ConceptPenalty
+    from .training.terms.registry import register_term
     from .validation.check import check_card
     from .validation.measures import register_measure
 

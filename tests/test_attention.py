@@ -35,7 +35,7 @@ from interp_rlhf.concepts.pooling import attention_weights, pool
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.drift.monitors import scores_of
 from interp_rlhf.training.dense import per_token
-from interp_rlhf.training.regularizers import random_like
+from interp_rlhf.training.terms.control import random_like
 
 LENGTH, WIDTH = 200, 64
 

@@ -175,7 +175,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda way: way.__name__)
 def test_a_wrong_reference_is_caught_at_attach_or_at_the_first_rollout(wrong, fitted, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"is not that one|frozen base|weights of its own|initialized by `pissa`"):
+    with pytest.raises(ValueError, match=r"is not that one|frozen base|separate weights|initialized by `pissa`"):
         grpo(fitted, tokenizer, tmp_path, **wrong(fitted[0], tokenizer))
 
 
@@ -701,7 +701,7 @@ def test_an_abstention_beside_other_functions_is_its_groups_mean(tokenizer, fitt
 
 
 def test_what_trl_leaves_out_is_left_out_of_correlations_too():
-    from interp_rlhf.attachment import correlation
+    from interp_rlhf.validation.statistics import correlation
 
     rewards = torch.tensor([[3.0], [3.2], [2.9], [3.1], [float("nan")], [float("nan")], [3.0], [3.05]])
     total = rewards.nansum(1).masked_fill(torch.isnan(rewards).all(1), torch.nan).numpy()

@@ -62,8 +62,7 @@ def test_one_hook_point_readout_file_or_text_is_that_one_in_the_library_too(load
     from interp_rlhf.concepts.examples import make_examples
     from interp_rlhf.concepts.fitting import fit_probe
     from interp_rlhf.sae.stream import cut, load_corpus
-    from interp_rlhf.training.interventions import make_intervention
-    from interp_rlhf.training.regularizers import make_regularizer
+    from interp_rlhf.training.make import make_intervention, make_regularizer
 
     model = load()
     readout = make_readout(model)
@@ -653,14 +652,14 @@ def test_the_share_within_groups_counts_every_judged_row_once():
     from collections import defaultdict
     from types import SimpleNamespace
 
-    from interp_rlhf.attachment import _Watch
+    from interp_rlhf.training.watch import RolloutWatch
 
     nan = float("nan")
     trainer = SimpleNamespace(
         reward_weights=torch.ones(1), model=SimpleNamespace(training=True), num_generations=8,
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
-    watch = object.__new__(_Watch)
+    watch = object.__new__(RolloutWatch)
     watch._trainer, watch._measures, watch._warned = trainer, {}, False
     watch._rollout = SimpleNamespace(completion_ids=[[0]] * 16)
     watch._about_reward(torch.tensor([0.0, 10.0, *[nan] * 6, *[0.0] * 8])[:, None], {})
@@ -834,8 +833,7 @@ def test_files_of_others_next_to_a_page_stay(tmp_path, capsys):
 def test_words_and_flags_are_no_numbers(kind, options, said, load, tokenizer, tmp_path):
     from tiny import make_card
 
-    from interp_rlhf.training.interventions import make_intervention
-    from interp_rlhf.training.regularizers import make_regularizer
+    from interp_rlhf.training.make import make_intervention, make_regularizer
 
     make = make_intervention if kind == "preventative_steering" else make_regularizer
     with pytest.raises(ValueError, match=said):

@@ -245,7 +245,7 @@ def test_scores_computed_once_equal_those_of_the_reference_pass(kind, lora, load
 def test_a_row_that_was_not_there_when_scores_were_computed_is_refused(load, model_folder, tokenizer, tmp_path):
     trainer = build("DPO", load, model_folder, tokenizer, tmp_path, moved=False, precompute_ref_log_probs=True)
     attach(trainer, regularizers=[ConceptAnchor(readout=make_readout(trainer.model), weight=1.0)])
-    trainer.interp_terms._cache.clear()
+    trainer.interp_terms.scores.rows.clear()
     with pytest.raises(RuntimeError, match="no reference scores"):
         trainer.train()
 

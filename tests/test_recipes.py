@@ -24,8 +24,7 @@ from interp_rlhf.concepts.examples import write_jsonl
 from interp_rlhf.recipe import InterpArguments
 from interp_rlhf.runlog.log import read_run_log
 from interp_rlhf.sae.files import save_sae
-from interp_rlhf.training.interventions import make_intervention
-from interp_rlhf.training.regularizers import make_regularizer
+from interp_rlhf.training.make import make_intervention, make_regularizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -38,8 +38,8 @@ from interp_rlhf import (
     attach,
 )
 from interp_rlhf.concepts.card import Transform
-from interp_rlhf.training.interventions import make_intervention
-from interp_rlhf.training.regularizers import MARGIN_LOSSES, make_regularizer
+from interp_rlhf.training.make import make_intervention, make_regularizer
+from interp_rlhf.training.terms.pairs import MARGIN_LOSSES
 
 LAYER = "model.layers.1"
 BETA = 0.3

@@ -29,13 +29,10 @@ from interp_rlhf.runlog.log import read_run_log
 from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder, random_dictionary
 from interp_rlhf.sae.files import save_sae
 from interp_rlhf.training.interventions import PreventativeSteering
-from interp_rlhf.training.regularizers import (
-    ConceptPenalty,
-    FeatureConstraint,
-    _means_of,
-    make_regularizer,
-    random_like,
-)
+from interp_rlhf.training.make import make_regularizer
+from interp_rlhf.training.terms.control import random_like
+from interp_rlhf.training.terms.features import FeatureConstraint, _means_of
+from interp_rlhf.training.terms.penalty import ConceptPenalty
 from interp_rlhf.validation.check import check_card
 from interp_rlhf.validation.dictionaries import sae_findings
 from interp_rlhf.validation.gate import gate

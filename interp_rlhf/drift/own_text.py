@@ -20,6 +20,7 @@ from ..activations.ranks import from_rank_zero
 from ..activations.read import measuring, read_predictions, reference_pass
 from ..activations.sharding import is_sharded, readable
 from ..activations.tap import reading
+from ..validation.measures import values_of
 from ..validation.statistics import MIN_PROMPTS, mean_interval
 from .battery import perplexity
 from .latent_drift import unexplained
@@ -214,24 +215,6 @@ class OwnText:
             end = next((i for i, token in enumerate(line) if token in self._ends), None)
             found.append(line if end is None else line[: end + 1])
         return found
-
-
-def values_of(name: str, measure: Callable[[str], Any], texts: Sequence[str]) -> list[float]:
-    """A measure's values of texts; NaN where it gives None: it does not apply.
-
-    Raises:
-        `ValueError`: it gives something else than a number or None; the message names it.
-    """
-    found = []
-    for text in texts:
-        value = measure(text)
-        try:
-            found.append(math.nan if value is None else float(value))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"The measure `{name}` gives {value!r} for {text[:60]!r} – expected a number, or None where it does not apply."
-            ) from None
-    return found
 
 
 def repetition(ids: Sequence[int]) -> float:

@@ -1,6 +1,6 @@
-"""Objects of what a recipe says: a mapping with `kind` and the options of that kind.
+"""Objects that a recipe describes: a mapping with `kind` and the options of that kind.
 
-In: a mapping as YAML gives it. Out: an object, or an error that says what was expected.
+In: a mapping as YAML gives it. Out: an object, or an error that says what was expected. It must not know kinds.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import TYPE_CHECKING, Any
 from ..messages import as_list
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-# Options whose value is a word, whatever it looks like.
+# Options whose value is a word, even if it looks like a number.
 WORDS = ("arm", "card", "cards", "kind", "name", "run_log", "sae", "subfolder", "revision", "texts", "prompts")
 
 
-def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable[[str, dict[str, Any]], None]) -> Any:
+def from_mapping(asked: Any, kinds: Mapping[str, Any], what: str, files: Any) -> Any:
     """Object of one of several kinds.
 
     Args:
-        given (`dict`): `kind`, and options of that kind.
-        kinds (`dict[str, type]`): dataclasses by kind.
+        asked (`dict`): `kind`, and options of that kind.
+        kinds (`dict[str, type]`): dataclasses by kind, each with a class method `from_options(options, files)`.
         what (`str`): what they are, for errors.
-        load (`Callable`): turns options that are files into what they hold, in place.
+        files (`CardFiles`): loads the files that options name.
 
     Raises:
         `ValueError`: no mapping, an unknown kind, an unknown or missing option.
     """
-    if isinstance(given, str) and given in kinds:
-        raise ValueError(f"`{given}` is a kind of {what} – expected a mapping `{{kind: {given}, card: …}}`.")
-    if not isinstance(given, Mapping):
+    if isinstance(asked, str) and asked in kinds:
+        raise ValueError(f"`{asked}` is a kind of {what} – expected a mapping `{{kind: {asked}, card: …}}`.")
+    if not isinstance(asked, Mapping):
         names = ", ".join(f"`{kind.__name__}`" for kind in kinds.values())
-        raise ValueError(f"{given!r} is no {what} – expected one of {names}, or a mapping with `kind`.")
-    options = {str(key): value for key, value in yaml_numbers(given).items()}
+        raise ValueError(f"{asked!r} is no {what} – expected one of {names}, or a mapping with `kind`.")
+    options = {str(key): value for key, value in yaml_numbers(asked).items()}
     kind = options.pop("kind", None)
     if kind not in kinds:
         raise ValueError(
@@ -47,16 +47,29 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
             + _nearest(str(kind), kinds)
         )
     for key in ("card", "cards"):
-        given_here = as_list(options.get(key)) if key == "cards" else [options[key]] if key in options else []
-        if wrong := [file for file in given_here if not isinstance(file, str | os.PathLike)]:
+        paths = as_list(options.get(key)) if key == "cards" else [options[key]] if key in options else []
+        if wrong := [path for path in paths if not isinstance(path, str | os.PathLike)]:
             raise ValueError(f"`{key}` of a {what} of kind `{kind}` is {wrong[0]!r} – expected the path of a card.")
-    load(kind, options)
-    fields = {field.name: field for field in dataclasses.fields(kinds[kind]) if field.init}
+    return kinds[kind].from_options(options, files)
+
+
+def from_fields(made: type[Any], options: Mapping[str, Any], what: str, kind: str) -> Any:
+    """Object of a dataclass whose fields are given by name.
+
+    Args:
+        made (`type`): the dataclass.
+        options (`dict`): values of its fields.
+        what (`str`), kind (`str`): what it is, for errors.
+
+    Raises:
+        `ValueError`: an unknown or missing option.
+    """
+    fields = {field.name: field for field in dataclasses.fields(made) if field.init}
     unknown = sorted(set(options) - set(fields))
     if unknown:
-        # A file cannot hold these objects, so what is said in their place is named.
-        said = {"readout": "card", "subspace": "cards"}
-        known = sorted(said.get(key, key) for key in fields)
+        # A file cannot hold these objects, so the error names the option that stands for them.
+        in_files = {"readout": "card", "subspace": "cards"}
+        known = sorted(in_files.get(key, key) for key in fields)
         raise ValueError(
             f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: "
             f"{', '.join(f'`{key}`' for key in known)}.{_nearest(unknown[0], known)}"
@@ -72,11 +85,11 @@ def from_mapping(given: Any, kinds: Mapping[str, Any], what: str, load: Callable
         raise ValueError(
             f"A {what} of kind `{kind}` has no {', '.join(f'`{key}`' for key in absent)} – expected it{files}."
         )
-    return kinds[kind](**options)
+    return made(**options)
 
 
 def check_options(made: Any) -> None:
-    """Refuse a word where an object's field is a number or a flag, and a flag where it is a number.
+    """Refuse a word in a field that is a number or a flag, and a flag in a field that is a number.
 
     Raises:
         `ValueError`: the first such field.
@@ -98,13 +111,13 @@ def check_options(made: Any) -> None:
                 object.__setattr__(made, field.name, int(value))
 
 
-def yaml_numbers(given: Any) -> Any:
-    """The same with numbers in the place of words such as `1e-3`, which YAML 1.1 does not take for one."""
-    if isinstance(given, Mapping):
-        return {key: value if key in WORDS else yaml_numbers(value) for key, value in given.items()}
-    if isinstance(given, list | tuple):
-        return [yaml_numbers(value) for value in given]
-    return float(given) if isinstance(given, str) and _NUMBER.fullmatch(given) else given
+def yaml_numbers(value: Any) -> Any:
+    """The same value, in which words such as `1e-3` are numbers: YAML 1.1 takes them for words."""
+    if isinstance(value, Mapping):
+        return {key: item if key in WORDS else yaml_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [yaml_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def _nearest(word: str, known: Collection[str]) -> str:

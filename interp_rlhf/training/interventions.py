@@ -1,6 +1,6 @@
-"""Interventions: the policy's activation is changed in its training forward, and in no other.
+"""Interventions: they change the policy's activation in its training forward, and in no other.
 
-In: a subspace or a direction. Out: the change of an activation. They must not know when they are open: `loss_terms` opens them
+In: a subspace or a direction. Out: the change of an activation. They must not know when they are open: `terms.loss` opens them
 around the trainer's loss, never for the reference, for evaluation or for generation.
 """
 
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..concepts.card import load_card
-from ..concepts.readout import Readout
-from ..concepts.subspace import Subspace
-from ..messages import as_list
-from .from_mapping import check_options, from_mapping
+from .from_mapping import check_options, from_fields
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from ..concepts.readout import Readout
+    from ..concepts.subspace import Subspace
+    from .make import CardFiles
 
 TRAINERS = ("DPO", "KTO", "SFT")
 
@@ -25,17 +28,26 @@ TRAINERS = ("DPO", "KTO", "SFT")
 class ConceptAblation:
     """Takes a concept out of the residual stream while the model learns, so that it learns without it: h − Qᵀ Q h.
 
-    The gradient is projected along with the activation: nothing below learns through the subspace either. At inference nothing is
-    changed.
+    The gradient is projected too, so nothing below learns through the subspace. At inference nothing is changed.
 
     Source: concept ablation fine-tuning, CAFT (arXiv 2507.16795). Deviations:
     1. One hook point per intervention; attach several for several layers.
-    2. KTO's estimate of the KL, a pass of the policy too, is made on the changed model.
+    2. KTO estimates its KL with a pass of the policy. That pass runs on the changed model too.
 
     Args:
-        subspace (`Subspace`): what is taken out; see `Subspace.from_readouts`, `spanned_by` and `from_pca`.
-        random_direction (`int`, *optional*): the control: a seed, from which a random subspace of the same rank is drawn,
-            orthogonal to this one, that takes its place.
+        subspace (`Subspace`): what is taken out; see `Subspace.from_readouts`, `spanned_by` and `from_pca`. In a recipe, `cards`.
+        random_direction (`int`, *optional*): the control: a seed. A random subspace of the same rank, orthogonal to this one, is
+            drawn from it and replaces this one.
+
+    Raises:
+        `ValueError`: a value of the wrong type.
+
+    Example:
+        >>> from interp_rlhf import ConceptAblation, Subspace, attach
+        >>> ablation = ConceptAblation(subspace=Subspace.from_readouts([readout]))
+        >>> attachment = attach(sft_trainer, interventions=[ablation])
+        >>> ablation.hook_point
+        'model.layers.1'
     """
 
     subspace: Subspace
@@ -51,9 +63,21 @@ class ConceptAblation:
         return self.subspace.hook_point
 
     @property
-    def readouts(self) -> list[Readout]:
-        """Readouts that are claims about one model, checked against it."""
+    def claims(self) -> list[Readout]:
+        """Readouts that were fitted on one model: `attach` checks that the reference is that model."""
         return list(self.subspace.sources)
+
+    def check_model(self, model: Any) -> None:
+        """Raises `ValueError` for a model that the subspace was not made on."""
+        self.subspace.check_model(model)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], files: CardFiles) -> Self:
+        """The intervention that a recipe's mapping means; `cards` become the subspace."""
+        options = dict(options)
+        if "cards" in options:
+            options["subspace"] = files.subspace(options.pop("cards"))
+        return from_fields(cls, options, "intervention", "concept_ablation")
 
     def change(self, activation: torch.Tensor) -> torch.Tensor:
         return self.subspace.ablate(activation)
@@ -61,17 +85,24 @@ class ConceptAblation:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PreventativeSteering:
-    """Adds a concept while the model learns, so that it need not learn it: h + α v.
+    """Adds a concept while the model learns, so that the model need not learn it: h + α v.
 
     Source: persona vectors (arXiv 2507.21509). Deviations:
-    1. v is the readout's direction (of latents, what they write) at unit length; α is the length of the step, in the
+    1. v is the readout's direction at unit length; for latents, what they write. α is the length of the step, in the
        activation's own units.
-    2. KTO's estimate of the KL, a pass of the policy too, is made on the changed model.
+    2. KTO estimates its KL with a pass of the policy. That pass runs on the changed model too.
 
     Args:
-        readout (`Readout`): the concept.
+        readout (`Readout`): the concept; in a recipe, a `card`.
         alpha (`float`): α; a negative one steers away.
         random_direction (`int`, *optional*): the control: a seed, from which v is drawn.
+
+    Raises:
+        `ValueError`: a value of the wrong type, or a step that is not finite or has no direction.
+
+    Example:
+        >>> from interp_rlhf import PreventativeSteering, attach
+        >>> attachment = attach(sft_trainer, interventions=[PreventativeSteering(readout=readout, alpha=2.0)])
     """
 
     readout: Readout
@@ -95,9 +126,20 @@ class PreventativeSteering:
         return self.readout.hook_point
 
     @property
-    def readouts(self) -> list[Readout]:
-        """Readouts that are claims about one model, checked against it."""
+    def claims(self) -> list[Readout]:
+        """Readouts that were fitted on one model: `attach` checks that the reference is that model."""
         return [self.readout]
+
+    def check_model(self, model: Any) -> None:
+        """Nothing: the readout is checked as a claim."""
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], files: CardFiles) -> Self:
+        """The intervention that a recipe's mapping means; a `card` becomes the readout."""
+        options = dict(options)
+        if "card" in options:
+            options["readout"] = files.readout(options.pop("card"))
+        return from_fields(cls, options, "intervention", "preventative_steering")
 
     def change(self, activation: torch.Tensor) -> torch.Tensor:
         step: torch.Tensor = self._step  # type: ignore[attr-defined]
@@ -105,24 +147,7 @@ class PreventativeSteering:
 
 
 TrainingIntervention = ConceptAblation | PreventativeSteering
-KINDS: dict[str, type] = {"concept_ablation": ConceptAblation, "preventative_steering": PreventativeSteering}
-
-
-def make_intervention(given: Any) -> TrainingIntervention:
-    """Intervention of what a user wrote: an object, or, in a recipe, a mapping with `kind`, `card` or `cards`, and options.
-
-    Raises:
-        `ValueError`: an unknown kind or option.
-    """
-    if isinstance(given, ConceptAblation | PreventativeSteering):
-        return given
-    made: TrainingIntervention = from_mapping(given, KINDS, "intervention", _load)
-    return made
-
-
-def _load(kind: str, options: dict[str, Any]) -> None:
-    if kind == "concept_ablation" and "cards" in options:
-        readouts = [Readout.from_card(load_card(card)) for card in as_list(options.pop("cards"))]
-        options["subspace"] = Subspace.from_readouts(readouts)
-    if kind == "preventative_steering" and "card" in options:
-        options["readout"] = Readout.from_card(load_card(options.pop("card")))
+INTERVENTIONS: dict[str, type[TrainingIntervention]] = {
+    "concept_ablation": ConceptAblation,
+    "preventative_steering": PreventativeSteering,
+}

@@ -14,8 +14,8 @@ from ..activations.ranks import from_rank_zero
 from .checkpoints import last_complete_checkpoint
 
 if TYPE_CHECKING:
-    from .loss_terms import LossTerms
     from .rollout import Rollout
+    from .terms.loss import LossTerms, RolloutTerms
 
 
 class LossMixin:
@@ -71,6 +71,7 @@ class RolloutMixin(LossMixin):
             trains on them).
     """
 
+    interp_terms: RolloutTerms | None = None
     interp_rollout: Rollout | None = None
     interp_watchers: list[Any]
     interp_abstaining: list[int] = []  # noqa: RUF012

@@ -1,54 +1,179 @@
-"""Who is the reference: the frozen model that rewards are read on and that terms compare with.
+"""Who the frozen reference is and how it is run: the model that rewards are read on and that terms compare with.
 
-In: a built trainer, and what the user gave. Out: a model, or None where the reference is the policy with its adapters off. It is
-known by what it holds, never by a path: at `attach` the policy is what training begins with, so a reference that is missing is a
-copy of it. It must not know what is read.
+In: a built trainer, and what the user gave. Out: a model, or None if the reference is the policy with its adapters off. The
+reference is known by its weights, never by a path: at `attach` the policy is what training begins with, so a missing reference is
+a copy of it. It must not know what is read.
 """
 
 from __future__ import annotations
 
 import logging
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from ..activations.hook_points import backbone, device_of, has_adapters, unwrap
 from ..activations.noise import LENGTH, rope_from_the_start, runs_here
-from ..activations.read import measuring, require_reference_below
+from ..activations.read import measuring, reference_pass, require_reference_below
 from ..activations.sharding import in_one_piece, is_sharded
 from ..activations.tap import reading
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.readout import Readout
+
 logger = logging.getLogger(__name__)
+
+# Where the reference's scores come from: a pass that the trainer makes on rollouts or in its loss, scores that are computed once
+# at `attach`, or a pass of our own. `terms.reference_scores` has a class for each.
+Source = Literal["rollout", "pass", "precomputed", "own"]
+ROLLOUT_KINDS = ("GRPO", "RLOO")
+
+
+def trainer_kind(trainer: Any) -> str | None:
+    """`DPO`, `KTO`, `SFT`, `GRPO` or `RLOO`; None for another trainer."""
+    from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
+
+    classes = {"DPO": DPOTrainer, "KTO": KTOTrainer, "SFT": SFTTrainer, "GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
+    return next((kind for kind, trainer_class in classes.items() if isinstance(trainer, trainer_class)), None)
+
+
+def reference_source(trainer: Any, kind: str | None) -> Source:
+    """Where the reference's scores of a trainer's batches come from."""
+    if kind in ROLLOUT_KINDS:
+        return "rollout"
+    if kind == "SFT":
+        return "own"
+    return "precomputed" if trainer.precompute_ref_logps else "pass"
 
 
 def kl_option(trainer: Any) -> str:
-    """What the trainer's configuration calls the price of the KL: PPO's is `kl_coef`."""
+    """Name of the trainer's option that weighs the KL: `kl_coef` for PPO, else `beta`."""
     return "kl_coef" if hasattr(trainer.args, "kl_coef") else "beta"
 
 
-def reference_of(trainer: Any, given: Any, needed: bool) -> Any:
-    """The frozen reference of a trainer; None with PEFT, where it is the policy without adapters, and where none is needed.
+def has_ref_adapter(trainer: Any) -> bool:
+    """True if TRL made the adapter `ref`, a copy of the adapter that training began with: the reference runs with it."""
+    return "ref" in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+
+
+def reference_of_loss(trainer: Any, kind: str | None, asked: Any, users: Sequence[str]) -> Any:
+    """The frozen reference that terms in a trainer's loss compare with.
 
     Args:
         trainer (`Trainer`): built.
-        given (`nn.Module`, *optional*): what the user passed.
-        needed (`bool`): whether anything is read on it.
+        kind (`str`, *optional*): see `trainer_kind`.
+        asked (`nn.Module`, *optional*): what the user passed.
+        users (`Sequence[str]`): names of the terms that need a reference.
+
+    Returns:
+        The model; None if it is the policy without adapters, or if none is needed.
+
+    Raises:
+        `ValueError`: the user passed another model than the trainer runs, or there is no reference and none can be made.
+    """
+    source = reference_source(trainer, kind)
+    if asked is not None and asked is not getattr(trainer, "ref_model", None):
+        _refuse_other_reference(trainer, source, users)
+    needed = bool(users)
+    if source == "precomputed" and asked is None and trainer.ref_model is None and not has_adapters(trainer.model):
+        needed = False  # before training the policy is its own reference
+    reference = reference_of(trainer, asked, needed)
+    if users and source == "pass":
+        _warn_of_other_start(trainer, reference)
+    if users and source == "own" and reference is None and _adapter_changes(trainer.model):
+        logger.warning(
+            "The model has an adapter that changes it already, and the reference is the base model without it: terms pull "
+            "towards the base, not towards what this training began with. To hold the latter, merge the adapter first."
+        )
+    return reference
+
+
+def _refuse_other_reference(trainer: Any, source: Source, users: Sequence[str]) -> None:
+    name = type(trainer).__name__
+    if source == "pass":
+        raise ValueError(
+            f"`reference` was given to `attach` on a `{name}` – expected none: terms compare with the reference that the "
+            "trainer's own loss runs. Give it to the trainer (`ref_model`), or leave it out."
+        )
+    if source == "rollout" and users:
+        raise ValueError(
+            f"`reference` is given with {', '.join(f'`{user}`' for user in users)} in a `{name}` – expected none: they are read "
+            f"on the reference that the trainer itself runs (`{kl_option(trainer)}` above 0). Leave `reference` out of `attach`."
+        )
+
+
+def check_claims(trainer: Any, kind: str | None, reference: Any, claims: Sequence[Readout]) -> None:
+    """Check that a loss's reference is the model that readouts were fitted on.
+
+    Args:
+        trainer (`Trainer`), kind (`str`, *optional*), reference (`nn.Module`, *optional*): see `reference_of_loss`.
+        claims (`Sequence[Readout]`): the readouts.
+
+    Raises:
+        `ValueError`: it is another model.
+    """
+    trained = trainer.state.global_step > 0
+    for readout in claims:
+        if reference is not None:
+            readout.check_model(reference)
+        elif has_adapters(trainer.model):
+            readout.check_model(trainer.model, exact=False, trained=trained)
+        else:  # until training begins, the policy is what the reference was
+            exact = reference_source(trainer, kind) == "precomputed"
+            readout.check_model(trainer.model, exact=exact, trained=trained)
+
+
+def unproved_claims(trainer: Any, reference: Any, claims: Sequence[Readout]) -> list[Readout]:
+    """Readouts whose canaries must be read later: an engine has the reference in pieces, so it cannot be run now."""
+    model = reference if reference is not None else trainer.model
+    adapted = has_adapters(trainer.model)
+    if runs_here(model) or has_ref_adapter(trainer) or (reference is None and not adapted):
+        return []
+    return [readout for readout in dict.fromkeys(claims) if readout.canaries is not None]
+
+
+def check_rollout_claims(trainer: Any, reference: Any, readouts: Sequence[Readout]) -> None:
+    """Check that the reference of rollouts is the model that readouts were fitted on.
+
+    Args:
+        trainer (`Trainer`): built.
+        reference (`nn.Module`, *optional*): see `reference_of`.
+        readouts (`Sequence[Readout]`): what is read on it.
+
+    Raises:
+        `ValueError`: it is another model.
+    """
+    copied = reference is None and has_ref_adapter(trainer)
+    if copied:
+        logger.warning(
+            "The reference is the base model with the adapter `ref`, a copy of what training began with. Cards are fitted and "
+            "checked on a model without adapters: their evidence is about another model than this one."
+        )
+    with reference_pass(trainer.model, reference) as model:
+        for readout in readouts:
+            readout.check_model(model, exact=not copied)
+
+
+def reference_of(trainer: Any, asked: Any, needed: bool) -> Any:
+    """The frozen reference of a trainer; None with PEFT, where it is the policy without adapters, and if none is needed.
+
+    Args:
+        trainer (`Trainer`): built.
+        asked (`nn.Module`, *optional*): what the user passed.
+        needed (`bool`): True if something is read on it.
 
     Raises:
         `ValueError`: it moves with the policy, or there is none and the policy can no longer be copied.
     """
-    own = getattr(trainer, "ref_model", None)
-    reference = given if given is not None else own
+    reference = asked if asked is not None else getattr(trainer, "ref_model", None)
     if reference is not None:
-        if (
-            given is not None
-            and is_sharded(given)
-            and trainer.is_deepspeed_enabled
-            and not hasattr(given, "optimizer")
-        ):
-            reference = _on_engine(trainer, given)  # ZeRO-3 took its parameters apart when it was loaded
+        in_pieces = asked is not None and is_sharded(asked) and not hasattr(asked, "optimizer")
+        if in_pieces and trainer.is_deepspeed_enabled:
+            reference = _on_engine(trainer, asked)  # ZeRO-3 took its parameters apart when it was loaded
         _require_apart(trainer, reference)
         return reference
     if not needed:
@@ -59,17 +184,21 @@ def reference_of(trainer: Any, given: Any, needed: bool) -> Any:
     return _copied(trainer)
 
 
-def warn_of_other_start(trainer: Any, reference: Any) -> None:
-    """Say where a trainer's own reference is not what its training begins with: TRL loads it from the path that the policy
-    has."""
+def _adapter_changes(model: nn.Module) -> bool:
+    """True if a LoRA adapter is not the identity that it begins as."""
+    return any(bool(value.detach().any()) for name, value in model.named_parameters() if ".lora_B." in name)
+
+
+def _warn_of_other_start(trainer: Any, reference: Any) -> None:
+    """Warn if a trainer's own reference is not what its training begins with: TRL loads it from the policy's path."""
     if reference is None or not (runs_here(reference) and runs_here(trainer.model)) or trainer.state.global_step > 0:
         return
     differing = _first_difference(unwrap(reference), unwrap(trainer.model))
     if differing is not None:
         logger.warning(
-            "The trainer's reference is not what training begins with (`%s` differs): terms pull towards the reference. A "
-            "policy that "
-            "was merged or changed in memory has another one at its path: save it and train from there, or pass `ref_model`.",
+            "The trainer's reference is not what training begins with (`%s` differs): terms pull towards the reference. TRL "
+            "loads it from the policy's path. A policy that was merged or changed in memory differs from that: save it and "
+            "train from there, or pass `ref_model`.",
             differing,
         )
 
@@ -100,14 +229,14 @@ def _copied(trainer: Any) -> Any:
     if why := _unlike(copy, base):
         raise ValueError(
             f"The `{name}` has no reference model, and a copy of its policy, built from its configuration, is another model: "
-            f"{why} – expected a policy that is what its configuration says. Pass `reference=` to `attach`: what training begins "
+            f"{why} – expected a policy that its configuration describes. Pass `reference=` to `attach`: what training begins "
             "with, frozen."
         )
     return _on_engine(trainer, copy)
 
 
 def frozen_copy(base: Any) -> Any:
-    """A copy of a causal LM that runs on weights of its own, frozen and in evaluation mode; weights that it shares are shared.
+    """A copy of a causal LM with separate weights, frozen and in evaluation mode; weights that the original ties are tied.
 
     `copy.deepcopy` is a trap: TRL patches `forward` on the instance, and the copy's would run on the original's weights.
 
@@ -122,8 +251,8 @@ def frozen_copy(base: Any) -> Any:
     state: dict[str, torch.Tensor] = {}
     for name, value in base.state_dict(keep_vars=True).items():
         if id(value) not in cloned:
-            own = value.detach().clone()
-            cloned[id(value)] = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
+            clone = value.detach().clone()
+            cloned[id(value)] = nn.Parameter(clone, requires_grad=False) if isinstance(value, nn.Parameter) else clone
         state[name] = cloned[id(value)]
     shapes = {name: tuple(value.shape) for name, value in copy.state_dict().items()}
     odd = sorted(n for n in shapes.keys() ^ state.keys()) or [n for n in state if tuple(state[n].shape) != shapes[n]]
@@ -135,10 +264,10 @@ def frozen_copy(base: Any) -> Any:
             "again."
         )
     copy.load_state_dict(state, assign=True)
-    for name, buffer in base.named_buffers():  # of what is computed when the model is built, not saved
-        parent, _, own = name.rpartition(".")
-        if own in copy.get_submodule(parent)._buffers:
-            copy.get_submodule(parent)._buffers[own] = buffer.detach().clone()
+    for name, buffer in base.named_buffers():  # also those that are computed when the model is built, and not saved
+        parent, _, last = name.rpartition(".")
+        if last in copy.get_submodule(parent)._buffers:
+            copy.get_submodule(parent)._buffers[last] = buffer.detach().clone()
     copy.generation_config = getattr(base, "generation_config", None)
     stream = {
         p.dtype for name, p in copy.named_parameters() if p is not copy.get_input_embeddings().weight and p.dim() > 1
@@ -152,18 +281,18 @@ def frozen_copy(base: Any) -> Any:
 
 @torch.no_grad()
 def _unlike(copy: Any, base: Any) -> str | None:
-    """How a copy differs from the model that it was made of, in words; None where a pass of both gives the same."""
+    """How a copy differs from its original, in words; None if a pass of both gives the same."""
     if (differing := _first_difference(base, copy)) is not None:
         return f"`{differing}` differs"
     vocabulary = int(base.config.get_text_config().vocab_size)
     ids = torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device_of(base))
-    found = []
+    outputs = []
     for model in (base, copy):
         core = backbone(model)
         with reading(), measuring(core), rope_from_the_start(model):
             output = core(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
-        found.append(output.double())
-    gap = float((found[1] - found[0]).pow(2).mean().sqrt() / found[0].pow(2).mean().sqrt().clamp(min=1e-12))
+        outputs.append(output.double())
+    gap = float((outputs[1] - outputs[0]).pow(2).mean().sqrt() / outputs[0].pow(2).mean().sqrt().clamp(min=1e-12))
     if gap <= (1e-4 if base.dtype in (torch.float32, torch.float64) else 1e-2):
         return None
     return (
@@ -172,7 +301,7 @@ def _unlike(copy: Any, base: Any) -> str | None:
 
 
 def _loaded(trainer: Any, base: Any, ask: str) -> Any:
-    """The reference from the path that the policy came from, where an engine has the policy in pieces; compared with it."""
+    """The reference, loaded from the policy's path and compared with the policy: an engine has the policy in pieces."""
     path = getattr(base.config, "_name_or_path", "")
     if not path:
         raise ValueError(
@@ -180,8 +309,8 @@ def _loaded(trainer: Any, base: Any, ask: str) -> Any:
             f"there is nothing to load – expected a reference. {ask}"
         )
     logger.info("There is no reference model: loading the one that is read from `%s`.", path)
-    given = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # the revision, say
-    model = type(base).from_pretrained(path, **{**given, "dtype": trainer.model.dtype})
+    keywords = dict(getattr(trainer.args, "model_init_kwargs", None) or {})  # such as the revision
+    model = type(base).from_pretrained(path, **{**keywords, "dtype": trainer.model.dtype})
     if model.get_input_embeddings().num_embeddings != base.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"The model at `{path}` has {model.get_input_embeddings().num_embeddings} token embeddings – the policy has "
@@ -197,7 +326,7 @@ def _loaded(trainer: Any, base: Any, ask: str) -> Any:
 
 
 def _first_difference(one: Any, other: Any) -> str | None:
-    """Name of the first parameter in which two models differ; None where they are the same. By all ranks together."""
+    """Name of the first parameter in which two models differ; None if they are the same. All ranks call it together."""
     others = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         if name not in others:
@@ -211,7 +340,7 @@ def _first_difference(one: Any, other: Any) -> str | None:
 
 
 def _on_engine(trainer: Any, model: nn.Module) -> Any:
-    """A frozen model where its trainer's engine can run it, as TRL does with its own reference."""
+    """A frozen model, prepared for its trainer's engine as TRL prepares its own reference."""
     from trl.models import prepare_deepspeed, prepare_fsdp
 
     if trainer.is_deepspeed_enabled:
@@ -222,13 +351,17 @@ def _on_engine(trainer: Any, model: nn.Module) -> Any:
 
 
 def _require_apart(trainer: Any, reference: Any) -> None:
-    """Raises `ValueError` for a reference that shares weights with what is trained."""
+    """Refuse a reference that shares weights with what is trained.
+
+    Raises:
+        `ValueError`: it does.
+    """
     trained = {p.data_ptr() for p in trainer.model.parameters() if p.requires_grad and not p.is_meta and p.numel()}
     shared = [n for n, p in reference.named_parameters() if not p.is_meta and p.numel() and p.data_ptr() in trained]
     if shared:
         raise ValueError(
             f"`reference` shares `{shared[0]}` and {len(shared) - 1} other parameters with the model that is trained – "
-            "expected weights of its own: it would move along. Load it a second time, or leave `reference` out."
+            "expected separate weights: the reference would move too. Load it a second time, or leave `reference` out."
         )
-    if reference is not getattr(trainer, "ref_model", None):  # the user's own may be as it was loaded
+    if reference is not getattr(trainer, "ref_model", None):  # the user's may be as it was loaded
         reference.eval().requires_grad_(False)

@@ -1,10 +1,12 @@
-"""Refusals: everything under which a term would be wrong or without effect, before the first step.
+"""Refusals: what may not be combined, because a score, a term or a gradient would be wrong or without effect.
 
-In: a built trainer and what shall join its loss. Out: nothing, or an error that says what to do.
+In: a built trainer and what `attach` is asked for. Out: nothing, or an error that says what to do. What a term refuses by
+itself is in its own file (`Term.refuse`).
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -20,18 +22,10 @@ from ..activations.hook_points import (
     runs_after,
     unwrap,
 )
-from ..concepts.latents import Latents
 from ..concepts.readout import same_artifact
-from .interventions import TRAINERS, ConceptAblation
-from .reference import kl_option
-from .regularizers import (
-    LENGTH_NORMALIZED_LOSSES,
-    MARGIN_LOSSES,
-    ConceptPenalty,
-    DriftPenalty,
-    ExplainAway,
-    FeatureConstraint,
-)
+from .interventions import TRAINERS
+from .reference import ROLLOUT_KINDS, has_ref_adapter, kl_option
+from .terms.term import TermContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,22 +34,30 @@ if TYPE_CHECKING:
     from ..activations.noise import Causes
     from ..concepts.readout import Readout
     from .interventions import TrainingIntervention
-    from .regularizers import (
-        Regularizer,
-    )
+    from .rewards import ConceptReward
+    from .terms.term import Term
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_terms(
     trainer: Any,
     kind: str | None,
-    regularizers: Sequence[Regularizer],
+    terms: Sequence[Term],
     monitors: Sequence[Readout],
     interventions: Sequence[TrainingIntervention],
 ) -> None:
-    """Raises:
-    `ValueError`: a term that would be wrong, or without effect, in this trainer.
+    """Refuse what would be wrong in a trainer's loss, or without effect.
+
+    Args:
+        trainer (`Trainer`): built.
+        kind (`str`, *optional*): see `reference.trainer_kind`.
+        terms, monitors, interventions (`Sequence`): what `attach` is asked for.
+
+    Raises:
+        `ValueError`: the first such thing.
     """
-    if not regularizers and not interventions and (kind in ("GRPO", "RLOO") or not monitors):
+    if not terms and not interventions and (kind in ROLLOUT_KINDS or not monitors):
         return
     if kind is None:
         raise ValueError(
@@ -63,46 +65,118 @@ def refuse_terms(
             "`GRPOTrainer` or `RLOOTrainer`: terms join their losses. For drift alone, `attach(trainer, drift=…)` takes any."
         )
     _refuse_engine(trainer, kind)
-    names = [*(regularizer.name for regularizer in regularizers), *(monitor.name for monitor in monitors)]
+    names = [*(term.name for term in terms), *(monitor.name for monitor in monitors)]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(
             f"Two regularizers or monitors are named {', '.join(f'`{name}`' for name in doubled)} – expected names that differ, "
             "since metrics are logged under them. Pass `name=`, or rename a card."
         )
-    for regularizer in regularizers:
-        _refuse_regularizer(trainer, kind, regularizer, monitors)
+    context = TermContext(trainer, kind, monitors)
+    for term in terms:
+        _refuse_term(context, term)
     for intervention in interventions:
         _refuse_intervention(trainer, kind, intervention)
-        for regularizer in regularizers:
-            _refuse_both(trainer, regularizer, intervention)
+        for term in terms:
+            _refuse_both(trainer, term, intervention)
+
+
+def refuse_rollouts(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[Readout]) -> None:
+    """Refuse a trainer whose rollouts cannot be read: a score would belong to other tokens, or to another model, than it says.
+
+    Args:
+        trainer (`Trainer`): built.
+        rewards (`Sequence[ConceptReward]`), monitors (`Iterable[Readout]`): what is read.
+
+    Raises:
+        `ValueError`: no rollout trainer, or a setting under which a score would be wrong.
+    """
+    from trl import GRPOTrainer, RLOOTrainer
+
+    if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
+        raise ValueError(
+            f"The trainer is a `{type(trainer).__name__}` – expected a `GRPOTrainer` or `RLOOTrainer`: rewards and measures "
+            "are read on rollouts, monitors on those or in the loss of DPO, KTO and SFT. For other trainers use "
+            "`attach(trainer, drift=DriftConfig(…))` or `trainer.add_callback(DriftCallback(trainer, monitors=[…]))`."
+        )
+    names = ", ".join(f"`{name}`" for name in (*(r.__name__ for r in rewards), *(m.name for m in monitors)))
+    if not names:
+        return
+    settings = {
+        "tools": "tool results are in the completion, and reward functions are not told which tokens they are",
+        "environment_factories": "observations are in the completion, and reward functions are not told where",
+        "rollout_func": "its completions may hold tokens that the model did not write",
+        "_is_vlm": "images would be missing from the reading",
+    }
+    for name, reason in settings.items():
+        if getattr(trainer, name, None):
+            raise ValueError(
+                f"The trainer uses `{name.lstrip('_')}` – expected none where {names} are read: {reason}. Score these "
+                "runs afterwards with `read`."
+            )
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise ValueError(
+            f"`sync_ref_model` is True – expected False where {names} are read: the reference would move during the run, "
+            "and the probe with it."
+        )
+    _refuse_rewards(trainer, rewards)
+
+
+def _refuse_rewards(trainer: Any, rewards: Sequence[ConceptReward]) -> None:
+    dense = [reward.__name__ for reward in rewards if reward.per_token is not None]
+    if dense and not getattr(trainer, "takes_token_rewards", False):
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in dense)} rewards single tokens (`dense` or `shaping`), and the trainer is a "
+            f"`{type(trainer).__name__}` – expected a `PPOTrainer`: the others take one number per completion. Use it, or leave "
+            "`dense` and `shaping` out."
+        )
+    if rewards and trainer.beta == 0:
+        logger.warning(
+            "%s is 0: nothing holds the policy near its reference while it is paid for %s. Expect text that pleases the "
+            "probe and nobody else; set `%s` (0.02 in the demo) or watch an independent measure closely.",
+            kl_option(trainer),
+            ", ".join(f"`{reward.__name__}`" for reward in rewards),
+            kl_option(trainer),
+        )
 
 
 def refuse_pieces(trainer: Any, marks: ChatMarks) -> None:
-    """Raises:
-    `ValueError`: conversations that are packed in pieces: a piece without marks does not say whose words it holds.
+    """Refuse conversations that are packed in pieces: a piece without marks does not say whose words it holds.
+
+    Args:
+        trainer (`SFTTrainer`): built.
+        marks (`ChatMarks`): what its chat template writes around turns.
+
+    Raises:
+        `ValueError`: they are.
     """
     strategy = getattr(trainer.args, "packing_strategy", None)
     if not getattr(trainer.args, "packing", False) or strategy not in ("bfd_split", "wrapped"):
         return
-    own = {token for token in (*marks.header, *marks.asked) if token in marks.special or token == marks.opener}
+    written = {token for token in (*marks.header, *marks.asked) if token in marks.special or token == marks.opener}
     for ids in _column(trainer.train_dataset, "input_ids"):
-        if own.intersection(ids) or turns_in(ids, marks) > 1:
+        if written.intersection(ids) or turns_in(ids, marks) > 1:
             raise ValueError(
                 f"`packing_strategy` is `{strategy}` on conversations – expected `bfd`: a piece of a conversation does not say "
-                "whose words it holds, and a question's would be scored as an answer's. Set `packing_strategy='bfd'`, or score "
+                "whose words it holds, so a question would be scored as an answer. Set `packing_strategy='bfd'`, or score "
                 "plain texts."
             )
 
 
 def _column(data: Any, name: str) -> Iterable[Any]:
-    """A column of a data set; of a stream none, since what is read of it is gone."""
+    """A column of a data set; empty for a stream, since reading a stream uses it up."""
     return data[name] if isinstance(data, Dataset) and name in data.column_names else ()
 
 
 def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
-    """Raises:
-    `ValueError`: completions of a preference data set that hold several turns of the assistant: they are not one answer.
+    """Refuse completions of a preference data set that hold several turns of the assistant: they are not one answer.
+
+    Args:
+        trainer (`DPOTrainer` or `KTOTrainer`): built.
+        marks (`ChatMarks`): what its chat template writes around turns.
+
+    Raises:
+        `ValueError`: there are some.
     """
     held_out = trainer.eval_dataset
     sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
@@ -117,30 +191,36 @@ def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
     if several:
         raise ValueError(
             f"{several} of {every} completions hold several turns of the assistant, the first in row {first} – expected one "
-            "turn in each: "
-            "what others say in between is no answer, and several answers have several scores. Put what comes before the last "
-            "turn into the prompt."
+            "turn in each: the turns of others are no answer, and several answers have several scores. Put what comes before the "
+            "last turn into the prompt."
         )
 
 
-def refuse_noise(trainer: Any, regularizers: Sequence[Regularizer], causes: Causes) -> None:
-    """Raises:
-    `ValueError`: a term that compares the policy with a reference, where the training mode makes them differ at random.
+def refuse_noise(trainer: Any, terms: Sequence[Term], causes: Causes) -> None:
+    """Refuse a term that compares the policy with a reference if the training mode makes them differ at random.
 
-    Noise in adapters alone is let through: without a trained adapter it changes nothing, and the reference has none.
+    Noise in adapters alone is allowed: it changes nothing without a trained adapter, and the reference has none.
+
+    Args:
+        trainer (`Trainer`): built.
+        terms (`Sequence[Term]`): those with a weight.
+        causes (`Causes`): what is known to make the policy's pass differ from a reading.
+
+    Raises:
+        `ValueError`: there is such a term.
     """
-    with_ref = "ref" in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
-    noise = [*causes.noise, *(causes.adapters if with_ref else ())]
+    noise = [*causes.noise, *(causes.adapters if has_ref_adapter(trainer) else ())]
     comparing = [
-        r for r in regularizers if r.references and (r.policy_point is not None or has_adapters(trainer.model))
+        term
+        for term in terms
+        if term.reference_readouts and (term.policy_point is not None or has_adapters(trainer.model))
     ]
     if noise and comparing:
         raise ValueError(
-            f"The training mode draws {'; '.join(noise)} – expected none with {', '.join(f'`{r.name}`' for r in comparing)}: "
-            "a model "
-            "that has not moved would be told that it has, and be trained to undo the noise. Set `neftune_noise_alpha=None`, "
-            "load the "
-            "model with its dropout and jitter at 0 (`model_init_kwargs={'attention_dropout': 0.0, …}`), or leave the term out."
+            f"The training mode draws {'; '.join(noise)} – expected none with {', '.join(f'`{t.name}`' for t in comparing)}: "
+            "a model that has not moved would be told that it has, and be trained to undo the noise. Set "
+            "`neftune_noise_alpha=None`, load the model with its dropout and jitter at 0 "
+            "(`model_init_kwargs={'attention_dropout': 0.0, …}`), or leave the term out."
         )
 
 
@@ -151,14 +231,14 @@ def _refuse_engine(trainer: Any, kind: str) -> None:
             what = {"sp": "sequence", "cp": "context"}[name]
             raise ValueError(
                 f"`parallelism_config` turns {what} parallelism on – expected none: each rank then holds a piece of every "
-                f"sequence, and a mean over its tokens is none. Set `{name}_size=1`."
+                f"sequence, so a mean over its tokens would be wrong. Set `{name}_size=1`."
             )
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"One process drives {trainer.args.n_gpu} GPUs (`DataParallel`) – expected one process per GPU: each replica sees a "
             "piece of the batch. Start the script with `accelerate launch`."
         )
-    reasons = {"sync_ref_model": "the reference would move during the run, and what is held near it with it"}
+    reasons = {"sync_ref_model": "the reference would move during the run, and with it what terms hold near it"}
     if kind != "SFT":
         reasons["padding_free"] = "both completions of a pair would lie in one row"
     for setting, reason in reasons.items():
@@ -173,36 +253,23 @@ def _refuse_engine(trainer: Any, kind: str) -> None:
             )
 
 
-def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monitors: Sequence[Readout]) -> None:
-    name, which = f"`{regularizer.name}`", type(regularizer).__name__
-    if kind not in regularizer.trainers:
+def _refuse_term(context: TermContext, term: Term) -> None:
+    trainer, name = context.trainer, f"`{term.name}`"
+    if context.kind not in term.trainers:
+        pairs = ": it changes the margin of a preference pair" if term.per_pair else ""
         raise ValueError(
-            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(regularizer.trainers)}: "
-            "it changes the margin of a preference pair."
+            f"`{type(term).__name__}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(term.trainers)}{pairs}. "
+            "Leave it out."
         )
-    if kind in ("GRPO", "RLOO") and regularizer.references:
-        if trainer.beta == 0:
-            coefficient = kl_option(trainer)
-            raise ValueError(
-                f"`{coefficient}` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference that it could "
-                f"be held near. Set `{coefficient}` (0.02, say), or pass `drift=` to watch without holding."
-            )
-        if isinstance(regularizer, DriftPenalty) and regularizer.subspace is None:
-            raise ValueError(
-                f"{name} compares the whole stream – expected a `subspace` in a `{type(trainer).__name__}`: its "
-                "reference pass comes before batches are shuffled, and only scores travel with them. Pass "
-                "`subspace=Subspace.from_readouts([…])` or `from_pca`."
-            )
-    whole = isinstance(regularizer, DriftPenalty) and regularizer.subspace is None
-    if kind in ("DPO", "KTO") and trainer.precompute_ref_logps and whole:
+    if context.has_rollouts and term.reference_readouts and trainer.beta == 0:
+        option = kl_option(trainer)
         raise ValueError(
-            f"`precompute_ref_log_probs` is True and {name} compares the whole stream – expected a `subspace`: scores are "
-            "computed once and kept, whole activations would not fit."
+            f"`{option}` is 0 – expected more than 0 with {name}: at 0 the trainer runs no reference to compare with. "
+            f"Set `{option}` (such as 0.02), or pass `drift=` to watch without holding."
         )
     if (
-        kind in ("DPO", "KTO")
-        and trainer.precompute_ref_logps
-        and regularizer.references
+        context.has_precomputed_reference
+        and term.reference_readouts
         and trainer.is_fsdp_enabled
         and trainer.ref_model is None
     ):
@@ -210,70 +277,31 @@ def _refuse_regularizer(trainer: Any, kind: str, regularizer: Regularizer, monit
             f"`precompute_ref_log_probs` is True under FSDP with {name} – expected False, or a `ref_model` given to the trainer: "
             "FSDP puts the policy together when training begins, and the reference's scores are needed before."
         )
-    if isinstance(regularizer, ConceptPenalty) and all(
-        same_artifact(monitor, regularizer.readout) for monitor in monitors
+    if term.needs_holdout and any(
+        all(same_artifact(monitor, readout) for monitor in context.monitors) for readout in term.pushes()
     ):
         raise ValueError(
             f"{name} trains against its own probe and there is no holdout monitor – expected one with another artifact in "
             "`monitors`: the probe's own score says nothing once its gradient is used."
         )
-    if isinstance(regularizer, ExplainAway | FeatureConstraint):
-        _refuse_losses(trainer, regularizer)
-    if isinstance(regularizer, DriftPenalty) and regularizer.subspace is not None:
-        regularizer.subspace.check_model(trainer.model)
-    if isinstance(regularizer, FeatureConstraint) and isinstance(regularizer.readout, Latents):
-        regularizer.readout.check_model(trainer.model)
-    if regularizer.policy_point is not None:
-        _refuse_hook_point(trainer, name, regularizer.policy_point)
+    term.refuse(context)
+    if term.policy_point is not None:
+        _refuse_hook_point(trainer, name, term.policy_point)
 
 
-def _refuse_both(trainer: Any, regularizer: Regularizer, intervention: TrainingIntervention) -> None:
-    point = regularizer.policy_point
+def _refuse_both(trainer: Any, term: Term, intervention: TrainingIntervention) -> None:
+    point = term.policy_point
     if point is not None and runs_after(trainer.model, point, intervention.hook_point):
         raise ValueError(
-            f"`{regularizer.name}` reads the policy at `{point}`, at or above the `{type(intervention).__name__}` at "
+            f"`{term.name}` reads the policy at `{point}`, at or above the `{type(intervention).__name__}` at "
             f"`{intervention.hook_point}` – expected one of the two, or a term below the intervention: the term would compare a "
             "changed policy with an unchanged reference, and train the model to undo the intervention, or nothing at all."
         )
 
 
-def _refuse_losses(trainer: Any, regularizer: ExplainAway | FeatureConstraint) -> None:
-    name = f"`{regularizer.name}`"
-    exact: Sequence[str] = [*MARGIN_LOSSES, *LENGTH_NORMALIZED_LOSSES]
-    if isinstance(regularizer, FeatureConstraint):
-        exact = ("sigmoid", "sigmoid_norm")
-    wrong = [loss for loss in trainer.loss_types if loss not in exact]
-    if wrong:
-        raise ValueError(
-            f"`loss_type` is {', '.join(f'`{loss}`' for loss in wrong)} – expected one of "
-            f"{', '.join(f'`{loss}`' for loss in sorted(exact))} with "
-            f"{name}: elsewhere the loss does not depend on β · (chosen − rejected score) alone, and the term would "
-            "be another one."
-        )
-    if (
-        isinstance(regularizer, ExplainAway)
-        and len({loss in LENGTH_NORMALIZED_LOSSES for loss in trainer.loss_types}) > 1
-    ):
-        raise ValueError(
-            f"`loss_type` mixes {', '.join(f'`{loss}`' for loss in trainer.loss_types)} – expected all or none of "
-            "them to divide by the "
-            f"length with {name}: one reference cannot be shifted by two amounts."
-        )
-    settings = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_liger_kernel": False}
-    if isinstance(regularizer, FeatureConstraint):
-        settings["use_weighting"] = False
-    for setting, needed in settings.items():
-        given = getattr(trainer, setting, getattr(trainer.args, setting, needed))
-        if given != needed:
-            raise ValueError(
-                f"`{setting}` is {given!r} – expected {needed!r} with {name}: its formula is for that one."
-            )
-
-
 def _refuse_intervention(trainer: Any, kind: str, intervention: TrainingIntervention) -> None:
     which = type(intervention).__name__
-    if isinstance(intervention, ConceptAblation):
-        intervention.subspace.check_model(trainer.model)
+    intervention.check_model(trainer.model)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if getattr(plugin, "activation_checkpointing", False):
         raise ValueError(
@@ -282,10 +310,9 @@ def _refuse_intervention(trainer: Any, kind: str, intervention: TrainingInterven
         )
     if kind not in TRAINERS:
         raise ValueError(
-            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(TRAINERS)}: rollouts are "
-            "generated by the "
-            "model as it is, so that the importance ratio of the changed one would be wrong from step 0. Use it in "
-            "SFT, DPO or KTO."
+            f"`{which}` in a `{type(trainer).__name__}` – expected a trainer of {', '.join(TRAINERS)}: the unchanged "
+            "model generates the rollouts, so the importance ratio of the changed one would be wrong from step 0. Use it in SFT, "
+            "DPO or KTO."
         )
     module = resolve(trainer.model, intervention.hook_point)
     if (
@@ -294,9 +321,8 @@ def _refuse_intervention(trainer: Any, kind: str, intervention: TrainingInterven
         and _inside(trainer, intervention.hook_point)
     ):
         raise ValueError(
-            f"`gradient_checkpointing` is on and `{which}` is at `{intervention.hook_point}`, inside a decoder "
-            "layer – expected a whole "
-            "layer: the layer is run again in the backward pass, where the intervention is closed. Use "
+            f"`gradient_checkpointing` is on and `{which}` is at `{intervention.hook_point}`, inside a decoder layer – "
+            "expected a whole layer: the layer is run again in the backward pass, where the intervention is closed. Use "
             f"`{_layer_of(trainer, intervention.hook_point)}`, or turn checkpointing off."
         )
 
@@ -307,16 +333,13 @@ def _refuse_hook_point(trainer: Any, name: str, hook_point: str) -> None:
     if trainer.args.gradient_checkpointing and kwargs.get("use_reentrant") and _inside(trainer, hook_point):
         raise ValueError(
             f"{name} reads at `{hook_point}`, inside a decoder layer, and `gradient_checkpointing_kwargs` has "
-            "`use_reentrant=True` – "
-            f"expected a whole layer such as `{_layer_of(trainer, hook_point)}`, or `use_reentrant=False`: the "
-            "first run of a layer "
-            "makes no graph there, and the term's gradient would be lost without a word."
+            f"`use_reentrant=True` – expected a whole layer, such as `{_layer_of(trainer, hook_point)}`, or "
+            "`use_reentrant=False`: the first run of a layer makes no graph there, and the term would have no gradient."
         )
     if not trains_below(trainer.model, hook_point):
         raise ValueError(
             f"{name} is at `{hook_point}` and no trainable parameter is at or below it – expected at least one: its "
-            "loss would be shown "
-            "and its gradient be 0. Put adapters on lower layers, or read further up."
+            "loss would be shown and its gradient would be 0. Put adapters on lower layers, or read further up."
         )
 
 
@@ -330,22 +353,22 @@ def _inside(trainer: Any, hook_point: str) -> bool:
 
 
 def trains_below(model: Any, hook_point: str) -> bool:
-    """Whether a trainable parameter takes part in the activation at a hook point."""
+    """True if a trainable parameter takes part in the activation at a hook point."""
     base = unwrap(model)
     layers = layers_or_none(base)
-    if not layers:  # by the order in which modules are registered, which is that in which a decoder runs them
+    if not layers:  # modules are registered in the order in which a decoder runs them
         return any(
             parameter.requires_grad and runs_after(base, hook_point, name.rpartition(".")[0])
             for name, parameter in base.named_parameters()
         )
     prefix = layers[0].rsplit(".", 1)[0] + "."
     embedding = embedding_point(base)
-    if hook_point in [f"{layer}{INPUT}" for layer in layers]:  # what the layer before gives out
+    if hook_point in [f"{layer}{INPUT}" for layer in layers]:  # the output of the layer before
         before = layers.index(hook_point.removesuffix(INPUT)) - 1
         hook_point = layers[before] if before >= 0 else embedding
-    own = _index(hook_point, prefix)
-    if own is None:  # the embedding is below all layers, a final norm above them
-        own = -1 if hook_point == embedding else len(layers)
+    layer = _index(hook_point, prefix)
+    if layer is None:  # the embedding is below all layers, a final norm above them
+        layer = -1 if hook_point == embedding else len(layers)
     names = [name for name, _ in base.named_parameters()]
     inside = [i for i, name in enumerate(names) if name.startswith(f"{hook_point}.")]
     last = max(inside, default=len(names))
@@ -354,9 +377,9 @@ def trains_below(model: Any, hook_point: str) -> bool:
             continue
         index = _index(name, prefix)
         if index is None:
-            if name.startswith(f"{embedding}.") or (own == len(layers) and i <= last):
+            if name.startswith(f"{embedding}.") or (layer == len(layers) and i <= last):
                 return True
-        elif index < own or (index == own and i <= last):
+        elif index < layer or (index == layer and i <= last):
             return True
     return False
 

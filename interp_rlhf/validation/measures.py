@@ -5,12 +5,13 @@ In: the name of a measure. Out: a function from a text to a float. It must not k
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # Each entry makes a measure. It is called when the measure is used, so that registering one imports nothing.
 MEASURES: Registry[Callable[[], Callable[[str], float]]] = Registry("a measure")
@@ -65,3 +66,26 @@ def vader() -> Callable[[str], float]:
         ) from None
     analyzer = SentimentIntensityAnalyzer()
     return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+def values_of(name: str, measure: Callable[[str], Any], texts: Sequence[str]) -> list[float]:
+    """A measure's values of texts; NaN where it gives None, because it does not apply.
+
+    Args:
+        name (`str`): the measure's, for errors.
+        measure (`Callable`): from a text to a number or None.
+        texts (`Sequence[str]`): what is measured.
+
+    Raises:
+        `ValueError`: it gives something else; the message names it.
+    """
+    values = []
+    for text in texts:
+        value = measure(text)
+        try:
+            values.append(math.nan if value is None else float(value))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"The measure `{name}` gives {value!r} for {text[:60]!r} – expected a number, or None where it does not apply."
+            ) from None
+    return values

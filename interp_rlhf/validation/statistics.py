@@ -261,3 +261,12 @@ def logistic(
 
 def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * log_odds))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's correlation of two arrays (N,); None if one does not vary, or with fewer than three finite pairs."""
+    kept = np.isfinite(a) & np.isfinite(b)
+    a, b = a[kept], b[kept]
+    if len(a) < 3 or any(np.ptp(values) <= 1e-12 * np.abs(values).max() for values in (a, b)):
+        return None
+    return float(np.corrcoef(a, b)[0, 1])

@@ -1,0 +1,99 @@
+"""Regularizers and interventions of what a user wrote: objects, mappings as in a recipe, or cards.
+
+In: what stands in a call of `attach` or in a recipe. Out: terms and interventions. Here, and only here, their files are loaded.
+It must not know trainers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..concepts.card import load_card
+from ..concepts.readout import Readout
+from ..concepts.subspace import Subspace
+from ..messages import as_list
+from ..validation.gate import require_passed
+from .from_mapping import from_mapping
+from .interventions import INTERVENTIONS, ConceptAblation, PreventativeSteering
+
+# These modules register the terms that come with the package.
+from .terms import drift_penalty, explain_away, features, penalty  # noqa: F401
+from .terms.anchor import ConceptAnchor
+from .terms.registry import TERMS
+from .terms.term import Term
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..concepts.latents import Latents
+    from .interventions import TrainingIntervention
+
+
+class CardFiles:
+    """Loads the files that options name.
+
+    Args:
+        model (`nn.Module`, *optional*): the policy: hook names in an autoencoder's file are resolved on it.
+    """
+
+    def __init__(self, model: Any = None):
+        self.model = model
+
+    def readout(self, card: str | Path, needs_evidence: bool = False) -> Readout:
+        """Readout of a card.
+
+        Raises:
+            `ValueError`: an artifact that is not the card's, or evidence is needed and does not pass the gate.
+        """
+        loaded = load_card(card)
+        if needs_evidence:
+            require_passed(loaded.card, loaded.path)
+        return Readout.from_card(loaded)
+
+    def subspace(self, cards: str | Path | Sequence[str | Path]) -> Subspace:
+        """Subspace that the readouts of some cards span."""
+        return Subspace.from_readouts([self.readout(card) for card in as_list(cards)])
+
+    def latents(self, sae: str, indices: Sequence[int] | None = None, **where: Any) -> Latents:
+        """Latents of a sparse autoencoder: some by index, or all.
+
+        Args:
+            sae (`str`): a file, folder or Hub id; `where` is passed to `load_sae`.
+            indices (`Sequence[int]`, *optional*): of latents.
+        """
+        from ..sae.files import load_sae
+
+        return load_sae(sae, model=self.model, **where).latents(indices)
+
+
+def make_regularizer(asked: Any, model: Any = None) -> Term:
+    """Term of what a user wrote.
+
+    Args:
+        asked: a term; a mapping with `kind` and the kind's options, as in a recipe; or a card's path, which means a
+            `ConceptAnchor` on it with the card's weight.
+        model (`nn.Module`, *optional*): the policy.
+
+    Raises:
+        `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
+    """
+    if isinstance(asked, Term):
+        return asked
+    if isinstance(asked, Path) or (isinstance(asked, str) and asked not in TERMS):
+        card = load_card(asked)
+        return ConceptAnchor(readout=Readout.from_card(card), weight=card.card.weight)
+    made: Term = from_mapping(asked, TERMS, "regularizer", CardFiles(model))
+    return made
+
+
+def make_intervention(asked: Any) -> TrainingIntervention:
+    """Intervention of what a user wrote: an object, or a mapping with `kind`, `card` or `cards`, and options.
+
+    Raises:
+        `ValueError`: an unknown kind or option.
+    """
+    if isinstance(asked, ConceptAblation | PreventativeSteering):
+        return asked
+    made: TrainingIntervention = from_mapping(asked, INTERVENTIONS, "intervention", CardFiles())
+    return made

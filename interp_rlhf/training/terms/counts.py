@@ -1,0 +1,120 @@
+"""How many sequences a mean over a training step is taken over, so that accumulation, ranks and padding leave a term unchanged.
+
+In: the batches of an optimizer step, or a rollout batch. Out: the factor of a micro-batch's sum. It must not know what is summed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...activations.counted import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ...activations.counted import ChatMarks
+
+# Prefix of a rollout batch's numbers, one per row: rows divided by rows that have a token which counts, of all ranks.
+SHARE_KEY = "interp_share/"
+
+
+class SequenceCounts(ABC):
+    """Counts the sequences of an optimizer step that have a token which counts.
+
+    Args:
+        trainer (`Trainer`): a built trainer of TRL.
+        marks (`ChatMarks`): what its chat template writes around turns.
+        flags (`Sequence[bool]`): the terms' `include_end_of_turn`, each once, sorted.
+    """
+
+    def __init__(self, trainer: Any, marks: ChatMarks, flags: Sequence[bool]):
+        self.trainer, self._marks, self._flags = trainer, marks, flags
+
+    def window(self, batches: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027, rollouts know theirs
+        """The micro-batches of the next optimizer step, on this rank."""
+
+    def shares(self, output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What travels with a rollout batch."""
+        return {}
+
+    @abstractmethod
+    def of_step(self, inputs: Mapping[str, Any], flag: bool, rows: int) -> float:
+        """Sequences of the whole step, on all ranks.
+
+        Args:
+            inputs (`dict`): one micro-batch.
+            flag (`bool`): a term's `include_end_of_turn`.
+            rows (`int`): rows of the micro-batch.
+        """
+
+    def factor(
+        self, inputs: Mapping[str, Any], num_items: Any, flag: bool, per_pair: bool, counts: torch.Tensor
+    ) -> float:
+        """Factor of a micro-batch's sum.
+
+        With it, the sums of all micro-batches and ranks add up to the mean over the step's sequences that have a token which
+        counts. A term per pair corrects the trainer's own loss, and weighs as that does: by the mean of the micro-batch.
+
+        Args:
+            inputs (`dict`): the micro-batch.
+            num_items: what the trainer passes to `compute_loss`.
+            flag (`bool`): the term's `include_end_of_turn`.
+            per_pair (`bool`): the term's.
+            counts (`torch.BoolTensor` of shape (U,)): sequences or pairs that count.
+        """
+        trainer = self.trainer
+        if not trainer.model.training or per_pair:
+            return 1 / max(int(counts.sum()), 1)
+        steps, ranks = trainer.current_gradient_accumulation_steps, trainer.accelerator.num_processes
+        everywhere = self.of_step(inputs, flag, len(counts))
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None:
+            accepts = trainer.model_accepts_loss_kwargs and num_items is not None
+            scaled = accepts or trainer.compute_loss_func is not None
+        # Engines average gradients over ranks. The trainer divides by the accumulation unless the loss already did.
+        return ranks * (1 if scaled else steps) / everywhere if everywhere else 0.0
+
+    def _everywhere(self, counts: Sequence[int], device: Any) -> list[int]:
+        """Sums over all ranks."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            return list(accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist())
+        return list(counts)
+
+
+class WindowCounts(SequenceCounts):
+    """Counted over the micro-batches of a step, before the first of them."""
+
+    def __init__(self, trainer: Any, marks: ChatMarks, flags: Sequence[bool]):
+        super().__init__(trainer, marks, flags)
+        self._units: dict[bool, int] = {}
+
+    def window(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        if not self._flags:
+            return
+        units = [sum(int(counted(batch, self._marks, flag).any.sum()) for batch in batches) for flag in self._flags]
+        self._units = dict(zip(self._flags, self._everywhere(units, self.trainer.accelerator.device), strict=True))
+
+    def of_step(self, inputs: Mapping[str, Any], flag: bool, rows: int) -> float:
+        assert flag in self._units, "`get_batch_samples` comes before `compute_loss`"
+        return self._units[flag]
+
+
+class RolloutCounts(SequenceCounts):
+    """Counted over a rollout batch; what is needed of it travels with each row, since rows are shuffled and split."""
+
+    def shares(self, output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        rows, device = len(output["completion_ids"]), output["completion_ids"].device
+        counts = [rows, *(int(counted(output, self._marks, flag).any.sum()) for flag in self._flags)]
+        counts = self._everywhere(counts, device)
+        return {
+            f"{SHARE_KEY}{int(flag)}": torch.full((rows,), counts[0] / max(count, 1), device=device)
+            for flag, count in zip(self._flags, counts[1:], strict=True)
+        }
+
+    def of_step(self, inputs: Mapping[str, Any], flag: bool, rows: int) -> float:
+        steps, ranks = self.trainer.current_gradient_accumulation_steps, self.trainer.accelerator.num_processes
+        return rows * steps * ranks / float(inputs[f"{SHARE_KEY}{int(flag)}"][0])

@@ -1,0 +1,91 @@
+"""Preference pairs: what terms see of DPO's own loss, and in which of its losses a change of the margin is exact.
+
+In: the log-probs of a batch of pairs, chosen completions first. Out: the margin that DPO puts into its loss. It must not know
+concepts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from .term import TermContext
+
+# Loss types of `DPOTrainer` whose value depends on β · (chosen − rejected score) alone, and those that first divide each score
+# by its completion's length.
+MARGIN_LOSSES = ("discopop", "exo_pair", "hinge", "robust", "sigmoid")
+LENGTH_NORMALIZED_LOSSES = ("ipo", "sigmoid_norm")
+
+
+class Pairs(NamedTuple):
+    """What a preference trainer knows of a batch of P pairs. Rows: all chosen completions, then all rejected ones.
+
+    Attributes:
+        log_probs (`torch.Tensor` of shape (2P,)): of the policy, summed over completion tokens, with their graph.
+        reference (`torch.Tensor` of shape (2P,)): of the reference, as the loss sees them: after all shifts.
+        lengths (`torch.Tensor` of shape (2P,)): completion tokens, as TRL's length-normalized losses count them.
+        beta (`float`), loss_types (`list[tuple[str, float]]`): of the trainer; each loss type with its weight.
+        unshifted_reference (`torch.Tensor` of shape (2P,)): of the reference, before any shift.
+    """
+
+    log_probs: torch.Tensor
+    reference: torch.Tensor
+    lengths: torch.Tensor
+    beta: float
+    loss_types: list[tuple[str, float]]
+    unshifted_reference: torch.Tensor
+
+
+class PairLoss(NamedTuple):
+    """What a shift of the margin needs to know of DPO's loss on a batch of P pairs.
+
+    Attributes:
+        beta (`float`): β.
+        loss_type (`str`): the first loss type.
+        lengths (`torch.Tensor` of shape (2P,)): completion tokens.
+    """
+
+    beta: float
+    loss_type: str
+    lengths: torch.Tensor
+
+
+def margin(pairs: Pairs, loss_type: str) -> torch.Tensor:
+    """z (P,): what `DPOTrainer` puts into the sigmoid of this loss type, with reverse KL."""
+    scores = pairs.log_probs - pairs.reference
+    if loss_type in LENGTH_NORMALIZED_LOSSES:
+        scores = scores / pairs.lengths.clamp(min=1)
+    chosen, rejected = scores.chunk(2)
+    return pairs.beta * (chosen - rejected)
+
+
+def refuse_losses(context: TermContext, name: str, exact: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuse a DPO loss in which a term's formula does not hold.
+
+    Args:
+        context (`TermContext`): the trainer.
+        name (`str`): the term's.
+        exact (`Sequence[str]`): loss types in which it holds.
+        settings (`dict`): options of the trainer, with the values that the formula needs.
+
+    Raises:
+        `ValueError`: another loss type, or another value of an option.
+    """
+    trainer = context.trainer
+    wrong = [loss for loss in trainer.loss_types if loss not in exact]
+    if wrong:
+        raise ValueError(
+            f"`loss_type` is {', '.join(f'`{loss}`' for loss in wrong)} – expected one of "
+            f"{', '.join(f'`{loss}`' for loss in sorted(exact))} with `{name}`: the other losses do not depend on "
+            "β · (chosen − rejected score) alone, so the term would have another formula."
+        )
+    for setting, needed in settings.items():
+        value = getattr(trainer, setting, getattr(trainer.args, setting, needed))
+        if value != needed:
+            raise ValueError(
+                f"`{setting}` is {value!r} – expected {needed!r} with `{name}`: its formula holds for that value only."
+            )
