@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import TrainerCallback
 
+from .events import CardEntry, EndEvent, MetricEvent, RunEvent
 from .log import RunLog
 
 if TYPE_CHECKING:
@@ -99,35 +100,32 @@ class Recorder(TrainerCallback):
                 f"`run_log` is `{path}` – the trainer is recorded into `{self.log.path}` already. Pass the same file, or pass it "
                 "to the first of the two calls."
             )
-        known = {card["sha256"] for card in self._cards}
-        self._cards += [card for card in _described(cards) if card["sha256"] not in known]
+        known = {card.sha256 for card in self._cards}
+        self._cards += [card for card in _described(cards) if card.sha256 not in known]
         self._arm = arm or self._arm
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.monotonic()
         settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name, None) is not None}
-        self.log.append(
-            "run",
-            state.global_step,
-            title=Path(args.output_dir).name,
-            arm=self._arm,
-            model=self._model_name,
-            trainer=self._trainer_name,
-            cards=self._cards,
-            settings=settings,
-        )
+        event = RunEvent(
+            title=Path(args.output_dir).name, arm=self._arm, model=self._model_name, trainer=self._trainer_name,
+            cards=self._cards, settings=settings,
+        )  # fmt: skip
+        self.log.append(event, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        metrics = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        metrics: dict[str, float | None] = {
+            key: value for key, value in (logs or {}).items() if isinstance(value, int | float)
+        }
         if metrics:
-            self.log.append("metric", state.global_step, metrics=metrics)
+            self.log.append(MetricEvent(metrics=metrics), state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.log.append("end", state.global_step, seconds=round(time.monotonic() - self._started, 3))
+        self.log.append(EndEvent(seconds=round(time.monotonic() - self._started, 3)), state.global_step)
 
 
-def _described(cards: Sequence[HashedCard]) -> list[dict[str, str]]:
-    return [{"name": c.card.name, "role": c.card.role, "sha256": c.sha256} for c in cards]
+def _described(cards: Sequence[HashedCard]) -> list[CardEntry]:
+    return [CardEntry(name=card.card.name, role=card.card.role, sha256=card.sha256) for card in cards]
 
 
 # The recorder of each trainer. A recorder holds no reference to its trainer, so that both can be freed.
