@@ -89,6 +89,13 @@ def test_every_public_name_is_on_its_page():
     assert sorted(listed) == sorted(name for name in interp_rlhf.__all__ if not name.startswith("register_"))
 
 
+def test_the_alarms_of_the_page_are_those_of_the_code():
+    from interp_rlhf.drift.verdicts import ALARMS
+
+    [said] = re.findall(r"^Three verdicts are alarms: (.*?)\.", document("drift"), re.M)
+    assert sorted(re.findall(r"\*([\w ]+)\*", said)) == sorted(ALARMS)
+
+
 def test_the_rooms_of_the_design_are_those_of_the_code():
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", document("design"), re.M)
     assert [room for row in rows for room in re.findall(r"`(\w+)`", row)] == ROOMS
