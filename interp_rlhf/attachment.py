@@ -40,6 +40,7 @@ from .training.rewards import ConceptReward
 from .training.rollout import Rollout
 from .training.terms.loss import LossTerms, RolloutTerms
 from .training.terms.reference_scores import SCORES
+from .training.trl import callbacks_of, without_callbacks
 from .training.watch import FirstPassCheck, RolloutWatch
 
 if TYPE_CHECKING:
@@ -251,9 +252,9 @@ class Plan:
             `ValueError`: the reference, the models of the readouts, or the data are not what they must be.
         """
         trainer = self.trainer
-        known = list(trainer.callback_handler.callbacks)
+        known = callbacks_of(trainer)
         with ExitStack() as undo:
-            undo.callback(_forget_callbacks, trainer, known)
+            undo.callback(without_callbacks, trainer, known)
             log = record(trainer, self.run_log, [*(r.card for r in self.rewards if r.card), *self.cards], self.arm)
             drift = self._drift_callback(log)
             terms = self._loss_terms(undo)
@@ -271,7 +272,7 @@ class Plan:
         if self.kind is not None:
             trainer.interp_terms, trainer.interp_attached = terms, True
             trainer.add_callback(ResumeCallback(parts, aligned=self.has_rollouts, prompts=prompts_of(trainer)))
-        added = [callback for callback in trainer.callback_handler.callbacks if callback not in known]
+        added = [callback for callback in callbacks_of(trainer) if callback not in known]
         return Attachment(trainer, rollout, terms, log, stock, added)
 
     def _listen(self, rollout: Rollout, drift: DriftCallback | None, log: RunLog) -> dict[str, RolloutWatch]:
@@ -370,11 +371,6 @@ def _drift_config(drift: Any) -> DriftConfig | None:
             f"{', '.join(f'`{name}`' for name in known)}."
         )
     return DriftConfig(**drift)
-
-
-def _forget_callbacks(trainer: Any, known: Sequence[TrainerCallback]) -> None:
-    for callback in [one for one in trainer.callback_handler.callbacks if one not in known]:
-        trainer.remove_callback(callback)
 
 
 def _pushed(rewards: Sequence[ConceptReward], terms: Sequence[Term]) -> dict[Readout, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import subprocess
@@ -1282,33 +1281,3 @@ def test_every_family_has_a_critic(family, load, model_folder, tokenizer, tmp_pa
     randomize_head(trainer)
     trainer.train()
     assert logged(trainer, "values/std")[0] > 0.01
-
-
-def test_the_private_names_that_are_used_still_look_the_same():
-    from trl import GRPOConfig, GRPOTrainer
-
-    parameters = {
-        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_save_checkpoint": ["self", "model", "trial"],
-        "_save": ["self", "output_dir", "state_dict"],
-        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
-        "create_optimizer": ["self", "model"],
-    }
-    for name, expected in parameters.items():
-        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == expected, name
-    source = inspect.getsource(GRPOTrainer)
-    for line in (
-        "generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency",
-        "if self.args.gradient_accumulation_steps % generate_every != 0 or (",
-        'output["old_per_token_logps"] = old_per_token_logps',
-        'output["ref_per_token_logps"] = ref_per_token_logps',
-        'self._logs["advantages"].extend(all_process_advantages.tolist())',
-        "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)",
-        "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(",
-        "if advantages.dim() == 1:",
-        'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes',
-        "model_init_kwargs` will be ignored",
-    ):
-        assert line in source, line
-    assert "if self.num_generations < 2:" in inspect.getsource(GRPOConfig)

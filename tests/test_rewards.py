@@ -564,22 +564,6 @@ def test_detached_the_trainer_is_stock_again(tmp_path, load, tokenizer):
     trainer.train()
 
 
-def test_the_private_names_that_are_overridden_still_look_the_same():
-    import inspect
-
-    from trl import GRPOTrainer, RLOOTrainer
-
-    for trainer in (GRPOTrainer, RLOOTrainer):
-        assert list(inspect.signature(trainer._tokenize_prompts).parameters) == ["self", "prompts"]
-        expected = ["self", "inputs", "prompts", "completions", "completion_ids_list"]
-        assert list(inspect.signature(trainer._calculate_rewards).parameters) == expected
-        source = inspect.getsource(trainer)
-        assert (
-            "rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids_list)" in source
-        )
-        assert "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)" in source
-
-
 def test_a_model_compiled_before_attach_stops_before_the_first_step(tmp_path, load, tokenizer):
     model = load("llama")
     settings = {"torch_compile": True, "torch_compile_backend": "eager", "lora": True, "max_steps": 1}

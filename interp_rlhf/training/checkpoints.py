@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import TrainerCallback
+
+from .trl import restore_order
 
 logger = logging.getLogger(__name__)
 STATE_KEY = "interp_rlhf"
@@ -161,28 +162,6 @@ def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | No
         "another one. Use "
         f'`save_strategy="steps", save_steps={nearest}`.'
     )
-
-
-def restore_order(dataloader: Any, epochs: int) -> None:
-    """Let a resumed rollout run draw the prompts of the coming epoch in the order of a run that was never interrupted.
-
-    TRL's sampler (1.16) draws the order of each epoch from a generator that nobody saves: resumed in the second epoch, a run
-    would be given the first one's order again.
-
-    Args:
-        dataloader (`DataLoader`): as accelerate prepared it; one with another sampler is left alone.
-        epochs (`int`): whole epochs that are behind the run.
-    """
-    from trl.trainer.utils import RepeatSampler
-
-    batches: Any = getattr(dataloader, "batch_sampler", None)
-    while hasattr(batches, "batch_sampler"):  # of several processes each has its share of the batches
-        batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", None)
-    if isinstance(sampler, RepeatSampler) and sampler.shuffle and sampler.seed is not None:
-        sampler.generator.manual_seed(sampler.seed)
-        for _ in range(epochs):
-            torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 class ResumeCallback(TrainerCallback):

@@ -12,6 +12,7 @@ import torch
 
 from ..activations.ranks import from_rank_zero
 from .checkpoints import last_complete_checkpoint
+from .trl import RolloutSteps
 
 if TYPE_CHECKING:
     from .rollout import Rollout
@@ -61,7 +62,7 @@ class LossMixin:
         return found + added.to(found.device)
 
 
-class RolloutMixin(LossMixin):
+class RolloutMixin(LossMixin, RolloutSteps):
     """The same before `GRPOTrainer` or `RLOOTrainer`, whose rollouts are read too.
 
     Attributes:
@@ -77,18 +78,18 @@ class RolloutMixin(LossMixin):
     interp_abstaining: list[int] = []  # noqa: RUF012
     _interp_prompt_ids: list[list[int]]
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+    def tokenize_prompts(self, prompts: list[Any]) -> Any:
         if self.interp_rollout is not None:
             self.interp_rollout.start()
-        result = super()._tokenize_prompts(prompts)  # type: ignore[misc]
+        result = super().tokenize_prompts(prompts)
         self._interp_prompt_ids = result[0]
         return result
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+    def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
         if self.interp_rollout is None:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
-        self.interp_rollout.open(self._interp_prompt_ids, completion_ids_list)
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+            return super().calculate_rewards(inputs, prompts, completions, completion_ids)
+        self.interp_rollout.open(self._interp_prompt_ids, completion_ids)
+        rewards = super().calculate_rewards(inputs, prompts, completions, completion_ids)
         filled = self._with_neutral_abstentions(rewards)
         for watch in self.interp_watchers:
             watch(prompts, completions, rewards, filled)
@@ -115,12 +116,12 @@ class RolloutMixin(LossMixin):
             filled[:, index] = torch.where(silent[:, index], means[:, index], rewards[:, index])
         return filled
 
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
+    def generate_and_score(self, inputs: Any) -> dict[str, Any]:
         terms = self.interp_terms
         if terms is None or not terms.reads_rollouts:
-            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+            return super().generate_and_score(inputs)
         with terms.rollout():
-            output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+            output = super().generate_and_score(inputs)
         return terms.add_reference(output)
 
 

@@ -16,6 +16,7 @@ from ..activations.ranks import of_all_ranks
 from ..messages import completion_text, prompt_text
 from ..validation.measures import values_of
 from ..validation.statistics import correlation
+from .trl import add_metric, mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -159,10 +160,10 @@ class RolloutWatch:
         total = (rewards * weights).nansum(1).double()
         total = total.masked_fill(torch.isnan(rewards).all(1) | total.isinf(), torch.nan).cpu().numpy()
         others = {"length": [float(len(row)) for row in ids]} | {name: scores[name] for name in self._measures}
-        mode = "train" if trainer.model.training else "eval"
+        mode = mode_of(trainer)
         for name, values in others.items():
             if (value := correlation(total, np.array(of_all_ranks(list(values))[0], dtype=float))) is not None:
-                trainer._metrics[mode][f"interp/reward/{name}_correlation"].append(value)
+                add_metric(trainer, f"interp/reward/{name}_correlation", value)
         self._within_groups(total, mode)
 
     def _within_groups(self, total: np.ndarray, mode: str) -> None:
@@ -175,7 +176,7 @@ class RolloutWatch:
             return
         within = groups - np.nanmean(groups, axis=1, keepdims=True)  # groups count by the rows that were judged
         share = float(np.nanmean(within**2) / np.nanvar(groups))
-        trainer._metrics[mode]["interp/reward/within_group_share"].append(share)
+        add_metric(trainer, "interp/reward/within_group_share", share)
         if share < WITHIN_GROUP and len(groups) > 1 and not self._warned:
             self._warned = True
             logger.warning(
@@ -197,5 +198,4 @@ class RolloutWatch:
         """Put a mean over all ranks into TRL's own averages, which are over the steps of a logging interval."""
         kept = [value for value in of_all_ranks(list(values))[0] if value is not None]
         if kept:
-            mode = "train" if self._trainer.model.training else "eval"
-            self._trainer._metrics[mode][key].append(float(reduce(kept)))
+            add_metric(self._trainer, key, float(reduce(kept)))

@@ -13,6 +13,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from ..trl import showing_a_group
+
 CRITICS = ("head", "model", "none")
 # Two names of one thing: ours, and the field of `GRPOConfig` that follows it.
 ALIASES = {"num_ppo_epochs": "num_iterations", "cliprange": "epsilon", "kl_coef": "beta"}
@@ -126,10 +128,9 @@ class PPOConfig(GRPOConfig):
         generations = self.num_generations or 1
         if self.num_generations_eval is None:
             self.num_generations_eval = generations
-        # `GRPOConfig` refuses one completion per prompt, for want of a group. It is shown one group, and told the truth after.
-        self.num_generations = self._local_rollout() if generations == 1 else generations
-        super().__post_init__()
         self.num_generations = generations
+        with showing_a_group(self, self._local_rollout() if generations == 1 else generations):
+            super().__post_init__()
         self._check_mini_batches()
 
     def _refuse_out_of_range(self) -> None:

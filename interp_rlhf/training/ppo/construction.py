@@ -6,7 +6,6 @@ In: arguments of `PPOTrainer`. Out: a model that TRL can wrap, or an error that 
 from __future__ import annotations
 
 import copy
-import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -97,21 +96,12 @@ def processing_class_of(model: Any, args: PPOConfig) -> Any:
     )  # fmt: skip
 
 
-def keep_from_vllm(generation: Any) -> None:
-    """Takes the value head out of the weights that TRL sends to vLLM, which refuses names that it does not know."""
-    every = generation._iter_named_params
-
-    def without_the_head() -> Iterator[tuple[str, Any]]:
-        return ((name, weight) for name, weight in every() if f"{VALUE_HEAD}." not in name)
-
-    generation._iter_named_params = without_the_head
-
-
 @contextmanager
 def bare(model: Any) -> Iterator[None]:
     """The model without its value head, and without a word of it in the adapter's configuration."""
     base = unwrap(model)
-    head = base._modules.pop(VALUE_HEAD)
+    head = getattr(base, VALUE_HEAD)
+    delattr(base, VALUE_HEAD)
     configs = list(getattr(model, "peft_config", {}).values())
     listed = [config.modules_to_save for config in configs]
     for config, names in zip(configs, listed, strict=True):
@@ -119,21 +109,6 @@ def bare(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        base._modules[VALUE_HEAD] = head
+        setattr(base, VALUE_HEAD, head)
         for config, names in zip(configs, listed, strict=True):
             config.modules_to_save = names
-
-
-@contextmanager
-def without_warning(text: str) -> Iterator[None]:
-    """Keeps one warning of TRL's back."""
-    logger = logging.getLogger("trl.trainer.grpo_trainer")
-
-    def keep(entry: logging.LogRecord) -> bool:
-        return text not in entry.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

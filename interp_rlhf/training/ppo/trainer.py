@@ -10,7 +10,6 @@ How it differs from TRL 1.12's `PPOTrainer` is listed in `docs/ppo.md`.
 from __future__ import annotations
 
 import textwrap
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from ...runlog.recorder import record
+from .. import trl
 from ..checkpoints import ResumeCallback, prompts_of
 from ..mixin import RolloutMixin
 from . import advantages as adv
@@ -27,20 +27,18 @@ from . import metrics
 from .config import PPOConfig
 from .construction import (
     bare,
-    keep_from_vllm,
     loaded,
     name_of,
     processing_class_of,
     refuse,
     with_value_head,
-    without_warning,
 )
 from .critic import VALUE_HEAD, Critic, add_value_head
 from .samples import Rollout, write
 from .token_rewards import Returned, listened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ...runlog.log import RunLog
 
@@ -50,7 +48,21 @@ COMPILED = (
 )
 
 
-class PPOTrainer(RolloutMixin, GRPOTrainer):
+PAPER = {
+    "title": "Proximal Policy Optimization Algorithms",
+    "id": "1707.06347",
+    "citation": textwrap.dedent("""\
+        @article{schulman2017proximal,
+            title        = {{Proximal Policy Optimization Algorithms}},
+            author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+            year         = 2017,
+            eprint       = {arXiv:1707.06347}
+        }"""),
+}
+
+
+@trl.described("PPO", tags=["trl", "ppo", "interp_rlhf"], paper=PAPER)
+class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
     """Proximal policy optimization with a value function and rewards at every token.
 
     Data sets and reward functions are those of `GRPOTrainer`. A reward function may also return, in place of a completion's one
@@ -68,25 +80,11 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
     Source: Schulman et al., arXiv 1707.06347; for language models Ziegler et al., arXiv 1909.08593.
     """
 
-    _tag_names = ["trl", "ppo", "interp_rlhf"]  # noqa: RUF012
-    _name = "PPO"
-    _paper = {  # noqa: RUF012
-        "title": "Proximal Policy Optimization Algorithms",
-        "id": "1707.06347",
-        "citation": textwrap.dedent("""\
-            @article{schulman2017proximal,
-                title        = {{Proximal Policy Optimization Algorithms}},
-                author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
-                year         = 2017,
-                eprint       = {arXiv:1707.06347}
-            }"""),
-    }
     takes_token_rewards = True  # `attach` asks
     args: PPOConfig
     model: Any
     num_generations: Any
     num_generations_eval: Any
-    _logs: Any
 
     def __init__(
         self,
@@ -112,7 +110,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         self.has_critic = args.critic != "none"
         if self.has_critic:
             add_value_head(model, own_trunk=args.critic == "model")
-        with without_warning("`model_init_kwargs` will be ignored"):  # they were used, here
+        with trl.without_warning("`model_init_kwargs` will be ignored"):  # they were used, here
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -126,12 +124,12 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=with_value_head(peft_config) if self.has_critic else peft_config,
             )
-        if self._is_vlm:
+        if trl.reads_images(self):
             raise ValueError(
                 "The processing class is one for images – expected a tokenizer: values and token rewards are for text alone."
             )
         if self.has_critic and self.use_vllm:
-            keep_from_vllm(self.vllm_generation)
+            trl.keep_from_vllm(self.vllm_generation, lambda name: f"{VALUE_HEAD}." in name)
         if self.has_critic and optimizers[0] is not None:
             self._add_head_to(optimizers[0], optimizers[1])
         self._critic = Critic(self.model, args.detach_trunk, self.has_critic)
@@ -194,41 +192,27 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
 
     # Rollouts
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+    def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
         functions, names = self.reward_funcs, _distinct(self.reward_func_names, OURS)
         self._returned = {name: Returned() for name in names}
-        self.reward_funcs = [
-            listened(function, name, completion_ids_list, self._returned[name])
+        listening = [
+            listened(function, name, completion_ids, self._returned[name])
             for function, name in zip(functions, names, strict=True)
         ]
-        try:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        finally:
-            self.reward_funcs = functions
+        with trl.calling_instead(self, listening):
+            rewards = super().calculate_rewards(inputs, prompts, completions, completion_ids)
         first = self.accelerator.process_index * len(prompts)
         own = rewards[first : first + len(prompts)]
         for index, (function, name) in enumerate(zip(functions, names, strict=True)):
             if isinstance(function, nn.Module):
                 self._returned[name] = _judged(own[:, index], name)
-        self._scored = {"prompts": prompts, "completions": completions, "ids": completion_ids_list}
+        self._scored = {"prompts": prompts, "completions": completions, "ids": completion_ids}
         return rewards
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        with self._critic.reading(), self._old_log_probs():
-            output = super()._generate_and_score_completions(inputs)
+    def generate_and_score(self, inputs: Any) -> dict[str, Any]:
+        with self._critic.reading(), trl.computing_old_log_probs(self):
+            output = super().generate_and_score(inputs)
         return self._with_advantages(output)
-
-    @contextmanager
-    def _old_log_probs(self) -> Iterator[None]:
-        """TRL leaves the old log-probs out where they would equal the new ones; their pass is where values are read.
-
-        It runs where the accumulation steps are no multiple of `steps_per_generation` × `num_iterations`, so it does here.
-        """
-        iterations, self.num_iterations = self.num_iterations, self.args.gradient_accumulation_steps + 1
-        try:
-            yield
-        finally:
-            self.num_iterations = iterations
 
     def _with_advantages(self, output: dict[str, Any]) -> dict[str, Any]:
         """The rollout with advantages (B, T) in place of TRL's, and with values and returns."""
@@ -239,14 +223,14 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             )
         worked = self._work_out(output, output.pop("ref_per_token_logps", None))
         self._note(metrics.of_rollout(worked, self.args.gamma, self.has_critic, self._sum))
-        self._metrics[self._mode].pop("frac_reward_zero_std", None)  # of TRL's groups, which are not used
+        trl.drop_metric(self, "frac_reward_zero_std")  # of TRL's groups, which are not used
         found = worked.advantages
         if self.args.whiten_advantages:
             found = adv.whiten(found, worked.counted, reduce=self._sum)
         found = found * worked.counted
         values = worked.values[:, :-1]
         self._leave_samples(worked.components, values, found)
-        self._replace_logged_advantages(found, output["completion_mask"])
+        trl.replace_logged_advantages(self, gather_object(_mean_of_tokens(found, output["completion_mask"])))
         return {
             **output,
             "advantages": found,
@@ -299,7 +283,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
 
     def _truncated(self) -> torch.Tensor:
         """Which completions were cut off: they do not end in an end-of-sequence token, (B,)."""
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends = {*self.eos_token_ids, trl.tokenizer_of(self).pad_token_id}
         return torch.tensor([ids[-1] not in ends for ids in self._scored["ids"]], device=self.accelerator.device)
 
     def _ended(self, truncated: torch.Tensor) -> torch.Tensor:
@@ -351,7 +335,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's clipped policy loss on advantages per token, without its KL, and the clipped value loss."""
-        with self._critic.reading(), self._no_kl_in_the_loss():
+        with self._critic.reading(), trl.without_kl_in_the_loss(self):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         passes = self._critic.take()
         log_probs = passes[0].log_probs if len(passes) == 1 else None
@@ -374,14 +358,6 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps
         return loss + self.args.vf_coef * (found[0] * inputs["value_mask"]).sum() / tokens
 
-    @contextmanager
-    def _no_kl_in_the_loss(self) -> Iterator[None]:
-        beta, self.beta = self.beta, 0.0
-        try:
-            yield
-        finally:
-            self.beta = beta
-
     # Metrics
 
     def _sum(self, sums: torch.Tensor) -> torch.Tensor:
@@ -391,21 +367,9 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         total: torch.Tensor = self.accelerator.reduce(sums, reduction="sum")
         return total
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _note(self, found: dict[str, float]) -> None:
         for name, value in found.items():
-            self._metrics[self._mode][name].append(value)
-
-    def _replace_logged_advantages(self, found: torch.Tensor, mask: torch.Tensor) -> None:
-        """TRL's table of completions gets the mean advantage of each one's tokens."""
-        means = (found.sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        logged = gather_object(means)
-        for _ in range(min(len(logged), len(self._logs["advantages"]))):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(logged)
+            trl.add_metric(self, name, value)
 
     def _leave_samples(
         self, components: Mapping[str, torch.Tensor], values: torch.Tensor, found: torch.Tensor
@@ -427,27 +391,27 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         rollout = Rollout(
             scored["prompts"], scored["completions"], scored["ids"], scores, rewards, values, found
         )  # fmt: skip
-        write(self.run_log, self.state.global_step, rollout, self.args.sample_rows, self._tokenizer)
+        write(self.run_log, self.state.global_step, rollout, self.args.sample_rows, trl.tokenizer_of(self))
 
     # Saving
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._keep_head = True
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super().save_checkpoint(*args, **kwargs)
         finally:
             self._keep_head = False
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_weights(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """A checkpoint holds the value function; what `save_model` and `push_to_hub` export is the bare policy."""
         if self._keep_head or not self.has_critic:
-            super()._save(output_dir, state_dict)
+            super().save_weights(output_dir, state_dict)
             return
         kept = None
         if state_dict is not None:
             kept = {name: value for name, value in state_dict.items() if f"{VALUE_HEAD}." not in name}
         with bare(self.model):
-            super()._save(output_dir, kept)
+            super().save_weights(output_dir, kept)
 
 
 @dataclass
@@ -492,3 +456,9 @@ def _judged(column: torch.Tensor, name: str) -> Returned:
     if not torch.isfinite(column).all():
         raise ValueError(f"Reward model `{name}` gave {column.tolist()} – expected finite numbers.")
     return Returned(tokens=[None] * len(column), totals=column.tolist())
+
+
+def _mean_of_tokens(values: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Mean over each completion's tokens, of values (B, T) that are 0 elsewhere."""
+    means: list[float] = (values.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+    return means

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...activations.counted import counted
+from ..trl import loss_spans_the_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,10 +71,7 @@ class SequenceCounts(ABC):
             return 1 / max(int(counts.sum()), 1)
         steps, ranks = trainer.current_gradient_accumulation_steps, trainer.accelerator.num_processes
         everywhere = self.of_step(inputs, flag, len(counts))
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            accepts = trainer.model_accepts_loss_kwargs and num_items is not None
-            scaled = accepts or trainer.compute_loss_func is not None
+        scaled = loss_spans_the_step(trainer, num_items)
         # Engines average gradients over ranks. The trainer divides by the accumulation unless the loss already did.
         return ranks * (1 if scaled else steps) / everywhere if everywhere else 0.0
 

@@ -7,7 +7,7 @@ a term computes, nor where the reference's scores come from.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from ...activations.intervene import Intervention
 from ...activations.noise import causes
 from ...activations.ranks import from_rank_zero
 from ...activations.tap import Tap
+from ..trl import add_metric, using_given_reference
 from .batch import TermBatch
 from .counts import RolloutCounts, WindowCounts
 from .monitors import LossMonitors
@@ -130,24 +131,23 @@ class LossTerms:
         trainer, training = self.trainer, self.trainer.model.training
         weights = self._weights()
         trainer_inputs = inputs
-        precomputed = getattr(trainer, "precompute_ref_logps", None)
         self.scores.forget()
         self._look_again(inputs)
         for tap in self._taps:
             tap.clear()
             tap.open = True
         self._policy_tap.keep_kind = "policy" if training else "policy_no_grad"
+        changed = ExitStack()
         try:
             self.scores.before_pass(inputs, any(weights[term] and term.reference_readouts for term in self.terms))
             if any(weights[term] and term.per_pair for term in self.terms):
                 trainer_inputs = self._with_reference_log_probs(inputs, weights)
-                trainer.precompute_ref_logps = True
+                changed.enter_context(using_given_reference(trainer))
             for change in self._changes:
                 change.open = training
             yield trainer_inputs
         finally:
-            if precomputed is not None:
-                trainer.precompute_ref_logps = precomputed
+            changed.close()
             for hooks in self._hooks:
                 hooks.open = False
 
@@ -295,7 +295,6 @@ class LossTerms:
     def _log(self, metrics: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> dict[str, float]:
         """Put means over the sequences of all ranks into TRL's own averages: one collective."""
         means: dict[str, float] = {}
-        mode = "train" if self.trainer.model.training else "eval"
         if metrics:
             sums = torch.stack([values.detach().float().sum() for values in metrics.values()])
             counts = torch.tensor([len(values) for values in metrics.values()], device=sums.device, dtype=sums.dtype)
@@ -306,9 +305,9 @@ class LossTerms:
             for name, (total, count) in zip(metrics, both.T.tolist(), strict=True):
                 if count:
                     means[name] = total / count
-                    self.trainer._metrics[mode][name].append(means[name])
+                    add_metric(self.trainer, name, means[name])
         for name, weight in weights.items():
-            self.trainer._metrics[mode][f"interp/{name}/weight"].append(weight)
+            add_metric(self.trainer, f"interp/{name}/weight", weight)
         return means
 
 

@@ -16,6 +16,7 @@ from ...activations.counted import input_ids
 from ...activations.hook_points import has_adapters
 from ...activations.read import read, read_inputs, reference_pass
 from ...activations.tap import Tap
+from ..trl import precompute_engine
 from .readouts import Keyed
 
 if TYPE_CHECKING:
@@ -293,11 +294,7 @@ class PrecomputedScores(ReferenceScores):
         trainer = self.trainer
         if self.reference is not None or not trainer.is_deepspeed_enabled:
             return trainer.model_wrapped
-        if trainer._precompute_engine is None:  # TRL found its log-probs in a file
-            from trl.models import prepare_deepspeed
-
-            trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
-        return trainer._precompute_engine
+        return precompute_engine(trainer)
 
     def still(self, recheck: Recheck) -> None:
         """Nothing: the reference is not run again."""
