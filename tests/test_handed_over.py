@@ -754,7 +754,7 @@ def test_broken_files_and_options_end_in_one_line(case, model_folder, load, toke
 
     from tiny import make_card
 
-    import interp_rlhf.commands
+    import interp_rlhf.commands.probe
 
     written(tmp_path / "data.csv", ROWS)
     data, model, more = tmp_path / "data.csv", tmp_path / "model", []
@@ -780,7 +780,9 @@ def test_broken_files_and_options_end_in_one_line(case, model_folder, load, toke
         else:
             more = [f"--{case}", {"version": "0", "weight": "nan"}[case]]
         if case != "weights":
-            monkeypatch.setattr(interp_rlhf.commands, "_load", lambda name: pytest.fail("the model was loaded"))
+            monkeypatch.setattr(
+                interp_rlhf.commands.probe, "load_or_embedded", lambda name: pytest.fail("the model was loaded")
+            )
         fit = [
             "probe",
             "fit",

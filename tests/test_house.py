@@ -16,6 +16,7 @@ PACKAGE = ROOT / "interp_rlhf"
 # In the order in which data flows: a room imports only rooms above it. The report stands apart: it reads the run log.
 ROOMS = [
     "registry",
+    "extensions",
     "runlog",
     "messages",
     "activations",
@@ -36,7 +37,7 @@ ROOMS = [
 ALLOWED = {room: set(ROOMS[:i]) | {room} for i, room in enumerate(ROOMS)}
 ALLOWED["concepts"] |= {"sae"}
 ALLOWED["report"] = {"report", "runlog"}
-ALLOWED["cli"] = {"cli", "commands", "concepts", "__init__"}
+ALLOWED["cli"] = {"cli", "commands", "concepts", "validation", "extensions", "__init__"}
 
 
 def imports_of(path: Path) -> set[tuple[str, str]]:

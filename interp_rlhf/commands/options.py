@@ -1,0 +1,46 @@
+"""Arguments that several commands share, turned into objects.
+
+In: parsed arguments. Out: numbers, autoencoders, or a `ValueError`. It must not print.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..sae.files import load_sae
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+
+def latent_numbers(text: str | None) -> list[int] | None:
+    """Latents of the argument `--latents 12,80`; None if it is not given.
+
+    Raises:
+        `ValueError`: the text is not a list of numbers.
+    """
+    try:
+        return None if text is None else [int(index) for index in text.split(",")]
+    except ValueError:
+        raise ValueError(f"`--latents {text}` – expected numbers such as 12,80.") from None
+
+
+def autoencoder_of(arguments: argparse.Namespace, model: Any) -> Any:
+    """The autoencoder that the arguments name, with its hook point resolved on the model; None if they name none."""
+    where = {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
+    return None if arguments.sae is None else load_sae(arguments.sae, model=model, **where)
+
+
+def registered(entries: Mapping[str, Any], option: str, name: str) -> Any:
+    """The entry of a registry that an option names.
+
+    Raises:
+        `ValueError`: nothing is registered under this name.
+    """
+    if name not in entries:
+        raise ValueError(
+            f"`{option} {name}` – expected one of {', '.join(f'`{known}`' for known in sorted(entries))}. If a module of yours "
+            "registers it, pass `--module`."
+        )
+    return entries[name]

@@ -1,0 +1,159 @@
+"""`interp-rlhf probe`: fit a probe, check its card, add canaries to an older card.
+
+In: parsed arguments. Out: cards and artifacts on disk, text on the terminal, exit codes. Fitting and checking are in `concepts`
+and `validation`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..concepts.artifact import write_atomically
+from ..concepts.card import load_card, with_evidence
+from ..concepts.examples import load_examples
+from ..concepts.fitting import fit_probe, sweep_points
+from ..concepts.pooling import FITTED, POOLINGS
+from ..concepts.publish import plot_sweep, publish, require_new, with_canaries
+from ..embedded import load_or_embedded
+from ..validation.check import check_card
+from ..validation.gate import gate
+from ..validation.measures import MEASURES
+from .evidence_lines import print_findings
+from .options import autoencoder_of, latent_numbers, registered
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from ..concepts.card import Card
+    from ..concepts.examples import Examples
+    from ..concepts.fitting import Fit
+
+
+def probe_fit(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf probe fit`."""
+    latents = latent_numbers(arguments.latents)
+    _require_options_that_fit(arguments, latents)
+    require_new(
+        arguments.out, name=arguments.name, role=arguments.role, version=arguments.version, weight=arguments.weight
+    )
+    examples = load_examples(arguments.data, arguments.positive)
+    fit = _fit(arguments, latents, examples)
+    path = publish(
+        fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
+        version=arguments.version, pooling=None if arguments.pooling == "best" else arguments.pooling, weight=arguments.weight,
+    )  # fmt: skip
+    card = load_card(path).card
+    if arguments.json:
+        print(json.dumps(_fit_entry(fit, path, card, len(examples))))
+    else:
+        _print_fit(arguments, fit, path, card, len(examples))
+    return 0
+
+
+def _require_options_that_fit(arguments: argparse.Namespace, latents: list[int] | None) -> None:
+    """Raises `ValueError` where options of `probe fit` contradict each other. It runs before anything is loaded."""
+    if (arguments.kind == "sae_latents") != (arguments.sae is not None and latents is not None):
+        raise ValueError(
+            f"`--kind` is {arguments.kind}, `--sae` {arguments.sae}, `--latents` {arguments.latents} – expected both with "
+            "`--kind sae_latents`, and neither otherwise."
+        )
+    if arguments.kind == "sae_latents" and arguments.sweep is not None:
+        raise ValueError(
+            "`--sweep` is given with `--kind sae_latents` – expected none: the autoencoder reads at one place."
+        )
+    if latents is not None and len(set(latents)) < len(latents):
+        raise ValueError(f"`--latents {arguments.latents}` names one twice – expected each once.")
+    if arguments.pooling not in (None, "best"):
+        registered(POOLINGS, "--pooling", arguments.pooling)
+    if arguments.sweep is not None and arguments.sweep < 1:
+        raise ValueError(f"`--sweep` is {arguments.sweep} – expected every how many layers to look at, at least 1.")
+
+
+def _fit(arguments: argparse.Namespace, latents: list[int] | None, examples: Examples) -> Fit:
+    model, tokenizer, model_id = load_or_embedded(arguments.model)
+    every = 3 if arguments.sweep is None else arguments.sweep
+    points = [arguments.hook_point] if arguments.hook_point is not None else sweep_points(model, every)
+    return fit_probe(
+        model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
+        pooling=_poolings_to_fit(arguments.pooling), sae=autoencoder_of(arguments, model), latents=latents,
+        seed=arguments.seed, regularization=arguments.regularization, progress=True,
+    )  # fmt: skip
+
+
+def _poolings_to_fit(pooling: str | None) -> str | list[str]:
+    """The poolings that a probe is fitted for, given `--pooling`. Poolings without a fit of their own read the mean's probe."""
+    return list(FITTED) if pooling == "best" else pooling if pooling in FITTED else "mean"
+
+
+def _fit_entry(fit: Fit, path: Path, card: Card, examples: int) -> dict[str, Any]:
+    curve = [
+        {
+            "hook_point": point.hook_point, "pooling": point.pooling, "auroc": round(point.auroc, 4),
+            "std": round(point.std, 4), "log_loss": round(point.log_loss, 4),
+        } for point in fit.curve
+    ]  # fmt: skip
+    return {
+        "card": str(path), "hook_point": card.readout.hook_point, "pooling": card.readout.pooling, "examples": examples,
+        "sweep": curve,
+    }  # fmt: skip
+
+
+def _print_fit(arguments: argparse.Namespace, fit: Fit, path: Path, card: Card, examples: int) -> None:
+    if fit.curve:
+        figure = path.with_suffix(".sweep.svg")
+        plot_sweep(fit.curve, figure, f"{arguments.name}: cross-validated on {examples} examples")
+        for point in fit.curve:
+            chosen = point.hook_point == card.readout.hook_point and point.pooling == fit.artifact.header.pooling
+            mark = "  ← chosen" if chosen else ""
+            print(f"{point.hook_point:>32}  {point.pooling:>9}  AUROC {point.auroc:.3f} ± {point.std:.3f}{mark}")
+        print(f"curve: {figure}")
+    print(f"card: {path} ({card.readout.pooling} pooling at {card.readout.hook_point}, {examples} examples)")
+    print(f"next: interp-rlhf probe check {path} --fit-data {arguments.data} --data HELD_OUT")
+
+
+def probe_canaries(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf probe canaries`."""
+    card = load_card(arguments.card)
+    model, tokenizer, _ = load_or_embedded(arguments.model)
+    path = with_canaries(card, model, tokenizer)
+    if arguments.json:
+        print(json.dumps({"card": str(path), "version": load_card(path).card.version}))
+        return 0
+    print(f"card: {path}, with canaries and without evidence")
+    print(f"next: interp-rlhf probe check {path} --fit-data FIT --data HELD_OUT")
+    return 0
+
+
+def probe_check(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf probe check`."""
+    card = load_card(arguments.card)
+    if card.card.evidence is not None and not arguments.replace:
+        raise ValueError(
+            f"`{arguments.card}` has evidence already – expected none. Pass `--replace` to write it again."
+        )
+    measures = {name: registered(MEASURES, "--measure", name)() for name in arguments.measure}
+    paths = {"fit": arguments.fit_data, "check": arguments.data, "completions": arguments.completions}
+    examples = {name: load_examples(path, arguments.positive) for name, path in paths.items() if path is not None}
+    model, tokenizer, _ = load_or_embedded(arguments.model)
+    evidence = check_card(
+        card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),
+        measures=measures, sae=autoencoder_of(arguments, model), seed=arguments.seed,
+        command="interp-rlhf " + shlex.join(sys.argv[1:]), progress=True,
+    )  # fmt: skip
+    write_atomically(card.path, with_evidence(card.path.read_text(encoding="utf-8"), evidence).encode())
+    checked = load_card(card.path).card
+    reasons = gate(checked)
+    if arguments.json:
+        print(json.dumps({"card": str(card.path), "passed": not reasons, "reasons": reasons, **evidence.model_dump()}))
+    else:
+        print_findings("held out", evidence.held_out)
+        if evidence.completions is not None:
+            print_findings("the model's own completions", evidence.completions)
+        print(
+            f"\n{card.path}: " + ("may be a reward" if not reasons else "may be a monitor only: " + "; ".join(reasons))
+        )
+    return int(bool(reasons) and checked.role != "monitor")

@@ -1,0 +1,126 @@
+"""`interp-rlhf sae inspect` and `sae find`: pages of latents, and latents that tell two sets of texts apart.
+
+In: parsed arguments. Out: a log and a page, text on the terminal. The search and the inspection are in `validation`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..concepts.examples import load_examples, make_examples
+from ..concepts.readout import Readout
+from ..drift.compare import load_texts
+from ..embedded import load_or_embedded
+from ..runlog.log import jsonable
+from ..sae.reading import Reading
+from ..validation.finding import find_latents
+from ..validation.inspecting import inspect_latents
+from .console import print_aligned, shown_interval
+from .latent_files import page_path, write_latent_files
+from .options import autoencoder_of, latent_numbers
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from ..concepts.examples import Examples
+    from ..validation.finding import Found
+    from ..validation.inspecting import Inspection, LatentPage
+
+
+def sae_inspect(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf sae inspect`."""
+    started, out = time.monotonic(), page_path(arguments.out)
+    how = Reading(context_length=arguments.context_length, window=arguments.window)
+    texts, chosen = load_texts(arguments.texts), latent_numbers(arguments.latents)
+    labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
+    readouts = [Readout.from_card(path) for path in arguments.probe]
+    drawn = arguments.random is not None
+    top = arguments.random if drawn else 20 if arguments.top is None else arguments.top
+    model, tokenizer, model_id = load_or_embedded(arguments.model)
+    inspection = inspect_latents(
+        model, tokenizer, autoencoder_of(arguments, model), texts, latents="random" if drawn else chosen,
+        top=top, contexts=arguments.contexts, labelled=labelled, readouts=readouts, seed=arguments.seed,
+        whole=not arguments.only_chosen, how=how, progress=not arguments.json,
+    )  # fmt: skip
+    files = write_latent_files(arguments, model_id, "latents", inspection.event(), started, out)
+    if arguments.json:
+        print(json.dumps(jsonable({**inspection.event(), "files": files})))
+        return 0
+    _print_inspection(inspection, readouts, labelled is not None)
+    print(f"\nchosen: {inspection.chosen}\npage: {files[-1]}")
+    return 0
+
+
+def _print_inspection(inspection: Inspection, readouts: Sequence[Readout], labelled: bool) -> None:
+    whole = inspection.whole
+    if whole is not None:
+        print(f"{whole.texts} texts, {whole.tokens} tokens: FVU {whole.fvu:.3f}, L0 {whole.l0:.1f}, "
+              f"dead {100 * whole.dead:.1f} %")  # fmt: skip
+    columns = ["latent", "density", "mean on", "maximum", *(f"cos {readout.name}" for readout in readouts)]
+    columns += ["precision", "recall", "AUROC"] if labelled else []
+    print_aligned([*columns, "promotes"], [_row_of_page(page) for page in inspection.pages])
+
+
+def _row_of_page(page: LatentPage) -> list[str]:
+    where = page.contexts
+    row = [str(page.index), f"{100 * where.density:.3g} %", f"{where.mean:.3g}", f"{where.maximum:.3g}"]
+    row += [f"{value:+.2f}" for value in page.cosines.values()]
+    if page.detection is not None:
+        precision = page.detection.precision
+        row += ["–" if precision is None else f"{precision:.2f}", f"{page.detection.recall:.2f}"]
+        row += [f"{page.detection.auroc[0]:.2f}"]
+    return [*row, " ".join(repr(promoted.piece) for promoted in page.promoted[:5])]
+
+
+def sae_find(arguments: argparse.Namespace) -> int:
+    """`interp-rlhf sae find`."""
+    started, out = time.monotonic(), None if arguments.out is None else page_path(arguments.out)
+    examples = _two_sides(arguments.positive, arguments.negative)
+    model, tokenizer, model_id = load_or_embedded(arguments.model)
+    latents = find_latents(
+        model, tokenizer, autoencoder_of(arguments, model), examples, arguments.held_out_fraction,
+        top=arguments.top, seed=arguments.seed, progress=not arguments.json,
+    )  # fmt: skip
+    files: list[str] = []
+    if out is not None:
+        files = write_latent_files(arguments, model_id, "latents_found", latents.event(), started, out)
+    if arguments.json:
+        print(json.dumps(jsonable({**latents.event(), "files": files})))
+        return 0
+    _print_ranking(latents, examples.label_names)
+    if files:
+        print(f"\npage: {files[-1]}")
+    return 0
+
+
+def _two_sides(positive: str, negative: str) -> Examples:
+    """Texts of two files as labelled examples; the labels are called as the files are, where their names differ."""
+    rows = [
+        {**(text if isinstance(text, dict) else {"text": text}), "label": label}
+        for label, path in ((1, positive), (0, negative))
+        for text in load_texts(path)
+    ]
+    names = Path(negative).stem, Path(positive).stem
+    names = names if names[0] != names[1] else ("negative", "positive")
+    return replace(make_examples(rows, source=f"{positive} and {negative}"), label_names=names)
+
+
+def _print_ranking(latents: Found, names: Sequence[str]) -> None:
+    print(f"{latents.examples[0]} examples to choose on, {latents.examples[1]} to report on; {latents.pooling} over tokens; "
+          f"L0 {latents.l0:.1f}")  # fmt: skip
+    table = [
+        [f"latent {one.index}", names[one.sign == 1], f"{one.fit_auroc:.3f}", shown_interval(one.held_out), ""]
+        for one in latents.latents
+    ]
+    table.append(["dense probe", "", "", shown_interval(latents.probe), shown_interval(latents.less_probe, "+")])
+    table.append(["TF-IDF", "", "", shown_interval(latents.tfidf), shown_interval(latents.less_tfidf, "+")])
+    best = max(latents.random)
+    for number, one in enumerate(latents.random, 1):
+        less = shown_interval(latents.less_random, "+") if one == best else ""
+        table.append([f"random dictionary {number}", "", "", shown_interval(one), less])
+    print_aligned(["what", "higher on", "AUROC fit", "AUROC held out", "best latent less this"], table)
