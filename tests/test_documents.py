@@ -23,6 +23,7 @@ DOCUMENTS = sorted(
     ]
 )
 PLACES = ("benchmarks", "docs", "interp_rlhf", "recipes", "reward", "tests", "tools")
+PLACES += tuple(path.name for path in (ROOT / "interp_rlhf").iterdir() if path.is_dir() and path.name in ROOMS)
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
