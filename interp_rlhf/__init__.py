@@ -46,6 +46,7 @@ _HOMES = {
     "read": "activations",
     "register_measure": "validation.measures",
     "register_pooling": "concepts.pooling",
+    "register_sae_format": "sae.formats",
     "register_term": "training.terms.registry",
     "write_report": "report",
 }
@@ -84,6 +85,7 @@ __all__ = [
     "read",
     "register_measure",
     "register_pooling",
+    "register_sae_format",
     "register_term",
     "write_report",
 ]
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from .drift.callback import DriftCallback
     from .drift.config import DriftConfig
     from .report import write_report
+    from .sae.formats import register_sae_format
     from .trainers import (
         InterpDPOTrainer,
         InterpGRPOTrainer,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy
@@ -19,7 +20,10 @@ from tiny import make_model, with_lora
 from interp_rlhf.activations.hook_points import output_tensor, resolve
 from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder
 from interp_rlhf.sae.files import load_sae, save_sae
+from interp_rlhf.sae.formats import SAE_FORMATS, register_sae_format
 from interp_rlhf.sae.hook_names import Layout, module_path
+from interp_rlhf.sae.known_formats import format_titles, known_formats
+from interp_rlhf.sae.raw_file import Contents
 
 # D = 2, S = 3. For x = (3, 2): x W_enc + b_enc = (3, 2 − 1, 3 − 2 + 0.5) = (3, 1, 1.5).
 # With b_dec = (1, −1) subtracted first, x' = (2, 3): (2, 3 − 1, 2 − 3 + 0.5) = (2, 2, −0.5).
@@ -276,7 +280,7 @@ def test_an_autoencoder_is_overwritten_only_when_that_is_asked_for(tmp_path):
     save_sae(random_sae("topk"), folder, replace=True)
     assert load_sae(folder).spec.architecture == "topk"
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds `notes.txt` – expected a folder of its own"):
+    with pytest.raises(FileExistsError, match=r"holds `notes.txt` – expected a separate folder"):
         save_sae(random_sae("standard"), folder, replace=True)
     assert (folder / "notes.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sae"]
@@ -364,6 +368,70 @@ def test_all_problems_of_a_file_are_in_one_error(tmp_path):
         "`blocks.1.attn.hook_z` is the heads before the output projection",
     ):
         assert problem in said, problem
+
+
+@pytest.mark.parametrize("form", known_formats(), ids=lambda form: form.title)
+def test_every_format_lists_all_problems_of_a_file_in_one_error(tmp_path, form):
+    """Three tensors are wrong in each format, and the file does not say its hook point."""
+    tensors = {"W_dec": torch.full((3, 2), float("nan")), "extra": torch.ones(1)}
+    if form.weights.endswith(".npz"):
+        numpy.savez(tmp_path / form.weights, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    else:
+        save_file(tensors, tmp_path / form.weights)
+    if form.config is not None:
+        metadata = {"metadata": {"sae_lens_version": "6.54.12"}} if form.title == "sae-lens" else {}
+        config = {"architecture": "standard", "d_in": 2, "d_sae": 3, "num_latents": 3, "k": 2} | metadata
+        (tmp_path / form.config).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(f"`{tmp_path / form.weights}` ({form.title}) has ")) as caught:
+        load_sae(tmp_path)
+    said = str(caught.value)
+    for problem in (
+        "no tensor `",
+        "tensor `extra` is unknown",
+        "`W_dec` is not finite",
+        "does not say its hook point",
+    ):
+        assert problem in said, problem
+
+
+def test_a_format_that_a_user_registers_is_read_and_found_and_named_by_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(SAE_FORMATS, "_entries", dict(SAE_FORMATS))
+
+    @register_sae_format("mine", title="my format", weights="mine.npz", config="mine.json", config_required=False)
+    def read_mine(raw):
+        tensors = raw.take({"rows": (None, 2), "bias": (None,)})
+        rows = tensors["rows"]
+        ours = {"encoder": rows, "encoder_bias": tensors["bias"], "decoder": rows, "decoder_bias": torch.zeros(2)}
+        return Contents("standard", ours, reads=raw.config.get("hook", "layers.0"))
+
+    numpy.savez(tmp_path / "mine.npz", rows=W_DEC.numpy(), bias=B_ENC.numpy())
+    # (3, 2) on the rows (1, 0), (0, 2), (1, 1), plus the bias (0, −1, 0.5)
+    for source in (tmp_path, tmp_path / "mine.npz"):
+        sae = load_sae(source)
+        close(sae.encode(X), [3, 3, 5.5])
+        assert (sae.spec.hook_point, sae.spec.source["format"]) == ("model.layers.0", "my format")
+    (tmp_path / "mine.json").write_text('{"hook": "layers.2"}')
+    assert load_sae(tmp_path).spec.hook_point == "model.layers.2"
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"holds no autoencoder – expected .*`mine\.npz`"):
+        load_sae(tmp_path / "other")
+    assert "my format" in format_titles()
+    register_sae_format("mine", title="my format", weights="mine.npz", config="mine.json", config_required=False)(
+        read_mine
+    )
+    with pytest.raises(ValueError, match="`mine` is already registered"):
+        register_sae_format("mine", weights="mine.npz")(lambda raw: None)
+    with pytest.raises(ValueError, match=r"`params\.npz`, which is the file name of the format `gemma_scope`"):
+        register_sae_format("another", weights="params.npz")(read_mine)
+    with pytest.raises(ValueError, match=r"'ae\.pt' – expected a file name that ends in one of `\.npz`"):
+        register_sae_format("another", weights="ae.pt")
+
+
+def test_an_npz_file_of_another_name_is_not_taken_for_gemma_scope(tmp_path):
+    arrays = {name: tensor.numpy() for name, tensor in LINEAR.items()} | {"threshold": numpy.ones(3)}
+    numpy.savez(tmp_path / "features.npz", **arrays)
+    with pytest.raises(ValueError, match=r"`.*features\.npz` is no file of a known format.*expected .*`params\.npz`"):
+        load_sae(tmp_path / "features.npz", hook_point="model.layers.1")
 
 
 @pytest.mark.parametrize(

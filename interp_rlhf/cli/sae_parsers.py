@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..sae.known_formats import format_titles
 from .shared import DATA_HELP, MODEL_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _add_sae_source(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "sae",
         metavar="SAE",
-        help="folder, file or Hub id: sae-lens, sparsify, Gemma Scope, or a format that a `--module` registers",
+        help=f"folder, file or Hub id: {format_titles()}, or a format that a `--module` registers",
     )
     add_sae_place(command)
     command.add_argument(

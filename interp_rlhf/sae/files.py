@@ -1,7 +1,8 @@
-"""Sparse autoencoders from and to files: sae-lens, sparsify and Gemma Scope, without their libraries.
+"""Sparse autoencoders from and to files, without the libraries that wrote them.
 
-In: a folder, a file or a Hub id. Out: a `SparseAutoencoder` that says where it came from; and back, whole or not at all. Formats
-have readers of their own beside this module; everything is float32, nothing is unpickled.
+In: a folder, a file or a Hub id. Out: a `SparseAutoencoder` that says where it came from, in float32. For writing: an autoencoder
+goes in, a folder comes out, whole or not at all. Nothing is unpickled. It must not know what a format's config and tensors mean:
+each format has a reader in its `format_<name>.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import zipfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +22,15 @@ import torch
 from ..activations.hook_points import resolve
 from ..concepts.artifact import folder_aside, load_tensors
 from .autoencoder import SaeSpec, SparseAutoencoder
-from .format_gemma_scope import read_gemma_scope, read_gemma_scope_2
-from .format_sae_lens import read_sae_lens, write_sae_lens
-from .format_sparsify import read_sparsify
-from .formats import RawFile
+from .format_sae_lens import CONFIG, WEIGHTS, write_sae_lens
 from .hook_names import Layout, module_path
-from .locate import FILES, locate
+from .locate import locate_sae
+from .raw_file import RawFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .formats import Contents
-
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-# Name and reader of a format by the name of the file with the weights.
-FORMATS: dict[str, tuple[str, Callable[[RawFile], Contents]]] = {
-    WEIGHTS: ("sae-lens", read_sae_lens),
-    "sae.safetensors": ("sparsify", read_sparsify),
-    "params.npz": ("gemma-scope", read_gemma_scope),
-    "params.safetensors": ("gemma-scope-2", read_gemma_scope_2),
-}
+    from .formats import SaeFormat
+    from .locate import SaeLocation
+    from .raw_file import Contents
 
 
 def load_sae(
@@ -51,40 +42,39 @@ def load_sae(
     hook_point: str | None = None,
     output_point: str | None = None,
 ) -> SparseAutoencoder:
-    """A sparse autoencoder or transcoder of a file, with float32 weights.
+    """A sparse autoencoder or transcoder from a file, with float32 weights.
 
     Args:
-        source (`str` or `Path`): a folder, the file with the weights, or a Hub id. Formats: sae-lens 6
-            (`sae_weights.safetensors`), sparsify (`sae.safetensors`), Gemma Scope (`params.npz`) and Gemma Scope 2
-            (`params.safetensors`), each with its config beside it.
-        revision (`str`, *optional*): branch, tag or commit on the Hub; the commit that was read is in `spec.source`.
+        source (`str` or `Path`): a folder, the file with the weights, or a Hub id. The file name of the weights tells the format:
+            sae-lens 6 (`sae_weights.safetensors`), sparsify (`sae.safetensors`), Gemma Scope (`params.npz`), Gemma Scope 2
+            (`params.safetensors`), and formats that `register_sae_format` added. The config is expected in the same folder.
+        revision (`str`, *optional*): branch, tag or commit on the Hub. `spec.source` names the commit that was read.
         subfolder (`str`, *optional*): folder in it, such as sparsify's `layers.3`.
-        model (`nn.Module`, *optional*): the causal LM to read: the file's hook name becomes a module of it, and its width is
-            compared. Without it, module names are those of Llama, or of GPT-2 and Gemma by the model's name in the file.
-        hook_point (`str`, *optional*): module path whose output it reads, in place of what the file says.
-        output_point (`str`, *optional*): module path whose output a transcoder predicts, in place of what the file says.
+        model (`nn.Module`, *optional*): the causal LM whose activations are encoded. The file's hook name becomes a module path
+            of this model, and the widths are compared. Without a model, module paths are those of Llama, or of GPT-2 or Gemma if
+            the model's name in the file says so.
+        hook_point (`str`, *optional*): module path whose output is encoded, instead of the one in the file.
+        output_point (`str`, *optional*): module path whose output a transcoder predicts, instead of the one in the file.
+
+    Returns:
+        `SparseAutoencoder`: its `spec.source` says where it came from.
 
     Raises:
         `FileNotFoundError`: no such folder or file.
         `OSError`: the Hub cannot be reached, or has no such repository.
-        `ValueError`: no autoencoder in it, a truncated file, one of sae-lens before version 6, or one that is wrong: the error
-            lists all that is.
+        `ValueError`: no autoencoder there, a truncated file, a file of sae-lens before version 6, or a file with problems. The
+            error lists all problems.
     """
-    found = locate(source, revision, subfolder)
-    form, read = FORMATS.get(found.weights.name, FORMATS["params.npz"])
-    raw = RawFile(found.weights.parent, found.origin, _config(found.weights, form), _tensors(found.weights))
-    contents = read(raw)
-    layout = Layout.of_name(contents.model_id) if model is None else Layout.of_model(model)
-    reads = hook_point or _point(contents.reads, "hook_point", layout, raw.problems)
-    predicts = None
-    if contents.transcoder or output_point:
-        predicts = output_point or _point(contents.predicts, "output_point", layout, raw.problems)
-    for point in filter(None, (reads, predicts)) if model is not None else ():
-        _check_point(model, point, raw.problems)
+    place = locate_sae(source, revision, subfolder)
+    raw = RawFile(place.weights.parent, place.origin, _config(place), _weights_in(place.weights))
+    contents = place.form.read(raw)
+    reads, predicts = _points(contents, raw.problems, model, hook_point, output_point)
     if raw.problems:
         listed = "\n".join(f"  - {problem}" for problem in raw.problems)
-        raise ValueError(f"`{found.weights}` ({form}) has {len(raw.problems)} problem(s):\n{listed}")
-    origin = {**found.source, "sha256": _sha256(found.weights), "format": form, "hook_name": contents.reads}
+        raise ValueError(f"`{place.weights}` ({place.form.title}) has {len(raw.problems)} problem(s):\n{listed}")
+    origin = {
+        **place.source, "sha256": _sha256(place.weights), "format": place.form.title, "hook_name": contents.reads,
+    }  # fmt: skip
     spec = SaeSpec(
         contents.architecture, str(reads), k=contents.k, normalization=contents.normalization, restore=predicts is None,
         output_point=predicts, model_id=contents.model_id, source=origin | {"metadata": contents.metadata},
@@ -98,21 +88,23 @@ def load_sae(
 def save_sae(
     sae: SparseAutoencoder, folder: str | Path, *, metadata: dict[str, Any] | None = None, replace: bool = False
 ) -> str:
-    """Write it in the format of sae-lens, `cfg.json` and `sae_weights.safetensors`, which sae-lens and `load_sae` read.
+    """Write an autoencoder in the format of sae-lens, which sae-lens and `load_sae` read.
 
-    The folder appears whole or not at all; one that is replaced stays as it was until the new one is written.
+    The folder with `cfg.json` and `sae_weights.safetensors` appears whole or not at all. An older one stays until the new one is
+    written.
 
     Args:
-        sae (`SparseAutoencoder`): all but group-max, a TopK or gated transcoder, and an autoencoder with a skip path.
-        folder (`str` or `Path`): a folder of its own.
-        metadata (`dict`, *optional*): JSON values kept in `cfg.json` under `metadata`, and in `spec.source` when it is loaded.
-        replace (`bool`, defaults to `False`): whether an autoencoder that is there is replaced.
+        sae (`SparseAutoencoder`): any except group-max, a TopK or gated transcoder, and an autoencoder with a skip path.
+        folder (`str` or `Path`): a separate folder.
+        metadata (`dict`, *optional*): JSON values. `cfg.json` keeps them under `metadata`; after loading they are in
+            `spec.source`.
+        replace (`bool`, defaults to `False`): whether an autoencoder in that folder may be replaced.
 
     Returns:
-        SHA-256 of the file with the weights.
+        `str`: SHA-256 of the file with the weights.
 
     Raises:
-        `FileExistsError`: there is one and `replace` is false, or there are files of somebody else.
+        `FileExistsError`: the folder holds an autoencoder and `replace` is false, or it holds other files.
         `ValueError`: the format has no such autoencoder.
     """
     from safetensors.torch import save_file
@@ -125,31 +117,38 @@ def save_sae(
         save_file(tensors, new / WEIGHTS)
         (new / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         digest = _sha256(new / WEIGHTS)
-        for path, mode in ((new / WEIGHTS, 0o644), (new, 0o755)):  # both were made for this user only
+        for path, mode in (
+            (new / WEIGHTS, 0o644),
+            (new, 0o755),
+        ):  # the temporary folder is readable for this user only
             os.chmod(path, mode)
         _swap(new, folder)
     return digest
 
 
-def _config(weights: Path, form: str) -> dict[str, Any]:
-    name = FILES.get(weights.name)
-    if name is None:
+def _config(place: SaeLocation) -> dict[str, Any]:
+    form: SaeFormat = place.form
+    if form.config is None:
         return {}
-    path = weights.with_name(name)
+    path = place.weights.with_name(form.config)
     if not path.exists():
-        if form == "gemma-scope-2":  # some of its folders have none
+        if not form.config_required:
             return {}
-        raise FileNotFoundError(f"`{path}` does not exist – expected the config of {form} beside `{weights.name}`.")
+        raise FileNotFoundError(
+            f"`{path}` does not exist – expected the config of {form.title} next to `{place.weights.name}`."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`{path}` is not JSON ({error}) – it may be truncated: copy it again.") from None
     if not isinstance(config, dict):
-        raise ValueError(f"`{path}` holds a {type(config).__name__} – expected a JSON object, the config of {form}.")
+        raise ValueError(
+            f"`{path}` holds a {type(config).__name__} – expected a JSON object, the config of {form.title}."
+        )
     return config
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _weights_in(path: Path) -> dict[str, torch.Tensor]:
     import numpy
     from safetensors import SafetensorError
 
@@ -163,11 +162,25 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             f"`{path}` ({path.stat().st_size} bytes) is not a whole {path.suffix[1:]} file ({error}). It may be truncated: copy "
             "or fetch it again."
         ) from None
-    except (ValueError, TypeError) as error:  # pickled objects, or numbers that torch has no type for
+    except (ValueError, TypeError) as error:  # pickled objects, or numbers for which torch has no type
         raise ValueError(
             f"`{path}` cannot be read as plain arrays ({error}) – expected floating-point arrays; pickled ones are never loaded. "
-            "Save it anew with `numpy.savez`."
+            "Save it again with `numpy.savez`."
         ) from None
+
+
+def _points(
+    contents: Contents, problems: list[str], model: Any, hook_point: str | None, output_point: str | None
+) -> tuple[str | None, str | None]:
+    """Hook points of the activations that are encoded and, by a transcoder, predicted. An argument overrides the file."""
+    layout = Layout.of_name(contents.model_id) if model is None else Layout.of_model(model)
+    reads = hook_point or _point(contents.reads, "hook_point", layout, problems)
+    predicts = None
+    if contents.transcoder or output_point:
+        predicts = output_point or _point(contents.predicts, "output_point", layout, problems)
+    for point in filter(None, (reads, predicts)) if model is not None else ():
+        _check_point(model, point, problems)
+    return reads, predicts
 
 
 def _point(name: Any, argument: str, layout: Layout, problems: list[str]) -> str | None:
@@ -199,7 +212,7 @@ def _check_free(folder: Path, replace: bool) -> None:
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
     if others := [name for name in there if name not in (CONFIG, WEIGHTS)]:
         raise FileExistsError(
-            f"`{folder}` holds {', '.join(f'`{name}`' for name in others[:5])} – expected a folder of its own."
+            f"`{folder}` holds {', '.join(f'`{name}`' for name in others[:5])} – expected a separate folder."
         )
     if there and not replace:
         raise FileExistsError(
@@ -208,15 +221,14 @@ def _check_free(folder: Path, replace: bool) -> None:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put the new folder in place of the old, if any; the old one comes back if that fails."""
+    """Put the new folder in place of the old one. If that fails, the old one comes back."""
     if not folder.exists():
         os.replace(new, folder)
         return
     old = new.with_name(f"{new.name}-old")
     os.replace(folder, old)
-    try:
+    with ExitStack() as undo:
+        undo.callback(os.replace, old, folder)
         os.replace(new, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
+        undo.pop_all()
     shutil.rmtree(old, ignore_errors=True)

@@ -1,27 +1,30 @@
 """The format of sae-lens 6: `cfg.json` and `sae_weights.safetensors`, read and written.
 
-In: a `RawFile`. Out: `Contents`; and back from a `SparseAutoencoder` to a config and tensors. It must not know where files come
-from. Source: sae-lens 6.54.12, `sae_lens/saes`; BatchTopK and Matryoshka autoencoders are JumpReLU in it.
+In: a `RawFile`. Out: `Contents`. For writing: a `SparseAutoencoder` goes in, a config and tensors come out. It must not know
+where files come from. Source: sae-lens 6.54.12, `sae_lens/saes`. The format keeps BatchTopK and Matryoshka autoencoders as
+JumpReLU.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from .formats import Contents
-from .hook_names import transformer_lens_name
+from .formats import register_sae_format
+from .raw_file import Contents
 
 if TYPE_CHECKING:
+    import torch
+
     from ..concepts.latents import Normalization
     from .autoencoder import Architecture, SaeSpec, SparseAutoencoder
-    from .formats import RawFile, Shape
+    from .raw_file import RawFile, Shape
 
 logger = logging.getLogger(__name__)
 
-# Of the format that is written; a reader takes a file without it for one from before version 6.
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+# Version of the format that is written. Readers take a file without it for one from before version 6.
 VERSION = "6.54.12"
 ARCHITECTURES: dict[str, Architecture] = {
     "standard": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated", "transcoder": "standard",
@@ -32,8 +35,9 @@ _CHECKPOINTS = ("batchtopk", "matryoshka_batchtopk")
 _SCALER = "activation_scaler.json"
 
 
+@register_sae_format("sae_lens", title="sae-lens", weights=WEIGHTS, config=CONFIG)
 def read_sae_lens(raw: RawFile) -> Contents:
-    """What a file of sae-lens says.
+    """Contents of a file of sae-lens.
 
     Raises:
         `ValueError`: the file is from before version 6. Everything else is noted in `raw.problems`.
@@ -46,16 +50,16 @@ def read_sae_lens(raw: RawFile) -> Contents:
         raw.problems.append(f"`apply_b_dec_to_input` is true – `{named}` has a `b_dec` of another activation")
     k = raw.number("k") if named == "topk" else None
     rescaled = named == "topk" and raw.flag("rescale_acts_by_decoder_norm", False)
-    if "log_threshold" in raw.tensors:  # of an early training checkpoint
+    if "log_threshold" in raw.tensors:  # early training checkpoints have this one
         raw.tensors["threshold"] = raw.tensors.pop("log_threshold").exp()
-    found = raw.take(_shapes(raw, named, transcoder, skip)) if named in ARCHITECTURES else {}
+    file = raw.take(_shapes(raw, named, transcoder, skip)) if named in ARCHITECTURES else {}
     if k is not None and isinstance(size := raw.config.get("d_sae"), int) and k > size:
         raw.problems.append(f"`k` is {k} – expected at most {size}, the number of latents")
     metadata: dict[str, Any] = raw.config.get("metadata") or {}
     _warn_of_processing(metadata)
     return Contents(
         architecture=ARCHITECTURES.get(named, "standard"), k=k, normalization=_normalization(raw), transcoder=transcoder,
-        tensors={} if raw.problems else _tensors(found, centred, rescaled),
+        tensors={} if raw.problems else _our_tensors(file, centred, rescaled),
         reads=metadata.get("hf_hook_name") or metadata.get("hook_name"),
         predicts=metadata.get("hf_hook_name_out") or metadata.get("hook_name_out"),
         model_id=str(metadata.get("model_name") or ""), metadata=metadata,
@@ -69,7 +73,7 @@ def write_sae_lens(sae: SparseAutoencoder, metadata: dict[str, Any]) -> tuple[di
         `ValueError`: the format has no such autoencoder.
     """
     spec = sae.spec
-    named = _named(sae)
+    named = _their_architecture(sae)
     tensors, centred = _file_tensors(sae)
     config = {
         "architecture": named, "d_in": sae.width, "d_sae": sae.size, "dtype": "float32", "device": "cpu",
@@ -121,13 +125,13 @@ def _normalization(raw: RawFile) -> Normalization:
     if value == "expected_average_only_in":
         if (raw.folder / _SCALER).exists():
             raw.problems.append(
-                f"`normalize_activations` is `{value}` and `{_SCALER}` lies beside it – a checkpoint of training whose weights "
+                f"`normalize_activations` is `{value}` and the folder has `{_SCALER}` – a checkpoint of training whose weights "
                 "expect scaled activations. Fold it with sae-lens: `sae = SAE.load_from_disk(OLD); "
                 f"sae.fold_activation_norm_scaling_factor(SCALING_FACTOR); sae.save_model(NEW)`, with the factor in `{_SCALER}`"
             )
         else:
             logger.warning(
-                "`%s` says `%s`: read as sae-lens reads it, without any scale. Right only if that is folded into the weights.",
+                "`%s` says `%s`: read as sae-lens reads it, without any scale. Right only if the weights contain that scale.",
                 raw.origin, value,
             )  # fmt: skip
         return "none"
@@ -136,8 +140,8 @@ def _normalization(raw: RawFile) -> Normalization:
 
 def _warn_of_processing(metadata: dict[str, Any]) -> None:
     processed = metadata.get("model_from_pretrained_kwargs")
-    given = processed if isinstance(processed, dict) else {}
-    if on := [key for key in ("center_writing_weights", "fold_ln") if given.get(key)]:
+    options = processed if isinstance(processed, dict) else {}
+    if on := [key for key in ("center_writing_weights", "fold_ln") if options.get(key)]:
         logger.warning(
             "Trained on a model that TransformerLens had changed (%s): its activations are not those of the Hugging Face model.",
             ", ".join(on),
@@ -158,22 +162,22 @@ def _shapes(raw: RawFile, named: str, transcoder: bool, skip: bool) -> dict[str,
     return shapes
 
 
-def _tensors(found: dict[str, torch.Tensor], centred: bool, rescaled: bool) -> dict[str, torch.Tensor]:
-    encoder, decoder = found["W_enc"].T, found["W_dec"]
-    bias = found["b_gate"] if "b_gate" in found else found["b_enc"]
-    if rescaled:  # latents are in units of the decoder's norm; where it was folded already, the norm is 1
+def _our_tensors(file: dict[str, torch.Tensor], centred: bool, rescaled: bool) -> dict[str, torch.Tensor]:
+    encoder, decoder = file["W_enc"].T, file["W_dec"]
+    bias = file["b_gate"] if "b_gate" in file else file["b_enc"]
+    if rescaled:  # latents are in units of the decoder's norm, which is 1 if it was folded before
         norm = decoder.norm(dim=1)
         encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm.clamp(min=1e-8)[:, None]
-    tensors = {"encoder": encoder, "encoder_bias": bias, "decoder": decoder, "decoder_bias": found["b_dec"]}
+    tensors = {"encoder": encoder, "encoder_bias": bias, "decoder": decoder, "decoder_bias": file["b_dec"]}
     if centred:
-        tensors["center"] = found["b_dec"]
-    if "r_mag" in found:
-        tensors |= {"gate_scale": found["r_mag"].exp(), "gate_bias": found["b_mag"]}
+        tensors["center"] = file["b_dec"]
+    if "r_mag" in file:
+        tensors |= {"gate_scale": file["r_mag"].exp(), "gate_bias": file["b_mag"]}
     same = {"threshold": "threshold", "skip": "W_skip"}
-    return tensors | {ours: found[theirs] for ours, theirs in same.items() if theirs in found}
+    return tensors | {ours: file[theirs] for ours, theirs in same.items() if theirs in file}
 
 
-def _named(sae: SparseAutoencoder) -> str:
+def _their_architecture(sae: SparseAutoencoder) -> str:
     spec, skip = sae.spec, sae.skip is not None
     transcoder = spec.output_point is not None
     named: str = spec.architecture
@@ -197,15 +201,17 @@ def _named(sae: SparseAutoencoder) -> str:
 
 
 def _file_tensors(sae: SparseAutoencoder) -> tuple[dict[str, torch.Tensor], bool]:
-    """Tensors by their names in the file, and whether `b_dec` is subtracted from the input; another centre goes into biases."""
+    """Tensors by their names in the file, and whether `b_dec` is subtracted from the input. Biases take up another centre."""
     center = sae.center
-    centred = center is not None and sae.spec.output_point is None and torch.equal(center, sae.decoder_bias)
-    shift = torch.zeros_like(sae.encoder_bias) if center is None or centred else sae.encoder @ center
+    centred = center is not None and sae.spec.output_point is None and center.equal(sae.decoder_bias)
+    shift = sae.encoder_bias.new_zeros(sae.size) if center is None or centred else sae.encoder @ center
     bias = sae.encoder_bias - shift
     tensors = {"W_enc": sae.encoder.T, "W_dec": sae.decoder, "b_dec": sae.decoder_bias}
     if sae.gate_scale is not None and sae.gate_bias is not None:
         if not (sae.gate_scale > 0).all():
-            raise ValueError("`gate_scale` is not positive everywhere – expected so: the format keeps its logarithm.")
+            raise ValueError(
+                "`gate_scale` has values of 0 or less – expected positive ones: the format keeps their logarithm."
+            )
         tensors |= {"b_gate": bias, "r_mag": sae.gate_scale.log(), "b_mag": sae.gate_bias - sae.gate_scale * shift}
     else:
         tensors["b_enc"] = bias
@@ -215,14 +221,20 @@ def _file_tensors(sae: SparseAutoencoder) -> tuple[dict[str, torch.Tensor], bool
 
 
 def _metadata(spec: SaeSpec) -> dict[str, Any]:
-    named = transformer_lens_name(spec.hook_point)
-    found = {
+    named = _transformer_lens_name(spec.hook_point)
+    metadata = {
         "sae_lens_version": VERSION, "model_name": spec.model_id, "hook_name": named or spec.hook_point,
         "hf_hook_name": spec.hook_point,
     }  # fmt: skip
-    if named is None:  # sae-lens' mark for hook names that are module paths
-        found["model_class_name"] = "AutoModelForCausalLM"
+    if named is None:  # this tells sae-lens that hook names are module paths
+        metadata["model_class_name"] = "AutoModelForCausalLM"
     if spec.output_point is not None:
         output = spec.output_point
-        found |= {"hook_name_out": (named and transformer_lens_name(output)) or output, "hf_hook_name_out": output}
-    return found
+        metadata |= {"hook_name_out": (named and _transformer_lens_name(output)) or output, "hf_hook_name_out": output}
+    return metadata
+
+
+def _transformer_lens_name(hook_point: str) -> str | None:
+    """TransformerLens' name for the output of a decoder layer; None for other modules."""
+    layer = re.fullmatch(r"[\w.]+\.(?:layers|h)\.(\d+)", hook_point)
+    return None if layer is None else f"blocks.{layer[1]}.hook_resid_post"

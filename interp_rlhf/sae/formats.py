@@ -1,106 +1,105 @@
-"""What all formats of SAE files share: named fields and tensors, held against what they should be.
+"""The registry of formats: the files that `load_sae` can read.
 
-In: a file as it was read. Out: `Contents`, the same in our terms. Nothing is raised while a file is looked through: whatever is
-wrong with it is noted, so that one error names all of it. Each format has a reader of its own beside this module.
+In: the names of a format's files and a function that reads them. Out: the format by its name. It must not know any format: each
+one is a file `format_<name>.py` that registers itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+from ..registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable
 
-    from ..concepts.latents import Normalization
-    from .autoencoder import Architecture
+    from .raw_file import Contents, RawFile
 
-Shape = tuple[int | None, ...]
+    Reader = Callable[[RawFile], Contents]
 
-
-@dataclass
-class Contents:
-    """What a file says, in the terms of `SaeSpec` and `SparseAutoencoder`.
-
-    Attributes:
-        architecture, k, normalization, model_id: as in `SaeSpec`.
-        tensors (`dict[str, torch.FloatTensor]`): as `SparseAutoencoder` takes them; empty if there are problems.
-        reads (`str`, *optional*): the file's name for where it reads; None if it does not say.
-        predicts (`str`, *optional*): a transcoder's name for what it predicts.
-        transcoder (`bool`): whether its output is another activation than its input.
-        metadata (`dict`): whatever else the file says of its origin.
-    """
-
-    architecture: Architecture
-    tensors: dict[str, torch.Tensor]
-    reads: str | None
-    k: int | None = None
-    normalization: Normalization = "none"
-    predicts: str | None = None
-    transcoder: bool = False
-    model_id: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
+# Files of weights with other suffixes could only be unpickled, which runs code.
+SUFFIXES = (".npz", ".safetensors")
 
 
-@dataclass
-class RawFile:
-    """A file as it was read, and what is wrong with it.
+@dataclass(frozen=True)
+class SaeFormat:
+    """A format of autoencoder files.
 
     Attributes:
-        folder (`Path`): where the weights are.
-        origin (`str`): path or Hub id and subfolder: names in it say what some formats' files do not.
-        config (`dict`): the JSON beside the weights; empty if there is none.
-        tensors (`dict[str, torch.Tensor]`): the weights.
-        problems (`list[str]`): what was found to be wrong so far.
+        title (`str`): its name for people, as errors, `--help` and `spec.source` have it.
+        weights (`str`): name of the file with the weights. It tells the format: no two formats share it.
+        config (`str`, *optional*): name of the JSON file next to the weights.
+        config_required (`bool`): whether a folder without that JSON file is an error.
+        read (`Callable[[RawFile], Contents]`): translates the file into our terms, and notes problems in `raw.problems`.
+        defined_in (`str`): file and name of `read`.
     """
 
-    folder: Path
-    origin: str
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    problems: list[str] = field(default_factory=list)
-
-    def number(self, name: str, default: int | None = None) -> int | None:
-        """A positive integer of the config; None, and noted, if it is none."""
-        value = self.config.get(name, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-        self.problems.append(f"`{name}` is {value!r} – expected a positive integer")
-        return None
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.config.get(name, default)
-        if not isinstance(value, bool):
-            self.problems.append(f"`{name}` is {value!r} – expected true or false")
-        return bool(value)
-
-    def choice(self, name: str, allowed: Sequence[str], default: str | None = None) -> str:
-        value = self.config.get(name, default)
-        if value not in allowed:
-            self.problems.append(f"`{name}` is `{value}` – expected one of {_listed(allowed)}")
-        return str(value)
-
-    def take(self, shapes: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
-        """All tensors as float32, which should have exactly these names and shapes; a dimension of None is not compared."""
-        self.problems += [f"no tensor `{name}`" for name in sorted(set(shapes) - set(self.tensors))]
-        unknown = sorted(set(self.tensors) - set(shapes))
-        self.problems += [f"tensor `{name}` is unknown – expected only {_listed(shapes)}" for name in unknown]
-        for name in sorted(set(shapes) & set(self.tensors)):
-            self._check(name, self.tensors[name], shapes[name])
-        return {name: tensor.float() for name, tensor in self.tensors.items()}
-
-    def _check(self, name: str, tensor: torch.Tensor, shape: Shape) -> None:
-        found = tuple(tensor.shape)
-        if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
-            self.problems.append(f"`{name}` has shape {found} – expected {str(shape).replace('None', 'any')}")
-        if not tensor.is_floating_point():
-            self.problems.append(f"`{name}` holds {tensor.dtype} – expected floating-point numbers")
-        elif not torch.isfinite(tensor).all():
-            self.problems.append(f"`{name}` is not finite")
+    title: str
+    weights: str
+    config: str | None
+    config_required: bool
+    read: Reader = field(compare=False, repr=False)
+    defined_in: str
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names))
+SAE_FORMATS: Registry[SaeFormat] = Registry("a format of autoencoder files")
+
+
+def register_sae_format(
+    name: str, *, weights: str, config: str | None = None, config_required: bool = True, title: str | None = None
+) -> Callable[[Reader], Reader]:
+    """Decorator that registers a format of autoencoder files, for `load_sae` and every command that takes an autoencoder.
+
+    The decorated function takes a `RawFile` (config and tensors by the file's names) and returns `Contents` (the same in our
+    terms). It notes problems in `raw.problems` and raises nothing, so that `load_sae` lists all of them in one error.
+
+    Args:
+        name (`str`): a lower-case identifier.
+        weights (`str`): name of the file with the weights, in `.safetensors` or `.npz`. It tells the format.
+        config (`str`, *optional*): name of the JSON file next to the weights; none by default.
+        config_required (`bool`, defaults to `True`): whether a folder without that JSON file is an error.
+        title (`str`, *optional*): name for people, `name` by default.
+
+    Returns:
+        `Callable`: the decorator. It returns the decorated function unchanged.
+
+    Raises:
+        `ValueError`: another format has this name or the name of its weights, or the weights have another suffix.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from interp_rlhf import register_sae_format
+        >>> from interp_rlhf.sae.files import load_sae
+        >>> from interp_rlhf.sae.raw_file import Contents
+        >>> @register_sae_format("tied", weights="tied.safetensors")
+        ... def read_tied(raw):
+        ...     tensors = raw.take({"rows": (None, None), "bias": (None,)})
+        ...     rows, bias = tensors["rows"], tensors["bias"]
+        ...     ours = {"encoder": rows, "encoder_bias": bias, "decoder": rows, "decoder_bias": torch.zeros(rows.shape[1])}
+        ...     return Contents("standard", ours, reads="model.layers.1")
+        >>> save_file({"rows": torch.eye(2), "bias": torch.ones(2)}, "tied.safetensors")
+        >>> load_sae("tied.safetensors").encode(torch.tensor([2.0, -3.0])).tolist()
+        [3.0, 0.0]
+    """
+    if not weights.endswith(SUFFIXES):
+        raise ValueError(
+            f"`weights` of the format `{name}` is {weights!r} – expected a file name that ends in one of "
+            f"{', '.join(f'`{suffix}`' for suffix in SUFFIXES)}. Other files are never read."
+        )
+
+    def enter(read: Reader) -> Reader:
+        for other, known in SAE_FORMATS.items():
+            if known.weights == weights and other != name:
+                raise ValueError(
+                    f"`weights` of the format `{name}` is `{weights}`, which is the file name of the format `{other}` – expected "
+                    "a file name that no other format has."
+                )
+        code = getattr(read, "__code__", None)
+        defined_in = f"{getattr(code, 'co_filename', read.__module__)}:{read.__qualname__}"
+        entry = SaeFormat(title or name, weights, config, config is not None and config_required, read, defined_in)
+        SAE_FORMATS.register(name)(entry)
+        return read
+
+    return enter

@@ -144,12 +144,6 @@ def module_path(name: str, layout: Layout) -> str:
     return _input_of(plain.removesuffix(".input"), layout) if plain.endswith(".input") else _path(plain, layout)
 
 
-def transformer_lens_name(hook_point: str) -> str | None:
-    """The name that TransformerLens has for the output of a decoder layer; None for other modules."""
-    found = re.fullmatch(r"[\w.]+\.(?:layers|h)\.(\d+)", hook_point)
-    return None if found is None else f"blocks.{found[1]}.hook_resid_post"
-
-
 def _from_transformer_lens(name: str, layout: Layout) -> str:
     if name in ("hook_embed", "embed.hook_out"):
         return layout.embedding
