@@ -201,7 +201,7 @@ class Plan:
         """
         if getattr(trainer, "interp_attached", False):
             raise ValueError("The trainer is attached already – expected one call of `attach`. Pass everything to it.")
-        _check_settings(asked["measures"], samples_every := whole_number("samples_every", asked["samples_every"]))
+        _refuse_settings(asked["measures"], samples_every := whole_number("samples_every", asked["samples_every"]))
         rewards = [f for f in getattr(trainer, "reward_funcs", []) if isinstance(f, ConceptReward)]
         monitors = as_list(asked["monitors"])
         cards = _with_holdouts([load_card(m) for m in monitors if not isinstance(m, Readout)], rewards)
@@ -232,7 +232,7 @@ class Plan:
         """Raises `ValueError` for what cannot be put onto this trainer."""
         trainer, drift = self.trainer, self.drift
         if self.reads_rollouts:
-            refuse_rollouts(trainer, self.rewards, self.watched)
+            refuse_rollouts(trainer, self.kind, self.rewards, self.watched)
         refuse_terms(trainer, self.kind, self.terms, list(self.watched), self.interventions)
         if not self.has_rollouts:
             return
@@ -352,7 +352,7 @@ class Plan:
         return Rollout(trainer, readouts, reference)
 
 
-def _check_settings(measures: Any, samples_every: int) -> None:
+def _refuse_settings(measures: Any, samples_every: int) -> None:
     if measures is not None and not isinstance(measures, Mapping):
         raise ValueError(
             f"`measures` is {measures!r} – expected a mapping of names to functions of a text: `{{'length': len}}`."

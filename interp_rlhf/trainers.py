@@ -17,7 +17,7 @@ from .training.ppo.trainer import PPOTrainer
 if TYPE_CHECKING:
     from .attachment import Attachment
 
-OURS = (
+ATTACH_KEYWORDS = (
     "regularizers", "interventions", "monitors", "measures", "drift", "reference", "run_log", "arm", "samples_every",
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ class _Attached:
     attachment: Attachment
 
     def __init__(self, *args: Any, **kwargs: Any):
-        ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
+        ours = {name: kwargs.pop(name) for name in ATTACH_KEYWORDS if name in kwargs}
         super().__init__(*args, **kwargs)
         self.attachment = attach(self, **ours)
 

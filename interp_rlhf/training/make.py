@@ -21,13 +21,14 @@ from .interventions import INTERVENTIONS, ConceptAblation, PreventativeSteering
 from .terms import drift_penalty, explain_away, features, penalty  # noqa: F401
 from .terms.anchor import ConceptAnchor
 from .terms.registry import TERMS
-from .terms.term import Term
+from .terms.term import is_term
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..concepts.latents import Latents
     from .interventions import TrainingIntervention
+    from .terms.term import Term
 
 
 class CardFiles:
@@ -78,7 +79,7 @@ def make_regularizer(asked: Any, model: Any = None) -> Term:
     Raises:
         `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
     """
-    if isinstance(asked, Term):
+    if is_term(asked):
         return asked
     if isinstance(asked, Path) or (isinstance(asked, str) and asked not in TERMS):
         card = load_card(asked)

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
 
 from ..activations.hook_points import backbone, device_of, has_adapters, unwrap
 from ..activations.noise import LENGTH, rope_from_the_start, runs_here
@@ -29,19 +32,17 @@ logger = logging.getLogger(__name__)
 
 # Where the reference's scores come from: a pass that the trainer makes on rollouts or in its loss, scores that are computed once
 # at `attach`, or a pass of our own. `terms.reference_scores` has a class for each.
-Source = Literal["rollout", "pass", "precomputed", "own"]
+ReferenceSource = Literal["rollout", "pass", "precomputed", "own"]
 ROLLOUT_KINDS = ("GRPO", "RLOO")
 
 
 def trainer_kind(trainer: Any) -> str | None:
     """`DPO`, `KTO`, `SFT`, `GRPO` or `RLOO`; None for another trainer."""
-    from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
-
     classes = {"DPO": DPOTrainer, "KTO": KTOTrainer, "SFT": SFTTrainer, "GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
     return next((kind for kind, trainer_class in classes.items() if isinstance(trainer, trainer_class)), None)
 
 
-def reference_source(trainer: Any, kind: str | None) -> Source:
+def reference_source(trainer: Any, kind: str | None) -> ReferenceSource:
     """Where the reference's scores of a trainer's batches come from."""
     if kind in ROLLOUT_KINDS:
         return "rollout"
@@ -92,7 +93,7 @@ def reference_of_loss(trainer: Any, kind: str | None, asked: Any, users: Sequenc
     return reference
 
 
-def _refuse_other_reference(trainer: Any, source: Source, users: Sequence[str]) -> None:
+def _refuse_other_reference(trainer: Any, source: ReferenceSource, users: Sequence[str]) -> None:
     name = type(trainer).__name__
     if source == "pass":
         raise ValueError(
@@ -223,7 +224,7 @@ def _copied(trainer: Any) -> Any:
             f"one: what training began with is gone. Attach before training. {ask}"
         )
     if not runs_here(base):
-        return _loaded(trainer, base, ask)
+        return _loaded_reference(trainer, base, ask)
     logger.info("There is no reference model: the policy as it is now is copied.")
     copy = frozen_copy(base)
     if why := _unlike(copy, base):
@@ -243,8 +244,6 @@ def frozen_copy(base: Any) -> Any:
     Raises:
         `ValueError`: a model with other weights than its configuration says.
     """
-    from transformers.initialization import no_init_weights
-
     with torch.random.fork_rng(), torch.device("cpu"), no_init_weights():
         copy = type(base)._from_config(deepcopy(base.config), dtype=base.dtype)
     cloned: dict[int, torch.Tensor] = {}
@@ -300,7 +299,7 @@ def _unlike(copy: Any, base: Any) -> str | None:
     )
 
 
-def _loaded(trainer: Any, base: Any, ask: str) -> Any:
+def _loaded_reference(trainer: Any, base: Any, ask: str) -> Any:
     """The reference, loaded from the policy's path and compared with the policy: an engine has the policy in pieces."""
     path = getattr(base.config, "_name_or_path", "")
     if not path:
@@ -341,8 +340,6 @@ def _first_difference(one: Any, other: Any) -> str | None:
 
 def _on_engine(trainer: Any, model: nn.Module) -> Any:
     """A frozen model, prepared for its trainer's engine as TRL prepares its own reference."""
-    from trl.models import prepare_deepspeed, prepare_fsdp
-
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
     if trainer.is_fsdp_enabled:

@@ -81,19 +81,19 @@ def refuse_terms(
             _refuse_both(trainer, term, intervention)
 
 
-def refuse_rollouts(trainer: Any, rewards: Sequence[ConceptReward], monitors: Iterable[Readout]) -> None:
+def refuse_rollouts(
+    trainer: Any, kind: str | None, rewards: Sequence[ConceptReward], monitors: Iterable[Readout]
+) -> None:
     """Refuse a trainer whose rollouts cannot be read: a score would belong to other tokens, or to another model, than it says.
 
     Args:
-        trainer (`Trainer`): built.
+        trainer (`Trainer`), kind (`str`, *optional*): see `reference.trainer_kind`.
         rewards (`Sequence[ConceptReward]`), monitors (`Iterable[Readout]`): what is read.
 
     Raises:
         `ValueError`: no rollout trainer, or a setting under which a score would be wrong.
     """
-    from trl import GRPOTrainer, RLOOTrainer
-
-    if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
+    if kind not in ROLLOUT_KINDS:
         raise ValueError(
             f"The trainer is a `{type(trainer).__name__}` – expected a `GRPOTrainer` or `RLOOTrainer`: rewards and measures "
             "are read on rollouts, monitors on those or in the loss of DPO, KTO and SFT. For other trainers use "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .control import pooled, trained_through
+from .control import pooled_scores, trained_through
 from .registry import register_term
 from .term import LossTerm, OneConcept, TermValues
 
@@ -54,7 +54,7 @@ class ConceptAnchor(OneConcept, LossTerm):
     random_direction: int | None = None
 
     def prepare(self) -> None:
-        self._set("readout", trained_through(self.readout, self.random_direction))
+        self.complete("readout", trained_through(self.readout, self.random_direction))
 
     @property
     def default_name(self) -> str:
@@ -72,7 +72,7 @@ class ConceptAnchor(OneConcept, LossTerm):
         now = self.readout(batch.policy(self.readout.hook_point, tokens))  # (N, 1)
         start = batch.reference(self.readout, tokens)
         if self.pooled:
-            gap = pooled(self.readout, now, tokens) - pooled(self.readout, start, tokens)  # (M,)
+            gap = pooled_scores(self.readout, now, tokens) - pooled_scores(self.readout, start, tokens)  # (M,)
             gap = gap.masked_fill(~tokens.any, 0)
             values = gap.pow(2)
         else:

@@ -45,7 +45,7 @@ def random_like(readout: Readout, seed: int) -> Readout:
     )
 
 
-def pooled(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Tensor:
+def pooled_scores(readout: Readout, scores: torch.Tensor, tokens: Counted) -> torch.Tensor:
     """One score per sequence (M,) of scores per counted token (N, K)."""
     rows, mask = tokens.rows(scores)
     return readout.pooled(rows, mask)

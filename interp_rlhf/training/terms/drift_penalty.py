@@ -6,6 +6,7 @@ In: a hook point or a subspace. Out: squared distances relative to the reference
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,10 +74,6 @@ class DriftPenalty(LossTerm):
                 f"`DriftPenalty` was given `hook_point={self.hook_point!r}` and "
                 f"{'a' if self.subspace is not None else 'no'} `subspace` – expected just one: a subspace knows its hook point."
             )
-        if self.subspace is None:
-            self._set("_reference_readout", Whole(self.policy_point))
-        else:
-            self._set("_reference_readout", Projection(self.name or self.default_name, self.subspace))
 
     @property
     def default_name(self) -> str:
@@ -88,9 +85,14 @@ class DriftPenalty(LossTerm):
         assert point is not None
         return point
 
+    @cached_property
+    def _compared(self) -> TokenReadout:
+        """What is read on the reference."""
+        return Whole(self.policy_point) if self.subspace is None else Projection(self.name, self.subspace)
+
     @property
     def reference_readouts(self) -> Sequence[TokenReadout]:
-        return [self._reference_readout]  # type: ignore[attr-defined]
+        return [self._compared]
 
     @property
     def claims(self) -> Sequence[Readout]:
@@ -126,7 +128,7 @@ class DriftPenalty(LossTerm):
     def compute(self, batch: TermBatch, weight: float) -> TermValues:
         tokens = batch.tokens(self.include_end_of_turn)
         now = batch.policy(self.policy_point, tokens)  # (N, D)
-        start = batch.reference(self.reference_readouts[0], tokens)
+        start = batch.reference(self._compared, tokens)
         if self.subspace is None:
             square, norm = (now - start).pow(2).sum(-1), start.pow(2).sum(-1)
         else:

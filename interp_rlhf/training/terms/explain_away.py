@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .control import pooled
+from .control import pooled_scores
 from .pairs import LENGTH_NORMALIZED_LOSSES, MARGIN_LOSSES, refuse_losses
 from .registry import register_term
 from .term import MarginShift, OneConcept
@@ -86,7 +86,7 @@ class ExplainAway(OneConcept, MarginShift):
     def scores(self, batch: TermBatch) -> torch.Tensor:
         """A (2P,) of every completion; 0 for both completions of a pair if one of them has no counted token."""
         tokens = batch.tokens(self.include_end_of_turn)
-        scores = pooled(self.readout, batch.reference(self.readout, tokens), tokens)
+        scores = pooled_scores(self.readout, batch.reference(self.readout, tokens), tokens)
         both_count = tokens.any.view(2, -1).all(0).repeat(2)
         return scores.masked_fill(~both_count, 0)
 

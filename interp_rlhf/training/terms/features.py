@@ -6,6 +6,7 @@ In: latents or a probe. Out: per pair, the change of DPO's loss. It must not kno
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -74,11 +75,6 @@ class FeatureConstraint(LossTerm):
     def prepare(self) -> None:
         if self.k < 1:
             raise ValueError(f"`k` is {self.k} – expected a number of latents, at least 1.")
-        features = _features(self.readout)
-        wide = isinstance(features, Latents) and features.size > features.width
-        self._set("_features", features)
-        # The narrower of the two travels from the reference pass: the latents, or the activation that they are computed from.
-        self._set("_reference_readout", Whole(self.policy_point) if wide else features)
 
     @property
     def default_name(self) -> str:
@@ -88,9 +84,25 @@ class FeatureConstraint(LossTerm):
     def policy_point(self) -> str:
         return self.readout.hook_point
 
+    @cached_property
+    def _features(self) -> Latents | Readout:
+        """What is compared: latents instead of their weighted sum, and a probe's scores without attention."""
+        if isinstance(self.readout, Latents):
+            return self.readout
+        if self.readout.latents is not None:
+            return replace(self.readout.latents, name=f"{self.readout.name}_latents")
+        return self.readout if self.readout.query is None else replace(self.readout, query=None, pooling="mean")
+
+    @cached_property
+    def _on_reference(self) -> TokenReadout:
+        """The narrower of the two travels from the reference pass: the latents, or the activation they are computed from."""
+        features = self._features
+        wide = isinstance(features, Latents) and features.size > features.width
+        return Whole(self.policy_point) if wide else features
+
     @property
     def reference_readouts(self) -> Sequence[TokenReadout]:
-        return [self._reference_readout]  # type: ignore[attr-defined]
+        return [self._on_reference]
 
     @property
     def claims(self) -> Sequence[Readout]:
@@ -120,11 +132,11 @@ class FeatureConstraint(LossTerm):
     def compute(self, batch: TermBatch, weight: float) -> TermValues:
         assert batch.pairs is not None
         tokens = batch.tokens(self.include_end_of_turn)
-        features: Latents | Readout = self._features  # type: ignore[attr-defined]
+        features = self._features
         now = _means_of(features, batch.policy(self.policy_point, tokens), tokens)  # (2P, S)
         with torch.no_grad():
-            start = batch.reference(self.reference_readouts[0], tokens)
-            whole = isinstance(self.reference_readouts[0], Whole)
+            start = batch.reference(self._on_reference, tokens)
+            whole = isinstance(self._on_reference, Whole)
             start = _means_of(features, start, tokens) if whole else tokens.means(start)
         distance = self._distance(now, start)  # (2P,)
         chosen, rejected = distance.chunk(2)
@@ -145,17 +157,6 @@ class FeatureConstraint(LossTerm):
         for features in (now.detach(), start):
             chosen.scatter_(1, features.topk(k, dim=1).indices, True)
         return ((now - start).pow(2) * chosen).sum(1) / k
-
-
-def _features(readout: Latents | Readout) -> Latents | Readout:
-    """What is compared: latents instead of their weighted sum, and a probe's scores without attention."""
-    if isinstance(readout, Latents):
-        return readout
-    if readout.latents is not None:
-        return replace(readout.latents, name=f"{readout.name}_latents")
-    if readout.query is not None:
-        return replace(readout, query=None, pooling="mean")
-    return readout
 
 
 def _means_of(features: Latents | Readout, activation: torch.Tensor, tokens: Counted) -> torch.Tensor:

@@ -114,9 +114,9 @@ class LossMonitors:
         counts = tokens.any
         start: torch.Tensor | None = None
         if monitor in self._apart.get("policy", {}):
-            scores = _tensor(self._apart["policy"][monitor], counts)
+            scores = _as_tensor(self._apart["policy"][monitor], counts)
             if "reference" in self._apart:
-                start = _tensor(self._apart["reference"][monitor], counts)
+                start = _as_tensor(self._apart["reference"][monitor], counts)
         else:
             rows, mask = tokens.rows(monitor(batch.policy(monitor.hook_point, tokens).detach()))
             scores = monitor.pooled(rows, mask)  # (M,)
@@ -134,5 +134,5 @@ class LossMonitors:
         return metrics
 
 
-def _tensor(values: Sequence[float | None], like: torch.Tensor) -> torch.Tensor:
+def _as_tensor(values: Sequence[float | None], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor([math.nan if value is None else value for value in values], device=like.device)

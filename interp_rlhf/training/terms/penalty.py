@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn.functional import softplus
 
-from .control import pooled, trained_through
+from .control import pooled_scores, trained_through
 from .registry import register_term
 from .term import LossTerm, OneConcept, TermValues
 
@@ -58,7 +58,7 @@ class ConceptPenalty(OneConcept, LossTerm):
     needs_holdout: ClassVar[bool] = True
 
     def prepare(self) -> None:
-        self._set("readout", trained_through(self.readout, self.random_direction))
+        self.complete("readout", trained_through(self.readout, self.random_direction))
         if self.allow_differentiable_probe is not True:
             raise ValueError(
                 f"`ConceptPenalty` on `{self.readout.name}` was given "
@@ -78,7 +78,9 @@ class ConceptPenalty(OneConcept, LossTerm):
 
     def compute(self, batch: TermBatch, weight: float) -> TermValues:
         tokens = batch.tokens(self.include_end_of_turn)
-        scores = pooled(self.readout, self.readout(batch.policy(self.readout.hook_point, tokens)), tokens)  # (M,)
+        scores = pooled_scores(
+            self.readout, self.readout(batch.policy(self.readout.hook_point, tokens)), tokens
+        )  # (M,)
         scores = torch.where(tokens.any, scores, torch.zeros_like(scores))
         values = softplus(-scores if self.encourage else scores) * tokens.any
         return TermValues(weight * values, {"penalty": values, "score": scores})

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from tqdm.auto import tqdm
 
 from ...activations.counted import input_ids
 from ...activations.hook_points import has_adapters
@@ -242,8 +243,6 @@ class PrecomputedScores(ReferenceScores):
                     self._read_all(model, name, dataset, causes)
 
     def _read_all(self, model: nn.Module, name: str, dataset: Any, causes: Causes) -> None:
-        from tqdm.auto import tqdm
-
         assert self.rows is not None
         trainer, size = self.trainer, self.trainer.args.per_device_train_batch_size
         for start in tqdm(range(0, len(dataset), size), desc=f"Reference scores ({name})", leave=False):

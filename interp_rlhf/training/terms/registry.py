@@ -14,12 +14,12 @@ from .term import Term
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-T = TypeVar("T", bound=Term)
+SomeTerm = TypeVar("SomeTerm", bound=Term)
 
 TERMS: Registry[type[Term]] = Registry("a kind of regularizer")
 
 
-def register_term(kind: str) -> Callable[[type[T]], type[T]]:
+def register_term(kind: str) -> Callable[[type[SomeTerm]], type[SomeTerm]]:
     """Class decorator: makes a term of your own available to `attach` and to recipes, under `kind`.
 
     The class subclasses `LossTerm` or `MarginShift` and is a dataclass: its fields are the options of the kind. A recipe gives a
@@ -52,7 +52,7 @@ def register_term(kind: str) -> Callable[[type[T]], type[T]]:
         'score_below_zero_warmth'
     """
 
-    def enter(term: type[T]) -> type[T]:
+    def enter(term: type[SomeTerm]) -> type[SomeTerm]:
         if not isinstance(term, type) or not issubclass(term, Term):
             raise ValueError(
                 f"`{kind}` is registered for {term!r} – expected a subclass of `LossTerm` or `MarginShift` "

@@ -17,7 +17,7 @@ from ..schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Self
+    from typing import Self, TypeGuard
 
     import torch
 
@@ -105,10 +105,10 @@ class Term(ABC):
             )
         self.prepare()
         if not self.name:
-            self._set("name", self.default_name)
+            self.complete("name", self.default_name)
 
-    def _set(self, name: str, value: Any) -> None:
-        """Complete a field while the term is made; it is frozen afterwards."""
+    def complete(self, name: str, value: Any) -> None:
+        """Set a field while the term is made (in `prepare`). Afterwards terms are frozen."""
         object.__setattr__(self, name, value)
 
     def prepare(self) -> None:  # noqa: B027, most terms have nothing to do
@@ -184,6 +184,11 @@ class Term(ABC):
         self, log_probs: torch.Tensor, batch: TermBatch, loss: PairLoss, weight: float
     ) -> torch.Tensor:
         """The reference's log-probs (2P,) of a batch of pairs, as the trainer's loss shall see them."""
+
+
+def is_term(asked: Any) -> TypeGuard[Term]:
+    """True if an object is a term."""
+    return isinstance(asked, Term)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
