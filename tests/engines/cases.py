@@ -121,6 +121,18 @@ def _sft(model: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+def _every_term(model: Path) -> dict[str, Any]:
+    """One term of every registered kind, at once."""
+    from test_terms import TERMS, make_term
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    terms = [make_term(kind, policy, weight=0.2, name=kind) for kind in TERMS]
+    return {
+        "kind": "DPO", "rows": rows_of("DPO", 12), "attach": {"regularizers": terms, "monitors": [readout_of("watched", 1, 4)]},
+    }  # fmt: skip
+
+
 def _raises(**kwargs: Any) -> list[float]:
     raise RuntimeError("this reward is broken")
 
@@ -136,6 +148,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "grpo_lora": lambda model: _grpo(model, 0.1, **LORA),
     "grpo_silent": lambda model: _grpo(model, 0.1),
     "sft": _sft,
+    "terms": _every_term,
     "sft_lora": lambda model: _sft(model, **LORA),
 }
 
