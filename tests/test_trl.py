@@ -62,6 +62,8 @@ LINES = [
     ("trl.generation.vllm_generation", "def _iter_named_params(self):"),
     ("transformers.trainer", "if self.loss_is_scaled_for_ga is not None:"),
     ("transformers.trainer", "self.model_accepts_loss_kwargs and num_items_in_batch is not None"),
+    ("transformers.modeling_utils", "def _from_config(cls, config, **kwargs):"),
+    ("transformers.initialization", "def no_init_weights():"),
 ]  # fmt: skip
 
 

@@ -6,6 +6,8 @@ It must not know trainers.
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,9 @@ from ..concepts.readout import Readout
 from ..concepts.subspace import Subspace
 from ..messages import as_list
 from ..validation.gate import require_passed
+from . import terms
 from .from_mapping import from_mapping
 from .interventions import INTERVENTIONS, ConceptAblation, PreventativeSteering
-
-# These modules register the terms that come with the package.
-from .terms import drift_penalty, explain_away, features, penalty  # noqa: F401
 from .terms.anchor import ConceptAnchor
 from .terms.registry import TERMS
 from .terms.term import is_term
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from ..concepts.latents import Latents
     from .interventions import TrainingIntervention
     from .terms.term import Term
+
+# A term's file registers it, so a new file is known without another line.
+for _module in pkgutil.iter_modules(terms.__path__, f"{terms.__name__}."):
+    import_module(_module.name)
 
 
 class CardFiles:

@@ -8,12 +8,10 @@ a copy of it. It must not know what is read.
 from __future__ import annotations
 
 import logging
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers.initialization import no_init_weights
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
@@ -22,6 +20,7 @@ from ..activations.noise import LENGTH, rope_from_the_start, runs_here
 from ..activations.read import measuring, reference_pass, require_reference_below
 from ..activations.sharding import in_one_piece, is_sharded
 from ..activations.tap import reading
+from .trl import unfilled_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,8 +96,8 @@ def _refuse_other_reference(trainer: Any, source: ReferenceSource, users: Sequen
     name = type(trainer).__name__
     if source == "pass":
         raise ValueError(
-            f"`reference` was given to `attach` on a `{name}` – expected none: terms compare with the reference that the "
-            "trainer's own loss runs. Give it to the trainer (`ref_model`), or leave it out."
+            f"`reference` was given to `attach` on a `{name}` – expected none: in this trainer, terms compare with the "
+            "reference that its own loss runs. Give it to the trainer (`ref_model`), or leave it out."
         )
     if source == "rollout" and users:
         raise ValueError(
@@ -244,8 +243,7 @@ def frozen_copy(base: Any) -> Any:
     Raises:
         `ValueError`: a model with other weights than its configuration says.
     """
-    with torch.random.fork_rng(), torch.device("cpu"), no_init_weights():
-        copy = type(base)._from_config(deepcopy(base.config), dtype=base.dtype)
+    copy = unfilled_copy(base)
     cloned: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     for name, value in base.state_dict(keep_vars=True).items():
@@ -263,10 +261,11 @@ def frozen_copy(base: Any) -> Any:
             "again."
         )
     copy.load_state_dict(state, assign=True)
+    buffers = dict(copy.named_buffers(remove_duplicate=False))
     for name, buffer in base.named_buffers():  # also those that are computed when the model is built, and not saved
         parent, _, last = name.rpartition(".")
-        if last in copy.get_submodule(parent)._buffers:
-            copy.get_submodule(parent)._buffers[last] = buffer.detach().clone()
+        if name in buffers:
+            setattr(copy.get_submodule(parent), last, buffer.detach().clone())
     copy.generation_config = getattr(base, "generation_config", None)
     stream = {
         p.dtype for name, p in copy.named_parameters() if p is not copy.get_input_embeddings().weight and p.dim() > 1
@@ -301,7 +300,7 @@ def _unlike(copy: Any, base: Any) -> str | None:
 
 def _loaded_reference(trainer: Any, base: Any, ask: str) -> Any:
     """The reference, loaded from the policy's path and compared with the policy: an engine has the policy in pieces."""
-    path = getattr(base.config, "_name_or_path", "")
+    path = base.config.name_or_path
     if not path:
         raise ValueError(
             f"The `{type(trainer).__name__}` has no reference model, and its model is in pieces and was built in memory, so "

@@ -26,6 +26,7 @@ from ..concepts.readout import same_artifact
 from .interventions import TRAINERS
 from .reference import ROLLOUT_KINDS, has_ref_adapter, kl_option
 from .terms.term import TermContext
+from .trl import reads_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,6 +39,14 @@ if TYPE_CHECKING:
     from .terms.term import Term
 
 logger = logging.getLogger(__name__)
+
+# What a rollout trainer may use under which its completions cannot be read, and why.
+UNREADABLE = {
+    "tools": "tool results are in the completion, and reward functions are not told which tokens they are",
+    "environment_factories": "observations are in the completion, and reward functions are not told where",
+    "rollout_func": "its completions may hold tokens that the model did not write",
+    "is_vlm": "images would be missing from the reading",
+}
 
 
 def refuse_terms(
@@ -102,17 +111,12 @@ def refuse_rollouts(
     names = ", ".join(f"`{name}`" for name in (*(r.__name__ for r in rewards), *(m.name for m in monitors)))
     if not names:
         return
-    settings = {
-        "tools": "tool results are in the completion, and reward functions are not told which tokens they are",
-        "environment_factories": "observations are in the completion, and reward functions are not told where",
-        "rollout_func": "its completions may hold tokens that the model did not write",
-        "_is_vlm": "images would be missing from the reading",
-    }
-    for name, reason in settings.items():
-        if getattr(trainer, name, None):
+    used = {name: getattr(trainer, name, None) for name in UNREADABLE} | {"is_vlm": reads_images(trainer)}
+    for name, reason in UNREADABLE.items():
+        if used[name]:
             raise ValueError(
-                f"The trainer uses `{name.lstrip('_')}` – expected none where {names} are read: {reason}. Score these "
-                "runs afterwards with `read`."
+                f"The trainer uses `{name}` – expected none where {names} are read: {reason}. Score these runs afterwards "
+                "with `read`."
             )
     if getattr(trainer.args, "sync_ref_model", False):
         raise ValueError(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -186,6 +187,20 @@ def restore_order(dataloader: Any, epochs: int) -> None:
         sampler.generator.manual_seed(sampler.seed)
         for _ in range(epochs):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+# A model of transformers
+
+
+def unfilled_copy(model: Any) -> Any:
+    """A model of the same class and configuration on the CPU, whose weights are not initialized yet.
+
+    transformers has no public way to build a model of a given class in a given precision without drawing its weights.
+    """
+    from transformers.initialization import no_init_weights
+
+    with torch.random.fork_rng(), torch.device("cpu"), no_init_weights():
+        return type(model)._from_config(deepcopy(model.config), dtype=model.dtype)
 
 
 # State that is changed for a moment and put back

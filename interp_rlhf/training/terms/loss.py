@@ -18,7 +18,7 @@ from ...activations.intervene import Intervention
 from ...activations.noise import causes
 from ...activations.ranks import from_rank_zero
 from ...activations.tap import Tap
-from ..trl import add_metric, using_given_reference
+from ..trl import add_metric, tokenizer_of, using_given_reference
 from .batch import TermBatch
 from .counts import RolloutCounts, WindowCounts
 from .monitors import LossMonitors
@@ -349,8 +349,7 @@ class RolloutTerms(LossTerms):
 
 
 def _marks_of(trainer: Any) -> ChatMarks:
-    processing = trainer.processing_class
-    tokenizer = getattr(processing, "tokenizer", processing)
+    tokenizer = tokenizer_of(trainer)
     template = getattr(trainer, "chat_template", None)
     ends = end_of_turn_ids(trainer.model, tokenizer, template)
     return ChatMarks.of(tokenizer, template, getattr(trainer, "chat_template_kwargs", None), ends)
