@@ -1,6 +1,7 @@
-"""Texts and messages as people hand them over: one or many, plain or conversational, a string or parts.
+"""Texts and messages as people write them: one or many, plain or conversational, a string or parts.
 
-In: what stands in a row of a data set, or in an argument. Out: a list, a text, or an error that says what was expected. No torch.
+In: a value from a row of a data set, or an argument. Out: a list, a text, or an error that says what was expected. It must not
+know models, and does not import torch.
 """
 
 from __future__ import annotations
@@ -10,54 +11,62 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def as_list(given: Any) -> list[Any]:
-    """What a user gave where a list is expected: one text, path, card or mapping is a list of that one, a table its rows."""
-    if given is None:
+def as_list(value: Any) -> list[Any]:
+    """An argument as a list. One text, path, card or mapping becomes a list of one; a table becomes its rows."""
+    if value is None:
         return []
-    if hasattr(given, "columns") and hasattr(given, "to_dict"):  # a DataFrame, which iterates over its columns
+    if hasattr(value, "columns") and hasattr(value, "to_dict"):  # a DataFrame, which iterates over its columns
         return [
-            {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
-            for row in given.to_dict("records")
+            {key: None if isinstance(cell, float) and cell != cell else cell for key, cell in row.items()}
+            for row in value.to_dict("records")
         ]
-    if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
-        return [given]
-    return list(given)
+    if isinstance(value, str | os.PathLike | Mapping) or not isinstance(value, Iterable):
+        return [value]
+    return list(value)
 
 
-def as_prompts(given: Any) -> list[Any]:
-    """Prompts of what a user gave: one text, or one conversation (a list of messages), is a list of that one."""
-    prompts = as_list(given)
+def as_prompts(value: Any) -> list[Any]:
+    """An argument as a list of prompts. One text, or one conversation (a list of messages), becomes a list of one."""
+    prompts = as_list(value)
     if prompts and all(isinstance(item, Mapping) and "role" in item for item in prompts):
         return [prompts]
     return prompts
 
 
-def prompt_text(prompt: Any) -> str:
-    """A prompt as it is shown: text as it is, messages one per line."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{m['role']}: {content_text(m.get('content'))}" for m in prompt)
+def prompt_text(prompt: Any, roles: bool = True) -> str:
+    """Text of a prompt: a string stays as it is, messages are joined one per line.
+
+    Args:
+        prompt (`str` or `list[dict]`, *optional*): the prompt. The text of None is empty.
+        roles (`bool`, defaults to `True`): begin each message with its role, for people who read it.
+    """
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    texts = ((message, content_text(message.get("content"))) for message in prompt)
+    return "\n".join(f"{message['role']}: {text}" if roles else text for message, text in texts)
 
 
 def completion_text(completion: Any) -> str:
-    """Text of a completion as it is shown, plain or conversational."""
+    """Text of a completion, plain or conversational."""
     if isinstance(completion, str):
         return completion
     return "".join(content_text(message.get("content")) for message in completion)
 
 
 def content_text(content: Any) -> str:
-    """Text of a message's content: a string, or a list of parts as multimodal data sets have them; nothing where there is none.
+    """Text of a message's content: a string, or a list of parts as in multimodal data sets. The text of None is empty.
 
     Raises:
-        `ValueError`: a part that is no text.
+        `ValueError`: a part is not text.
     """
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, Iterable):
-        raise ValueError(f"a message has the content {content!r} – expected text, or a list of parts.")
+        raise ValueError(
+            f"a message has the content {content!r} – expected text, or a list of parts. Write it as a string."
+        )
     pieces = []
     for part in as_list(content):
         if isinstance(part, str):
@@ -66,28 +75,30 @@ def content_text(content: Any) -> str:
             pieces.append(part["text"])
         else:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"a message has a part of type `{kind}` – expected text: nothing else is read.")
+            raise ValueError(
+                f"a message has a part of type `{kind}` – expected text: other parts are not read. Remove it."
+            )
     return "".join(pieces)
 
 
-def conversation(given: Any) -> list[Any]:
-    """A list of messages.
+def conversation(value: Any) -> list[Any]:
+    """A value as a list of messages.
 
     Raises:
-        `ValueError`: it is something else.
+        `ValueError`: the value is not a list of messages.
     """
-    if isinstance(given, str) or not all(isinstance(item, Mapping) and "role" in item for item in as_list(given)):
+    if isinstance(value, str) or not all(isinstance(item, Mapping) and "role" in item for item in as_list(value)):
         raise ValueError(
-            f"{str(given)[:80]!r} is no conversation – expected a list of messages with `role` and `content`."
+            f"{str(value)[:80]!r} is not a conversation – expected a list of messages with `role` and `content`."
         )
-    return as_list(given)
+    return as_list(value)
 
 
 def answer_text(completion: Any) -> str:
-    """Text to score of a completion: a string, or one message of the assistant.
+    """The text of a completion that a readout scores: a string, or one message of the assistant.
 
     Raises:
-        `ValueError`: several messages, somebody else's, or one without text.
+        `ValueError`: several messages, a message of another role, or a message without text.
     """
     if isinstance(completion, str):
         return completion
@@ -98,7 +109,7 @@ def answer_text(completion: Any) -> str:
     if roles != ["assistant"]:
         raise ValueError(
             f"the completion has messages of {', '.join(f'`{role}`' for role in roles) or 'nobody'} – expected one, of the "
-            "`assistant`: several turns are not one answer. Make an example of each, with what comes before it as its prompt."
+            "`assistant`: several turns are not one answer. Make one example per turn, with the turns before it as its prompt."
         )
     message = messages[0]
     if message.get("content") is None:
@@ -108,20 +119,20 @@ def answer_text(completion: Any) -> str:
 
 
 def split_example(example: Mapping[str, Any], name: str = "The example") -> tuple[Any, str]:
-    """Prompt, and the text that is scored; the prompt of a plain text is None.
+    """Prompt and completion of an example. The completion is the text that a readout scores; a plain text has no prompt (None).
 
     Raises:
-        `ValueError`: another form, several forms at once, or no text to score; the message begins with `name`.
+        `ValueError`: another form, several forms at once, or no text to score. The message begins with `name`.
     """
     forms = {
         "`text`": example.get("text") is not None, "`messages`": example.get("messages") is not None,
         "`prompt` and `completion`": example.get("completion") is not None,
     }  # fmt: skip
-    given = [form for form, there in forms.items() if there]
-    if len(given) != 1 or (given[0].startswith("`prompt`") and example.get("prompt") is None):
+    present = [form for form, there in forms.items() if there]
+    if len(present) != 1 or (present[0].startswith("`prompt`") and example.get("prompt") is None):
         raise ValueError(
-            f"{name} has the keys {sorted(example)} – expected one of `text`, `messages`, or `prompt` and `completion`: "
-            "which of them is scored must be clear."
+            f"{name} has the keys {sorted(example)} – expected one of `text`, `messages`, or `prompt` and `completion`: it must "
+            "be clear which text is scored."
         )
     if forms["`text`"]:
         if not isinstance(example["text"], str):
@@ -133,7 +144,7 @@ def split_example(example: Mapping[str, Any], name: str = "The example") -> tupl
             if not messages or messages[-1].get("role") != "assistant":
                 raise ValueError(
                     "it has `messages` that do not end with the assistant – expected the text to score as the last message, with "
-                    "role `assistant`."
+                    "the role `assistant`."
                 )
             return messages[:-1], answer_text(messages[-1:])
         prompt = example["prompt"]

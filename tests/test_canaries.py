@@ -822,7 +822,7 @@ def test_a_monitor_of_another_model_is_refused_when_all_weights_are_trained(fitt
         attach(trainer, monitors=[readout])
     assert not caplog.text
     readout.check_model(stranger, exact=False, trained=True)
-    assert "What it says of this model is about another one" in caplog.text
+    assert "Its scores on this model are about another model" in caplog.text
     caplog.clear()
     readout.check_model(one_matrix_rescaled(folder, tokenizer)["reference"], exact=False)
     assert "a related one" in caplog.text

@@ -89,7 +89,7 @@ def test_empty_texts_have_no_score_and_crash_nothing(load, tokenizer):
 
 def test_a_row_that_could_be_scored_in_two_ways_is_refused(load, tokenizer):
     model = load()
-    with pytest.raises(ValueError, match="which of them is scored must be clear"):
+    with pytest.raises(ValueError, match="it must be clear which text is scored"):
         read(model, [{"prompt": "a", "completion": "b", "text": "c"}], [make_readout(model)], tokenizer=tokenizer)
 
 
@@ -171,7 +171,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, model_folder, tmp_path
         said = "row 2 has more cells than the header names"
     elif case == "broken":
         written(name, [{"messages": "[{role: user}]", "label": 1}], ("messages", "label"))
-        said = "A cell of the column `messages` is no JSON"
+        said = "A cell of the column `messages` is not JSON"
     elif case == "no_parquet":
         name = tmp_path / "data.parquet"
         name.write_bytes(b"PAR1 and no more")
@@ -709,7 +709,9 @@ def test_messages_as_json_are_messages_in_every_file(tmp_path):
         for name in ("a.csv", "a.jsonl", "a.parquet"):
             assert load_examples(tmp_path / name).rows[0]["prompt"] == prompts[0], name
     table.to_csv(tmp_path / "repr.csv", index=False)
-    with pytest.raises(ValueError, match=r"`prompt` holds messages that are no JSON: .* Write them with `json.dumps`"):
+    with pytest.raises(
+        ValueError, match=r"`prompt` holds messages that are not JSON: .* Write them with `json.dumps`"
+    ):
         load_examples(tmp_path / "repr.csv")
     answer = '{"name": "Ann", "role": "admin"}'
     table.assign(prompt="who is it", completion=answer).to_json(tmp_path / "b.jsonl", orient="records", lines=True)

@@ -35,7 +35,6 @@ ROOMS = [
     "cli",
 ]
 ALLOWED = {room: set(ROOMS[:i]) | {room} for i, room in enumerate(ROOMS)}
-ALLOWED["concepts"] |= {"sae"}
 ALLOWED["report"] = {"report", "runlog"}
 ALLOWED["cli"] = {"cli", "commands", "concepts", "sae", "validation", "extensions", "__init__"}
 

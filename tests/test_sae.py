@@ -186,7 +186,7 @@ def test_everything_wrong_with_an_autoencoder_is_in_one_error():
         random_sae(normalization="layer_norm").decode(torch.zeros(40))
     with pytest.raises(ValueError, match=r"Latents \[40\] – expected indices from 0 to 39"):
         random_sae().latents([0, 40])
-    with pytest.raises(ValueError, match=r"has shape \(0, 12\) – expected \(S, D\), with one latent at least"):
+    with pytest.raises(ValueError, match=r"has shape \(0, 12\) – expected \(S, D\) with at least one latent"):
         Latents("none", POINT, torch.zeros(0, 12), torch.zeros(0))
 
 

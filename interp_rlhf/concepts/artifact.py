@@ -1,6 +1,7 @@
-"""Artifacts on disk: one safetensors file with the weights of a concept and a JSON header that says what they are.
+"""Artifacts on disk: one safetensors file with the weights of a concept and a JSON header that describes them.
 
-In and out: `Artifact`. No pickle; a file is written whole or not at all.
+In: an `Artifact`, or the path of its file. Out: the file, or the `Artifact`. A file is written whole or not at all, and never
+holds a pickle. It must not know cards or models.
 """
 
 from __future__ import annotations
@@ -28,29 +29,30 @@ HEADER_KEY = "interp_rlhf"
 
 @dataclass(frozen=True)
 class Header:
-    """What an artifact knows of itself.
+    """An artifact's description of itself.
 
     Attributes:
         kind (`str`): `probe`, `direction` or `sae_latents`.
         method (`str`): `logistic_regression` or `difference_of_means`.
-        hook_point (`str`): where it reads.
+        hook_point (`str`): module path where it reads.
         width (`int`): D.
         model_id (`str`), identity (`str`): the model it was made on, see `activations.identity`.
-        structure (`dict`): that model's architecture, which a tuned copy shares.
+        structure (`dict`): the architecture of that model. A tuned copy has the same.
         label_names (`tuple[str, str]`): names of label 0 and label 1.
         data (`str`): fingerprint of the examples it was fitted on.
-        examples (`int`): how many.
-        seed (`int`): of the fit.
-        calibration (`dict[str, tuple[float, float]]`): pooling to (scale, bias): what makes a pooled score a log-odds, found on
+        examples (`int`): number of those examples.
+        seed (`int`): seed of the fit.
+        calibration (`dict[str, tuple[float, float]]`): pooling to (scale, offset), which make a pooled score a log-odds. Found on
             scores out of fold.
-        include_end_of_turn (`bool`): whether end-of-turn tokens counted in the fit.
-        versions (`dict[str, str]`): libraries of the fit.
-        canaries (`dict`): token sequences and what the readout gave on them, see `activations.canaries`; empty in artifacts of
-            before 0.2.
-        sae (`dict`): of `sae_latents`: indices of the latents, S, k, normalization, and where the autoencoder came from.
-        pooling (`str`): what it was fitted for.
-        regularization (`float`, *optional*), sharpness (`float`, *optional*): what cross-validation chose: inverse strength of
-            the L2 penalty, and of `attention` the standard deviation of the query's logits. None in artifacts of before 0.3.
+        include_end_of_turn (`bool`): end-of-turn tokens counted in the fit.
+        versions (`dict[str, str]`): versions of the libraries that made the fit.
+        canaries (`dict`): token sequences and the scores on them, see `activations.canaries`. Artifacts of versions before 0.2
+            have none.
+        sae (`dict`): for `sae_latents`: indices of the latents, S, k, normalization, and the source of the autoencoder.
+        pooling (`str`): the pooling that it was fitted for.
+        regularization (`float`, *optional*), sharpness (`float`, *optional*): choices of the cross-validation: inverse strength
+            of the L2 penalty and, for `attention`, the standard deviation of the query's logits. None in artifacts of versions
+            before 0.3.
     """
 
     kind: str
@@ -91,11 +93,11 @@ def calibration_of(header: Header, pooling: str, name: str) -> tuple[float, floa
 
 
 def strength_of(header: Header) -> float | None:
-    """Regularization of a fit, for controls that are to have the same; None where a difference of means has none."""
+    """Regularization of a fit, for controls that need the same one. None for a difference of means, which has none."""
     if header.method == "difference_of_means":
         return None
     if header.regularization is None:
-        return 1.0 if header.kind == "sae_latents" else 0.001  # what artifacts of before 0.3 were fitted with
+        return 1.0 if header.kind == "sae_latents" else 0.001  # the values in versions before 0.3
     return header.regularization
 
 
@@ -106,10 +108,10 @@ class Artifact:
     Attributes:
         weight (`torch.FloatTensor` of shape (D,), or (K,) of latents): float32.
         bias (`float`): 0 for a direction.
-        header (`Header`): what it is.
-        latents (`Latents`, *optional*): of `sae_latents`: the K latents that are weighed.
-        query (`torch.FloatTensor` of the weight's shape, *optional*): of a fit for `attention`: a token's logit is
-            ⟨h, query⟩ + query_bias, where 0 is the sink's; then bias is −⟨μ, weight⟩, so that the sink's score is 0 too.
+        header (`Header`): its description.
+        latents (`Latents`, *optional*): for `sae_latents`: the K latents that the weight weighs.
+        query (`torch.FloatTensor` of the weight's shape, *optional*): for a fit for `attention`: a token's logit is
+            ⟨h, query⟩ + query_bias, and the sink's logit is 0. Then bias is −⟨μ, weight⟩, so that the sink's score is 0 too.
     """
 
     weight: torch.Tensor
@@ -120,7 +122,7 @@ class Artifact:
     query_bias: float = 0.0
 
     def save(self, path: str | Path) -> str:
-        """Write the file whole or not at all; returns its SHA-256."""
+        """Write the file whole or not at all. Returns its SHA-256."""
         from safetensors.torch import save
 
         tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor([self.bias])}
@@ -133,16 +135,24 @@ class Artifact:
         return hashlib.sha256(data).hexdigest()
 
 
+def read_directions(weight: torch.Tensor, latents: Latents | None, query: torch.Tensor | None) -> torch.Tensor:
+    """Directions (R, D) along which an artifact reads: its weight and its query, or the encoder rows of its latents."""
+    if latents is not None:
+        return latents.chosen.cpu()
+    rows = [weight] if query is None else [weight, query]
+    return torch.stack([row.detach().float().cpu() for row in rows])
+
+
 def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     """Artifact of a file.
 
     Args:
         path (`str` or `Path`): the safetensors file.
-        sha256 (`str`, *optional*): digest that the file must have, as a card names it.
+        sha256 (`str`, *optional*): digest that the card names and the file must have.
 
     Raises:
         `FileNotFoundError`: no such file.
-        `ValueError`: truncated, not one of ours, another digest, or weights that are not finite.
+        `ValueError`: the file is truncated, is not an artifact, has another digest, or has weights that are not finite.
     """
     from safetensors import SafetensorError
 
@@ -155,20 +165,20 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     except SafetensorError as error:
         raise ValueError(
             f"`{path}` ({len(data)} bytes) is not a whole safetensors file ({error}) – expected an artifact. It may be "
-            "truncated: copy it again or fit it anew."
+            "truncated: copy it again or fit it again."
         ) from None
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and digest != sha256:
         raise ValueError(
-            f"`{path}` has SHA-256 {found} – the card expects {sha256}. The artifact was changed or swapped after the "
+            f"`{path}` has SHA-256 {digest} – the card expects {sha256}. The artifact was changed or swapped after the "
             "card was written: restore it, or fit and check again."
         )
-    header = _header(data, path)
+    header = _header_of(data, path)
     wanted = {"weight", "bias", *(("query", "query_bias") if header.pooling == ATTENTION else ())}
     if missing := sorted(wanted - set(tensors)):
         raise ValueError(
             f"`{path}` lacks {', '.join(f'`{name}`' for name in missing)} – expected an artifact fitted for "
-            f"`{header.pooling}`. Fit it anew."
+            f"`{header.pooling}`. Fit it again."
         )
     weight, bias = tensors["weight"].float(), float(tensors["bias"].item())
     size = len(header.sae["latents"]) if header.kind == "sae_latents" else header.width
@@ -177,41 +187,41 @@ def load_artifact(path: str | Path, sha256: str | None = None) -> Artifact:
     shapes = {tuple(tensor.shape) for tensor in (weight, query) if tensor is not None}
     if shapes != {(size,)} or not finite or (query is None) != (header.pooling != ATTENTION):
         raise ValueError(
-            f"`{path}` has {'a' if query is not None else 'no'} query and a weight of shape {tuple(weight.shape)}, fitted for "
-            f"`{header.pooling}`, all numbers finite: {finite} – expected ({size},) finite numbers, and a query for `attention` "
-            "only. Fit it anew."
+            f"`{path}`, fitted for `{header.pooling}`, has {'a' if query is not None else 'no'} query and a weight of shape "
+            f"{tuple(weight.shape)}, all numbers finite: {finite} – expected ({size},) finite numbers, and a query for "
+            "`attention` only. Fit it again."
         )
     query_bias = float(tensors["query_bias"].item()) if query is not None else 0.0
-    return Artifact(weight, bias, header, _latents(tensors, header), query, query_bias)
+    return Artifact(weight, bias, header, _latents_of(tensors, header), query, query_bias)
 
 
-def _latents(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None:
+def _latents_of(tensors: dict[str, torch.Tensor], header: Header) -> Latents | None:
     if header.kind != "sae_latents":
         return None
     weights: dict[str, Any] = {
         name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")
     }
-    said = header.sae
+    sae = header.sae
     return Latents(
-        name="sae", hook_point=header.hook_point, k=said["k"], grouped=said["grouped"], normalization=said["normalization"],
+        name="sae", hook_point=header.hook_point, k=sae["k"], grouped=sae["grouped"], normalization=sae["normalization"],
         **weights,
     )  # fmt: skip
 
 
 def load_tensors(source: bytes | str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, or of its bytes, in memory of torch's own.
+    """Tensors of a safetensors file, or of its bytes, copied into memory that torch allocates.
 
-    safetensors leaves them where they lie in the file, at addresses that are no multiple of 64. There vector loops add up in
-    another order, so that what goes on from a file would differ in its last bits from what was never saved.
+    safetensors leaves tensors where they lie in the file, at addresses that need not be multiples of 64. There vector loops add
+    up in another order: a run that continues from a file would differ in its last bits from one that was never saved.
     """
     from safetensors.torch import load, load_file
 
-    found = load(source) if isinstance(source, bytes) else load_file(source)
-    return {name: tensor.clone() for name, tensor in found.items()}
+    tensors = load(source) if isinstance(source, bytes) else load_file(source)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file whole or leave what was there: a temporary file in the same folder, then a rename."""
+    """Write a file whole, or leave the old one: write a temporary file in the same folder, then rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -220,37 +230,35 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             file.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    finally:
+        Path(name).unlink(missing_ok=True)  # it is gone if the rename succeeded
 
 
 @contextmanager
 def folder_aside(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder beside where it is to go, to be filled and moved there; nothing of it stays where that fails."""
+    """A new folder next to its destination. The caller fills it and moves it there; if that fails, nothing of it stays."""
     made = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
         yield made
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)  # it is gone if the caller moved it
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of the libraries that a result depends on."""
     from importlib.metadata import version
 
     names = ("interp-rlhf", "torch", "transformers", "trl", "scikit-learn")
     return {name: version(name) for name in names}
 
 
-def _header(data: bytes, path: Path) -> Header:
+def _header_of(data: bytes, path: Path) -> Header:
     size = int.from_bytes(data[:8], "little")
     metadata: dict[str, Any] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     if HEADER_KEY not in metadata:
         raise ValueError(
-            f"`{path}` has no `{HEADER_KEY}` header – expected an artifact written by `interp-rlhf probe fit`, not any "
-            "safetensors file."
+            f"`{path}` has no `{HEADER_KEY}` header – expected an artifact. Write one with `interp-rlhf probe fit`: another "
+            "safetensors file does not do."
         )
     values = json.loads(metadata[HEADER_KEY])
     known = {item.name for item in fields(Header)}
@@ -263,7 +271,7 @@ def _header(data: bytes, path: Path) -> Header:
         for item in fields(Header)
         if item.default is MISSING and item.default_factory is MISSING and item.name not in values
     ):
-        raise ValueError(f"`{path}` lacks the header keys {missing} – written by an older version. Fit it anew.")
+        raise ValueError(f"`{path}` lacks the header keys {missing} – written by an older version. Fit it again.")
     values["label_names"] = tuple(values["label_names"])
     values["calibration"] = {key: tuple(pair) for key, pair in values["calibration"].items()}
     return Header(**values)

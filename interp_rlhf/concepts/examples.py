@@ -1,7 +1,7 @@
-"""Labelled examples from a file: what a probe is fitted on and checked with.
+"""Labelled examples from a file. A probe is fitted on them and checked with others.
 
 In: a JSONL, CSV or Parquet file, or a folder or Hub id that `datasets` reads. Out: examples, 0/1 labels, label names and a
-fingerprint. Knows neither models nor torch.
+fingerprint. It must not know models, and does not import torch.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..messages import as_list, content_text, split_example
+from ..messages import as_list, prompt_text, split_example
 from .spoken import spoken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONTENT = ("text", "messages", "prompt", "completion")
-# Columns that TRL renders along with them, or that hold a completion as it was generated.
+# Columns that TRL renders together with these, and the ids of a completion as it was generated.
 BESIDE = ("completion_ids", "tools", "chat_template_kwargs")
-# Columns that hold text or messages; a file may hold the latter as JSON.
+# Columns that hold text or messages. A file may hold messages as JSON.
 SPOKEN = ("messages", "prompt", "completion", "chosen", "rejected")
 
 
@@ -38,9 +39,11 @@ class Examples:
 
     Attributes:
         rows (`list[dict]`): each with `text`, with `messages`, or with `prompt` and `completion`.
-        labels (`np.ndarray` of shape (N,)): 1 where the concept is present.
+        labels (`np.ndarray` of shape (N,)): 1 if the concept is present, else 0.
         label_names (`tuple[str, str]`): names of label 0 and label 1.
         fingerprint (`str`): SHA-256 of content and labels, in order.
+
+    Texts, prompts and groups are computed once. Do not change the rows afterwards.
     """
 
     rows: list[dict[str, Any]]
@@ -51,20 +54,20 @@ class Examples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
-        """What a text baseline sees: the text that the probe's counted tokens spell."""
-        return [_scored_text(row) for row in self.rows]
+        """Text of each row's completion, which text baselines see: the text that the probe's counted tokens spell."""
+        return [split_example(row)[1] for row in self.rows]
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
-        """Text of each row's prompt, messages one per line; empty where there is none."""
-        return [_prompt_text(split_example(row)[0]) for row in self.rows]
+        """Text of each row's prompt, messages one per line. The text of a row without a prompt is empty."""
+        return [prompt_text(split_example(row)[0], roles=False) for row in self.rows]
 
-    @property
+    @cached_property
     def groups(self) -> list[str]:
-        """Key per row of what must not be split between folds: the prompt, else the row itself, whatever its form, case and
-        white space."""
+        """Group of each row, which folds do not split: a prompt, or a row without one. Form, case and white space do not tell two
+        prompts apart."""
         return [_digest(prompt or answer) for prompt, answer in map(spoken, self.rows)]
 
 
@@ -74,12 +77,23 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
     Args:
         source (`str` or `Path`): a `.jsonl`, `.csv` or `.parquet` file, or anything that `datasets.load_dataset` or
             `load_from_disk` reads (the split `train`, or the only one).
-        positive (`str`, *optional*): which of two text labels means that the concept is present. Labels 0 and 1, or
-            false and true, need none.
+        positive (`str`, *optional*): the text label which means that the concept is present. Not needed for the labels 0 and 1,
+            or false and true.
+
+    Returns:
+        `Examples`: the rows with their labels.
 
     Raises:
         `FileNotFoundError`: no such file.
         `ValueError`: no rows, a row without content or label, one class only, or labels that are not binary.
+
+    Example:
+        >>> from interp_rlhf import load_examples
+        >>> examples = load_examples("contrast.jsonl")
+        >>> len(examples), int(examples.labels.sum()), examples.label_names
+        (24, 12, ('0', '1'))
+        >>> sorted(examples.rows[0])
+        ['completion', 'prompt']
     """
     source = str(source)
     return make_examples(read_rows(source), source=source, positive=positive)
@@ -88,12 +102,12 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
 def make_examples(
     rows: Iterable[Mapping[str, Any]], source: str = "examples", positive: str | None = None
 ) -> Examples:
-    """Labelled examples of rows in memory, such as a list, a `Dataset` or a `DataFrame`; see `load_examples`."""
+    """Labelled examples of rows in memory, such as a list, a `Dataset` or a `DataFrame`. See `load_examples`."""
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         keys = f" with the keys {', '.join(f'`{key}`' for key in rows)}" if isinstance(rows, Mapping) else ""
         raise ValueError(
-            f"`{source}` is a {type(rows).__name__}{keys} – expected rows, each with a `label`. Of a `DatasetDict`, "
-            "pass one split."
+            f"`{source}` is a {type(rows).__name__}{keys} – expected rows, each with a `label`. Pass one split of a "
+            "`DatasetDict`."
         )
     rows = as_list(rows)
     if not rows:
@@ -107,7 +121,7 @@ def make_examples(
     if unlabelled:
         raise ValueError(
             f"`{source}`: {len(unlabelled)} of {len(rows)} rows have no `label`, the first is row {unlabelled[0]} – "
-            "expected one of two labels in each."
+            "expected one of two labels in each. Label them or remove them."
         )
     for i, row in enumerate(rows):
         filled = {
@@ -116,7 +130,7 @@ def make_examples(
             if key not in ("text", "messages") or not isinstance(value, str) or value
         }
         split_example(filled, f"`{source}`: row {i}")
-    found, names = _binary(labels, source, positive)
+    binary, names = _binary(labels, source, positive)
     keep = (*CONTENT, *BESIDE)
     kept = [
         {
@@ -126,8 +140,8 @@ def make_examples(
         }
         for row in rows
     ]
-    fingerprint = _digest([kept, found.tolist()])
-    return Examples(kept, found, names, f"sha256:{fingerprint}")
+    fingerprint = _digest([kept, binary.tolist()])
+    return Examples(kept, binary, names, f"sha256:{fingerprint}")
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
@@ -138,33 +152,34 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def read_rows(source: str | Path) -> list[dict[str, Any]]:
-    """Rows of a file or a data set: JSONL, JSON, CSV (also Excel's), Parquet, or what `datasets` reads.
+    """Rows of a file or a data set: JSONL, JSON, CSV (also Excel's), Parquet, or anything that `datasets` reads.
 
-    Messages that stand in a text column as JSON are read.
+    Messages in a text column are read as JSON.
 
     Raises:
         `FileNotFoundError`: no such file.
-        `ValueError`: a file of another form; the message says which line.
+        `ValueError`: a file of another form. The message names the line.
     """
-    return [{key: _spoken(str(source), key, value) for key, value in row.items()} for row in _rows(source)]
+    return [{key: _parsed_messages(str(source), key, value) for key, value in row.items()} for row in _rows_of(source)]
 
 
 def read_prompts(source: str | Path) -> list[Any]:
-    """The column `prompt` of a file or a data set; see `read_rows`.
+    """The column `prompt` of a file or a data set. See `read_rows`.
 
     Raises:
-        `ValueError`: no rows, or one without a prompt.
+        `ValueError`: no rows, or a row without a prompt.
     """
     rows = read_rows(source)
     without = [i for i, row in enumerate(rows) if not row.get("prompt")]
     if without or not rows:
         raise ValueError(
-            f"`{source}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each."
+            f"`{source}` has {len(rows)} rows, {len(without)} of them without a `prompt` – expected one in each. Add prompts, or "
+            "remove these rows."
         )
     return [row["prompt"] for row in rows]
 
 
-def _rows(source: str | Path) -> list[dict[str, Any]]:
+def _rows_of(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in {".jsonl", ".json", ".csv", ".tsv", ".parquet"} and not path.exists():
@@ -186,18 +201,19 @@ def _rows(source: str | Path) -> list[dict[str, Any]]:
             loaded = datasets.load_dataset("json", data_files=str(source))
         else:
             loaded = datasets.load_dataset(str(source))
-    except StopIteration:  # a file without a byte
+    except StopIteration:  # an empty file
         return []
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"`{source}` is no JSONL, CSV or Parquet file, and `datasets` does not read it ({error}) – expected one of the two."
+            f"`{source}` is not a JSONL, CSV or Parquet file, and `datasets` cannot read it ({error}) – expected a file or a "
+            "data set. Check the path."
         ) from None
     if isinstance(loaded, datasets.DatasetDict):
         splits = sorted(loaded)
         if "train" not in splits and len(splits) != 1:
             raise ValueError(
                 f"`{source}` has the splits {', '.join(f'`{split}`' for split in splits)} – expected `train`, or one split "
-                "only. Save the one that is meant by itself."
+                "only. Save the split that you mean as its own data set."
             )
         loaded = loaded["train" if "train" in splits else splits[0]]
     return [dict(row) for row in loaded]
@@ -215,8 +231,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file: with commas, semicolons or tabs, in UTF-8 or UTF-16, with a byte-order mark or without, as Excel writes
-    them; cells that hold messages as JSON are read."""
+    """Rows of a CSV file, as Excel writes them too: with commas, semicolons or tabs, in UTF-8 or UTF-16, with or without a
+    byte-order mark. Cells with messages are read as JSON."""
     csv.field_size_limit(2**31 - 1)
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
@@ -224,7 +240,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"`{path}` is not {encoding.removesuffix('-sig').upper()} ({error}) – expected UTF-8. Save it so."
+            f"`{path}` is not {encoding.removesuffix('-sig').upper()} ({error}) – expected UTF-8. Save it as UTF-8."
         ) from None
     known = {*CONTENT, *BESIDE, "label"}
     head = text.split("\n", 1)[0]
@@ -237,17 +253,19 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True), 2):
             if None in row:
                 raise ValueError(
-                    f"`{path}`: row {number} has more cells than the header names – expected {len(row) - 1}. Put cells that hold "
-                    f"`{mark}` in quotes."
+                    f"`{path}`: row {number} has more cells than the header names – expected {len(row) - 1}. Put cells that "
+                    f"contain `{mark}` in quotes."
                 )
-            rows.append({str(key).strip(): _cell(str(key).strip(), value) for key, value in row.items()})
+            rows.append({str(key).strip(): _parsed_cell(str(key).strip(), value) for key, value in row.items()})
     except csv.Error as error:
-        raise ValueError(f"`{path}` is not a CSV file ({error}) – expected one, with a header.") from None
+        raise ValueError(
+            f"`{path}` is not a CSV file ({error}) – expected one with a header. Save it again."
+        ) from None
     return rows
 
 
-def _cell(name: str, value: str | None) -> Any:
-    """A cell, read as JSON where it holds messages, tools or ids."""
+def _parsed_cell(name: str, value: str | None) -> Any:
+    """A cell. Messages, tools and ids are read as JSON."""
     if value is None or value == "":
         return None
     if name in ("messages", *BESIDE):
@@ -255,35 +273,35 @@ def _cell(name: str, value: str | None) -> Any:
             return json.loads(value)
         except ValueError:
             raise ValueError(
-                f"A cell of the column `{name}` is no JSON: {value[:60]!r} – expected a list, such as "
+                f"A cell of the column `{name}` is not JSON: {value[:60]!r} – expected a list, such as "
                 '[{"role": "user", "content": "…"}], in double quotes.'
             ) from None
     return value
 
 
-def _spoken(source: str, name: str, value: Any) -> Any:
-    """A value of a row, messages where it is a text that holds them as JSON.
+def _parsed_messages(source: str, name: str, value: Any) -> Any:
+    """A value of a row. A text that holds messages as JSON becomes these messages.
 
     Raises:
-        `ValueError`: it holds them in another form, as `str` writes a list in Python.
+        `ValueError`: a text holds messages in another form, such as the `str` of a Python list.
     """
     if name not in SPOKEN or not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     if not re.search(r"""["']role["']\s*:""", value):
         return value
     try:
-        found = json.loads(value)
+        parsed = json.loads(value)
     except ValueError:
         if not re.match(r"""\s*(\[\s*)?\{\s*["']""", value) or not re.search(r"""["']content["']\s*:""", value):
-            return value  # a text that begins so
+            return value  # a text that only begins like messages
         raise ValueError(
-            f"`{source}`: the column `{name}` holds messages that are no JSON: {value[:60]!r} – expected such as "
+            f"`{source}`: the column `{name}` holds messages that are not JSON: {value[:60]!r} – expected messages such as "
             '[{"role": "user", "content": "…"}], in double quotes. Write them with `json.dumps`.'
         ) from None
-    if isinstance(found, dict) and "role" in found and "content" in found:
-        return [found]
-    messages = isinstance(found, list) and all(isinstance(item, dict) and "role" in item for item in found)
-    return found if messages else value
+    if isinstance(parsed, dict) and "role" in parsed and "content" in parsed:
+        return [parsed]
+    messages = isinstance(parsed, list) and all(isinstance(item, dict) and "role" in item for item in parsed)
+    return parsed if messages else value
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -310,10 +328,13 @@ def _binary(values: Sequence[Any], source: str, positive: str | None) -> tuple[n
     distinct = sorted(set(names))
     shown = ", ".join(f"`{name}`" for name in distinct[:6]) + (" …" if len(distinct) > 6 else "")
     if len(distinct) == 1:
-        raise ValueError(f"`{source}` has one label only, {shown}, in {len(values)} rows – expected two classes.")
+        raise ValueError(
+            f"`{source}` has one label only, {shown}, in {len(values)} rows – expected two classes. Add examples of the other."
+        )
     if len(distinct) > 2:
         raise ValueError(
-            f"`{source}` has {len(distinct)} labels: {shown} – expected two (0 and 1, false and true, or two names)."
+            f"`{source}` has {len(distinct)} labels: {shown} – expected two (0 and 1, false and true, or two names). Keep "
+            "two of them."
         )
     if positive is None:
         if distinct != ["0", "1"]:
@@ -338,18 +359,8 @@ def _label_name(value: Any) -> str:
 
 
 def _plain(label: Any) -> Any:
-    """A label of numpy or torch as Python's own."""
+    """A label as a plain Python value, if it is a scalar of numpy or torch."""
     return label.item() if hasattr(label, "item") and getattr(label, "ndim", 1) == 0 else label
-
-
-def _scored_text(row: Mapping[str, Any]) -> str:
-    return split_example(row)[1]
-
-
-def _prompt_text(prompt: Any) -> str:
-    if prompt is None or isinstance(prompt, str):
-        return prompt or ""
-    return "\n".join(content_text(message.get("content")) for message in prompt)
 
 
 def _digest(value: Any) -> str:

@@ -1,6 +1,7 @@
-"""What is said in a row of a data set, whatever form it is written in: by this, two rows are the same or not.
+"""The normalised text of a row of a data set. Two rows are the same if it is the same, even if their forms differ.
 
-In: a row with a text, messages, or a prompt and a completion. Out: normalised text of its prompt and of its answer. No torch.
+In: a row with a text, messages, or a prompt and a completion. Out: normalised text of its prompt and of its answer. It must not
+know models, and does not import torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
-from ..messages import content_text, split_example
+from ..messages import prompt_text, split_example
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,30 +27,28 @@ _MARKERS = re.compile(
     r"|</?s>|<(?:bos|eos|pad|unk)>|\[/?(?:inst|system_prompt)\]|<</?sys>>"  # Llama 2, Mistral
     r"|<think> ?</think>"  # Qwen 3 without thinking
 )
-# Names of speakers in a dialogue written as plain text; removed only where both are there.
+# Names of speakers in a dialogue that is written as plain text. They are removed only if both are there.
 _ASKED, _ANSWERED = re.compile(r"(?<!\w)(?:human|user):"), re.compile(r"(?<!\w)assistant:")
 _SPEAKERS = re.compile(r"(?<!\w)(?:human|user|system|assistant):")
 
 
 def spoken(row: Mapping[str, Any]) -> Spoken:
-    """What is said in a row: text of the prompt and of the answer, the same in whatever form the row is written.
+    """Normalised text of a row's prompt and of its answer. It does not depend on the form of the row.
 
-    Normalised as Unicode's NFKC_Casefold, with one space for all white space and without the markers of chat templates.
-    Messages are joined by a space. A plain `text` is an answer without a prompt (`""`).
+    The text is normalised as Unicode's NFKC_Casefold, with one space for all white space and without the markers of chat
+    templates. Messages are joined by a space. A plain `text` is an answer without a prompt (`""`).
 
     Raises:
-        `ValueError`: a row of another form, or a message that is no text.
+        `ValueError`: the row has another form, or a message is not text.
     """
     filled = {key: value for key, value in row.items() if key not in ("text", "messages") or value != ""}
     prompt, answer = split_example(filled)
-    if prompt is not None and not isinstance(prompt, str):
-        prompt = " ".join(content_text(message.get("content")) for message in prompt)
-    return _normalised(prompt or ""), _normalised(answer)
+    return _normalised(prompt_text(prompt, roles=False)), _normalised(answer)
 
 
 def _normalised(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    if not folded.isascii():  # a zero-width space or a soft hyphen is not seen
+    if not folded.isascii():  # without zero-width spaces and soft hyphens
         folded = "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")
     folded = " ".join(folded.split())
     bare = _MARKERS.sub(" ", folded)

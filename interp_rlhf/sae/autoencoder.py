@@ -125,6 +125,14 @@ class SparseAutoencoder(nn.Module):
     def _canaries(self) -> Canaries | None:
         return Canaries.of((self.spec.source.get("metadata") or {}).get("canaries") or {})
 
+    def description(self) -> dict[str, Any]:
+        """What an artifact of latents says of the autoencoder that they came from, as plain values."""
+        spec = self.spec
+        return {
+            "size": self.size, "architecture": spec.architecture, "k": spec.k, "grouped": spec.architecture == "groupmax",
+            "normalization": spec.normalization, "source": spec.source,
+        }  # fmt: skip
+
     def latents(self, indices: int | Sequence[int] | None = None, name: str = "sae") -> Latents:
         """Some of its latents as a readout, all by default; weights are shared, not copied, where all are read.
 
