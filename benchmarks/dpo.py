@@ -1,10 +1,9 @@
 """What three terms in the loss cost a real `trl.DPOTrainer` step.
 
-A probe's anchor, a feature constraint on 4,096 latents and a drift penalty in a subspace of eight dimensions, all at the
-middle block, against the plain step: TRL's own trainer, LoRA (r = 16 on the query and value projections) and full
-fine-tuning, learning rate 0. The naive variant computes the same terms from forwards of its own, as one would with
-`output_hidden_states=True`. Without `--model` the model is an 8-block Llama of width 512 with random
-weights; with it, a folder, for instance the embedded SmolLM2.
+The terms are a probe's anchor, a feature constraint on 4,096 latents and a drift penalty in a subspace of eight dimensions,
+all at the middle block. The plain step is that of TRL's trainer. Both train with LoRA (r = 16 on the query and value
+projections) and with full fine-tuning, learning rate 0. The naive variant computes the same terms from separate forwards with
+`output_hidden_states=True`. The model is an 8-block Llama of width 512 with random weights, or what `--model` says.
 
   three_terms_vs_plain              LoRA: CPU time of a step with the terms over a plain step
   three_terms_vs_plain_full         the same in full fine-tuning
@@ -15,14 +14,15 @@ weights; with it, a folder, for instance the embedded SmolLM2.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from steps import timed_step
-from timing import Row, alternate, finish, parser, prepare, rows_of
+from timing import Row, Sample, alternate, finish, parser, prepare, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from interp_rlhf import (
@@ -93,7 +92,7 @@ def terms_of(folder: Path, seed: int) -> list[LossTerm]:
 
 
 class NaiveTrainer(DPOTrainer):
-    """The same three terms from forwards of their own."""
+    """The same three terms from separate forwards."""
 
     naive_terms: list[LossTerm]
 
@@ -122,8 +121,8 @@ class NaiveTrainer(DPOTrainer):
 
 def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     kept = labels[:, 1:] != -100
-    found = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return (found * kept).sum(1)
+    log_probs = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (log_probs * kept).sum(1)
 
 
 def make_trainer(folder: Path, output: str, variant: str, lora: bool, real: bool, seed: int) -> DPOTrainer:
@@ -150,79 +149,87 @@ def make_trainer(folder: Path, output: str, variant: str, lora: bool, real: bool
 
 
 def high_water_mark() -> int:
-    """Highest resident memory of this process in bytes; `ru_maxrss` would begin with that of the process that started it."""
+    """Highest resident memory of this process in bytes. `ru_maxrss` would begin with the parent's."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def peak_memory(folder: Path, variant: str, lora: bool, seed: int, real: bool) -> float:
-    """Highest resident memory in bytes of a fresh process that makes two steps."""
-    command = [sys.executable, __file__, "--seed", str(seed), "--peak-of", variant, *(["--lora"] if lora else [])]
-    command += ["--model", str(folder), *([] if real else ["--random"])]
+def peak_memory(script: str, folder: Path, kind: str, seed: int, real: bool, *more: str) -> float:
+    """Highest resident memory in bytes of a fresh process that makes two steps: `script --peak-of KIND`."""
+    command = [sys.executable, script, "--seed", str(seed), "--peak-of", kind, "--model", str(folder), *more]
     # Large blocks go back to the system when they are freed, so that the peak is what was in use at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    command += [] if real else ["--made-up-texts"]
     output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     return float(json.loads(output.splitlines()[-1]))
 
 
+def add_memory(made: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
+    """Arguments about peak memory; the hidden ones are for the processes that `peak_memory` starts."""
+    made.add_argument("--memory-pairs", type=int, default=3, help="processes of each kind (default: %(default)s)")
+    made.add_argument("--peak-of", choices=kinds, help=argparse.SUPPRESS)
+    made.add_argument("--made-up-texts", action="store_true", help=argparse.SUPPRESS)
+
+
+def print_peak(trainer: DPOTrainer) -> None:
+    """Makes two steps and prints the highest resident memory as the last line."""
+    trainer.args.max_steps = 2
+    trainer.train()
+    print(json.dumps(high_water_mark()))
+
+
+def timed_rows(make: Callable[[str], Callable[[], DPOTrainer]], suffix: str, kind: str, pairs: int) -> list[Row]:
+    """CPU time of a step with the terms, by the package and naively, over a plain step."""
+
+    def timed(made: Callable[[], DPOTrainer]) -> Sample:
+        return timed_step(made, epoch=True)
+
+    plain, rows = make("plain"), []
+    for variant, key, target in (("terms", "three_terms", "≤ 1.05"), ("naive", "separate_forwards", "")):
+        samples = alternate(make(variant), plain, pairs, f"{key}, {kind}", timed)
+        rows += rows_of(f"{key}_vs_plain{suffix}", samples, target, kind)
+    return rows
+
+
+def memory_rows(peak: Callable[[str], float], suffix: str, kind: str, pairs: int) -> list[Row]:
+    """Highest resident memory over that of plain steps."""
+    peaks = [{variant: peak(variant) for variant in VARIANTS} for _ in range(pairs)]
+    rows = []
+    for variant, key, target in (("terms", "three_terms", "≤ 1.03"), ("naive", "separate_forwards", "")):
+        values = [one[variant] / one["plain"] for one in peaks]
+        note = f"{kind}; plain {peaks[0]['plain'] / 2**30:.2f} GiB"
+        rows.append(Row(f"{key}_vs_plain_peak_memory{suffix}", values, target, note))
+    return rows
+
+
 def main() -> None:
-    arguments_of = parser(__doc__, pairs=7)
-    arguments_of.add_argument("--model", type=Path, help="folder of a real causal LM with a chat template")
-    arguments_of.add_argument(
-        "--peak-of", choices=VARIANTS, help="make two steps of this kind and print the peak in bytes"
-    )
-    arguments_of.add_argument("--lora", action="store_true", help="with --peak-of: LoRA instead of full fine-tuning")
-    arguments_of.add_argument("--random", action="store_true", help="with --peak-of: the model is the random one")
-    arguments_of.add_argument(
-        "--memory-pairs", type=int, default=3, help="processes of each kind (default: %(default)s)"
-    )
-    arguments = arguments_of.parse_args()
+    made = parser(__doc__, pairs=7)
+    synthetic.add_model(made)
+    add_memory(made, VARIANTS)
+    made.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)  # with `--peak-of`
+    arguments = made.parse_args()
     prepare(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    seed, real = arguments.seed, arguments.model is not None and not arguments.random
-    with tempfile.TemporaryDirectory() as name:
-        folder = (
-            arguments.model.expanduser() if arguments.model else synthetic.save(Path(name) / "model", VOCABULARY, seed)
-        )
-        counter = itertools.count()
+    seed, memory_pairs = arguments.seed, 1 if arguments.quick else arguments.memory_pairs
+    with synthetic.subject(arguments, VOCABULARY) as (subject, work):
+        real, counter = subject.real and not arguments.made_up_texts, itertools.count()
 
         def make(variant: str, lora: bool) -> Callable[[], DPOTrainer]:
-            trainer = make_trainer(folder, f"{name}/{next(counter)}", variant, lora, real, seed)
+            trainer = make_trainer(subject.folder, f"{work}/{next(counter)}", variant, lora, real, seed)
             return lambda: trainer
 
+        def peak(variant: str, lora: bool) -> float:
+            return peak_memory(__file__, subject.folder, variant, seed, real, *(["--lora"] if lora else []))
+
         if arguments.peak_of:
-            trainer = make(arguments.peak_of, arguments.lora)()
-            trainer.args.max_steps = 2
-            trainer.train()
-            print(json.dumps(high_water_mark()))
+            print_peak(make(arguments.peak_of, arguments.lora)())
             return
         rows = []
-        for lora in (True, False):
-            suffix = "" if lora else "_full"
-            kind = "LoRA" if lora else "full fine-tuning"
-            plain = make("plain", lora)
-            for variant, key, target in (("terms", "three_terms", "≤ 1.05"), ("naive", "separate_forwards", "")):
-                samples = alternate(
-                    make(variant, lora),
-                    plain,
-                    arguments.pairs,
-                    f"{key}, {kind}",
-                    timed=lambda f: timed_step(f, epoch=True),
-                )
-                rows += rows_of(f"{key}_vs_plain{suffix}", samples, target, kind)
-            peaks = {v: [] for v in VARIANTS}
-            for _ in range(arguments.memory_pairs):
-                for variant in VARIANTS:
-                    peaks[variant].append(peak_memory(folder, variant, lora, seed, real))
-            for variant, key, target in (("terms", "three_terms", "≤ 1.03"), ("naive", "separate_forwards", "")):
-                values = [a / b for a, b in zip(peaks[variant], peaks["plain"], strict=True)]
-                note = f"{kind}; plain {peaks['plain'][0] / 2**30:.2f} GiB"
-                rows.append(Row(f"{key}_vs_plain_peak_memory{suffix}", values, target, note))
+        for lora, suffix, kind in ((True, "", "LoRA"), (False, "_full", "full fine-tuning")):
+            rows += timed_rows(functools.partial(make, lora=lora), suffix, kind, arguments.pairs)
+            rows += memory_rows(functools.partial(peak, lora=lora), suffix, kind, memory_pairs)
     settings = {
-        "model": str(arguments.model) if real else f"Llama, {synthetic.BLOCKS} blocks, width {synthetic.WIDTH}, random",
-        "pairs_per_step": PAIRS_PER_STEP, "latents": LATENTS, "subspace_rank": RANK_OF_SUBSPACE, "lora_rank": RANK, "beta": BETA,
-        "learning_rate": 0.0, "memory_pairs": arguments.memory_pairs,
+        "model": subject.name, "pairs_per_step": PAIRS_PER_STEP, "latents": LATENTS, "subspace_rank": RANK_OF_SUBSPACE,
+        "lora_rank": RANK, "beta": BETA, "learning_rate": 0.0, "memory_pairs": memory_pairs,
     }  # fmt: skip
     finish("dpo", rows, arguments, settings)
 

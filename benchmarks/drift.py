@@ -1,8 +1,9 @@
 """What the drift callback costs a real `trl.DPOTrainer` run: one full default evaluation every 50 steps.
 
-The default evaluation: 24 texts, one whole forward, every metric at four layers, the verdict and its line in the run log; no
-adaptation. The step is that of `dpo.py` (LoRA, four pairs). A run of 50 steps would take an hour here, so an evaluation and a
-step are timed in turn, and the ratio is 1 + evaluation / (50 steps).
+The default evaluation reads 24 texts in one whole forward and computes every metric at four layers, the verdict and its line in
+the run log, without adaptation. The step is that of `dpo.py` (LoRA, four pairs). A run of 50 steps would take an hour here, so
+an evaluation and a step are timed in turn, and the ratio is 1 + evaluation / (50 steps). The model is the embedded
+SmolLM2-135M-Instruct, or what `--model` says. The default texts mean nothing to a random model, which reads made-up ones.
 
   with_callback_vs_plain              CPU time of 50 steps and an evaluation over that of 50 steps
   with_callback_vs_plain_peak_memory  highest resident memory of a process with the start's evaluation, two steps and another
@@ -12,37 +13,31 @@ step are timed in turn, and the ratio is 1 + evaluation / (50 steps).
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import synthetic
 import torch
-from dpo import VOCABULARY, high_water_mark, make_trainer
+from dpo import VOCABULARY, add_memory, make_trainer, peak_memory, print_peak
 from steps import timed_step
-from timing import Row, alternate, finish, measure, parser, prepare
-from transformers.utils import logging as transformers_logging
+from timing import Row, Sample, alternate, finish, measure, parser, prepare
+from trl import DPOTrainer
 
 from interp_rlhf import DriftCallback
 from interp_rlhf.drift.metrics import StreamingCKA
 
+KINDS = ("callback", "plain")
 EVERY = 50
 
 
-def peak_memory(folder: Path, watched: bool, seed: int, real: bool) -> float:
-    """Highest resident memory in bytes of a fresh process that makes two steps."""
-    command = [sys.executable, __file__, "--seed", str(seed), "--peak-of", "callback" if watched else "plain"]
-    command += ["--model", str(folder), *([] if real else ["--random"])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+def watch(trainer: DPOTrainer, every: int, real: bool, seed: int) -> DriftCallback:
+    """The callback with its defaults, but for the texts that a random model reads."""
+    texts = None if real else synthetic.make_texts([20] * 24, VOCABULARY, seed)
+    return DriftCallback(trainer, texts, every=every)
 
 
 def cka_error(seed: int) -> float:
-    """Streaming against the formula on whole kernels."""
+    """Largest distance of the streaming CKA from the formula on whole kernels."""
     worst = 0.0
     for index in range(20):
         generator = torch.Generator().manual_seed(seed + index)
@@ -65,61 +60,53 @@ def cka_error(seed: int) -> float:
     return worst
 
 
+def time_rows(trainer: DPOTrainer, callback: DriftCallback, pairs: int) -> list[Row]:
+    """An evaluation and a step in turn, as the ratio of 50 steps with an evaluation to 50 steps."""
+    callback._evaluate(0, trainer.control, "before")
+
+    def evaluate() -> None:
+        callback._evaluate(EVERY, trainer.control, "train")
+
+    def timed(run: Callable[[], Any]) -> Sample:
+        return measure(run) if run is evaluate else timed_step(run, epoch=True)
+
+    samples = alternate(evaluate, lambda: trainer, pairs, "evaluation and step", timed)
+    note = f"one evaluation takes {sum(a.cpu / b.cpu for a, b in samples) / len(samples):.2f} of a step's CPU time"
+    return [
+        Row("with_callback_vs_plain", [1 + a.cpu / (EVERY * b.cpu) for a, b in samples], "≤ 1.02", note),
+        Row("with_callback_vs_plain_wall", [1 + a.wall / (EVERY * b.wall) for a, b in samples]),
+    ]
+
+
+def memory_row(subject: synthetic.Subject, pairs: int, seed: int) -> Row:
+    peaks = [
+        {kind: peak_memory(__file__, subject.folder, kind, seed, subject.real) for kind in KINDS} for _ in range(pairs)
+    ]
+    values = [one["callback"] / one["plain"] for one in peaks]
+    return Row("with_callback_vs_plain_peak_memory", values, "≤ 1.01", f"plain {peaks[0]['plain'] / 2**30:.2f} GiB")
+
+
 def main() -> None:
-    arguments_of = parser(__doc__, pairs=7)
-    arguments_of.add_argument("--model", type=Path, help="folder of a real causal LM with a chat template")
-    arguments_of.add_argument(
-        "--peak-of", choices=("callback", "plain"), help="make two steps and print the peak in bytes"
-    )
-    arguments_of.add_argument("--random", action="store_true", help="with --peak-of: the model is the random one")
-    arguments_of.add_argument(
-        "--memory-pairs", type=int, default=3, help="processes of each kind (default: %(default)s)"
-    )
-    arguments = arguments_of.parse_args()
+    made = parser(__doc__, pairs=7)
+    synthetic.add_model(made, default="embedded")
+    add_memory(made, KINDS)
+    arguments = made.parse_args()
     prepare(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    seed, real = arguments.seed, arguments.model is not None and not arguments.random
-    with tempfile.TemporaryDirectory() as name:
-        folder = (
-            arguments.model.expanduser() if arguments.model else synthetic.save(Path(name) / "model", VOCABULARY, seed)
-        )
-        trainer = make_trainer(folder, f"{name}/run", "plain", True, real, seed)
+    seed, memory_pairs = arguments.seed, 1 if arguments.quick else arguments.memory_pairs
+    with synthetic.subject(arguments, VOCABULARY) as (subject, work):
+        real = subject.real and not arguments.made_up_texts
+        trainer = make_trainer(subject.folder, f"{work}/run", "plain", True, real, seed)
         if arguments.peak_of:
-            trainer.args.max_steps = 2
             if arguments.peak_of == "callback":
-                trainer.add_callback(DriftCallback(trainer, every=2))
-            trainer.train()
-            print(json.dumps(high_water_mark()))
+                trainer.add_callback(watch(trainer, 2, real, seed))
+            print_peak(trainer)
             return
-        callback = DriftCallback(trainer, every=EVERY)
-        callback._evaluate(0, trainer.control, "before")
-
-        def evaluate() -> None:
-            callback._evaluate(EVERY, trainer.control, "train")
-
-        samples = alternate(
-            evaluate, lambda: trainer, arguments.pairs, "evaluation and step",
-            timed=lambda run: measure(run) if run is evaluate else timed_step(run, epoch=True),
-        )  # fmt: skip
-        note = f"one evaluation takes {sum(a.cpu / b.cpu for a, b in samples) / len(samples):.2f} of a step's CPU time"
-        rows = [
-            Row("with_callback_vs_plain", [1 + a.cpu / (EVERY * b.cpu) for a, b in samples], "≤ 1.02", note),
-            Row("with_callback_vs_plain_wall", [1 + a.wall / (EVERY * b.wall) for a, b in samples]),
-        ]
-        peaks = {
-            watched: [peak_memory(folder, watched, seed, real) for _ in range(arguments.memory_pairs)]
-            for watched in (True, False)
-        }
-        values = [a / b for a, b in zip(peaks[True], peaks[False], strict=True)]
-        rows.append(
-            Row("with_callback_vs_plain_peak_memory", values, "≤ 1.01", f"plain {peaks[False][0] / 2**30:.2f} GiB")
-        )
+        callback = watch(trainer, EVERY, real, seed)
+        rows = [*time_rows(trainer, callback, arguments.pairs), memory_row(subject, memory_pairs, seed)]
     rows.append(Row("streaming_cka_error", [cka_error(seed)], "≤ 1e-6"))
     settings = {
-        "model": str(arguments.model) if real else f"Llama, {synthetic.BLOCKS} blocks, width {synthetic.WIDTH}, random",
-        "every": EVERY, "texts": len(callback.battery), "tokens": callback.battery.tokens,
-        "hook_points": len(callback.battery.hook_points), "memory_pairs": arguments.memory_pairs,
+        "model": subject.name, "every": EVERY, "texts": len(callback.battery), "tokens": callback.battery.tokens,
+        "hook_points": len(callback.battery.hook_points), "memory_pairs": memory_pairs,
     }  # fmt: skip
     finish("drift", rows, arguments, settings)
 

@@ -1,7 +1,7 @@
 """Other packages that read activations, as functions of the same texts: lmprobe and TransformerLens.
 
-In: a saved model. Out: per contestant a function that gives the activation (B, T, D) at one block, or why it cannot run.
-They are comparators only (`pip install 'interp-rlhf[bench]'`); the package imports neither.
+In: a saved model. Out: for each contestant a function that gives the activation (B, T, D) at one block, or a sentence that says
+why it cannot run. They are comparators only (`pip install 'interp-rlhf[bench]'`); the package imports neither.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ PEERS: dict[str, Callable[[Path, int, torch.Tensor, list[str]], Reader]] = {
 
 
 def load(name: str, folder: Path, block: int, input_ids: torch.Tensor, texts: list[str]) -> Reader | str:
-    """A contestant, or the reason why it cannot run."""
+    """A contestant, or a sentence that says why it cannot run: it is not installed, or it does not take this model."""
     try:
         return PEERS[name](folder, block, input_ids, texts)
     except ImportError as error:
         return NOT_INSTALLED if error.name in ("lmprobe", "transformer_lens") else f"could not be imported: {error}"
-    except Exception as error:  # a comparator that breaks must not stop the benchmark
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # What a comparator raises for a model or an argument that its version does not know.
         return f"could not run: {type(error).__name__}: {error}"

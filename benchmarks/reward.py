@@ -1,13 +1,13 @@
 """What a concept reward costs inside a real `trl.GRPOTrainer`.
 
 LoRA (r = 16 on the query and value projections), learning rate 0, 16 completions of exactly 32 tokens per step, prompts of
-different lengths, one linear readout at the middle block, read on the frozen reference. Without `--model` the model is an
-8-block Llama of width 512 with random weights; with it, a folder, for instance the embedded SmolLM2.
+different lengths, one linear readout at the middle block, read on the frozen reference. The model is an 8-block Llama of width
+512 with random weights, or what `--model` says.
 
   reward_share                     β > 0: CPU time in this package's code over the whole step's (one value per step)
   own_forwards                     β > 0: readings that needed a forward pass of our own, a count
-  check_share                      β > 0: CPU time of reading a row and the first row again, which one rollout in 50 does, over 50
-                                   steps (one value per step)
+  check_share                      β > 0: one rollout in 50 reads two rows again as a check; its CPU time over that of 50 steps
+                                   (one value per step)
   wall_vs_constant_reward          β > 0: a step with a concept reward over a step with a constant reward, by the clock
   cpu_vs_constant_reward           the same by CPU time
   beta0_reading_vs_forward_share   β = 0: one `read()` of the batch over (blocks read / all blocks) of a no-grad forward of TRL's
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,7 +32,6 @@ from peft import LoraConfig
 from steps import StepClock, timed_step
 from timing import Row, alternate, finish, parser, prepare
 from transformers import AutoConfig, AutoTokenizer, PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from interp_rlhf import ConceptReward, attach
@@ -111,7 +109,7 @@ def share_rows(make: Make, readout: Readout, steps: int) -> tuple[list[Row], dic
 
 
 def check_rows(make: Make, readout: Readout, steps: int) -> list[Row]:
-    """What checking that a taken pass is a reading costs: one row read again alone, and the first row of the run."""
+    """Cost of the check that TRL's pass gives the activations that `read()` gives: it reads two rows again."""
     trainer = make(ConceptReward(readout), BETA)
     rollout = attach(trainer).rollout
     assert rollout is not None
@@ -119,9 +117,9 @@ def check_rows(make: Make, readout: Readout, steps: int) -> list[Row]:
     marks: list[float] = []
     check = rollout.check
 
-    def timed(*given: Any) -> None:
+    def timed(*arguments: Any) -> None:
         started = time.process_time()
-        check(*given)
+        check(*arguments)
         checks.append(time.process_time() - started)
 
     rollout.check = timed  # type: ignore[method-assign]
@@ -134,7 +132,7 @@ def check_rows(make: Make, readout: Readout, steps: int) -> list[Row]:
         rollout_module.EVERY = every
     assert len(checks) == steps + 2
     spent = [after - before for before, after in itertools.pairwise(marks)][-steps:]
-    values = [own / (every * (step - own)) for own, step in zip(checks[-steps:], spent, strict=True)]
+    values = [checked / (every * (step - checked)) for checked, step in zip(checks[-steps:], spent, strict=True)]
     return [
         Row(
             "check_share", values, "≤ 0.005", f"{1000 * sum(checks[-steps:]) / steps:.0f} ms, once in {every} rollouts"
@@ -181,7 +179,7 @@ def noting_forwards(trainer: GRPOTrainer) -> Iterator[list[tuple[torch.Tensor, t
 
 
 def beta0_rows(make: Make, readout: Readout, share: float, pairs: int) -> list[Row]:
-    """Reading a batch that TRL made, against TRL's own scoring of it; adapters are off on both sides."""
+    """Reading a batch that TRL made, against TRL's scoring of the same batch. Adapters are off on both sides."""
     trainer = make(constant_reward, 0.0)
     with noting_forwards(trainer) as noted:
         trainer.train()
@@ -211,20 +209,17 @@ def beta0_rows(make: Make, readout: Readout, share: float, pairs: int) -> list[R
 
 
 def main() -> None:
-    arguments_of = parser(__doc__, pairs=7)
-    arguments_of.add_argument("--model", type=Path, help="folder of a real causal LM with a chat template")
-    arguments = arguments_of.parse_args()
+    made = parser(__doc__, pairs=7)
+    synthetic.add_model(made)
+    arguments = made.parse_args()
     prepare(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    real, seed, pairs = arguments.model is not None, arguments.seed, arguments.pairs
-    with tempfile.TemporaryDirectory() as name:
-        folder = arguments.model.expanduser() if real else synthetic.save(Path(name) / "model", VOCABULARY, seed)
-
-        readout, share = middle_readout(folder, seed)
+    seed, pairs = arguments.seed, arguments.pairs
+    with synthetic.subject(arguments, VOCABULARY) as (subject, work):
+        readout, share = middle_readout(subject.folder, seed)
 
         def make(reward: Any, beta: float) -> GRPOTrainer:
-            return make_trainer(folder, f"{name}/{time.monotonic_ns()}", reward, beta, real, seed)
+            output = str(work / str(time.monotonic_ns()))
+            return make_trainer(subject.folder, output, reward, beta, subject.real, seed)
 
         rows, millis = share_rows(make, readout, pairs)
         rows += check_rows(make, readout, pairs)
@@ -232,9 +227,8 @@ def main() -> None:
         rows += beta0_rows(make, readout, share, pairs)
     print("\nms per step by owner:", ", ".join(f"{owner} {ms:.2f}" for owner, ms in sorted(millis.items())))
     settings = {
-        "model": str(arguments.model) if real else f"Llama, {synthetic.BLOCKS} blocks, width {synthetic.WIDTH}, random",
-        "vocabulary": None if real else VOCABULARY, "lora_rank": RANK, "beta": BETA, "learning_rate": 0.0,
-        "completions_per_step": COMPLETIONS, "completion_tokens": TOKENS, "ms_per_step_by_owner": millis,
+        "model": subject.name, "lora_rank": RANK, "beta": BETA, "learning_rate": 0.0, "completions_per_step": COMPLETIONS,
+        "completion_tokens": TOKENS, "ms_per_step_by_owner": millis,
     }  # fmt: skip
     finish("reward", rows, arguments, settings)
 

@@ -1,12 +1,17 @@
-"""Random models and made-up texts of realistic size, shared by the benchmarks.
+"""The models that benchmarks measure: random ones of realistic size with made-up texts, the embedded one, or a folder.
 
-In: a seed. Out: a Llama-shaped causal LM, a tokenizer whose words are its ids, and texts. Speed does not depend on what
-weights have learned, so nothing is downloaded.
+In: a seed and the command line. Out: a Llama-shaped causal LM, a tokenizer whose words are its ids, and texts; or a folder of
+a real model. Speed does not depend on what weights have learned, so most benchmarks take a random model by default.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,55 @@ import torch
 
 from interp_rlhf.activations import TokenBatch
 from interp_rlhf.concepts.readout import Readout
+from interp_rlhf.embedded import MODEL_ID, default_model
 
 BLOCKS, WIDTH, INTERMEDIATE = 8, 512, 1376
+TINY = {"blocks": 3, "width": 64, "intermediate": 160}  # of `--quick`
 EOS, PAD, FIRST_WORD = 0, 1, 2  # the first ids of the vocabulary; words begin after them
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a benchmark: its folder, what to call it, and whether its weights and its tokenizer are real."""
+
+    folder: Path
+    name: str
+    real: bool
+
+
+def add_model(parser: argparse.ArgumentParser, default: str = "random") -> None:
+    parser.add_argument(
+        "--model", default=default, metavar="MODEL",
+        help="`random` (8 blocks of width 512), `embedded` (SmolLM2-135M-Instruct), or the folder of a causal LM with a chat "
+        "template (default: %(default)s)",
+    )  # fmt: skip
+
+
+@contextmanager
+def subject(arguments: argparse.Namespace, vocabulary: int) -> Iterator[tuple[Subject, Path]]:
+    """The model that the command line asks for, and a folder to work in, which is deleted afterwards."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        if arguments.quick or arguments.model == "random":
+            sizes = TINY if arguments.quick else {}
+            yield (
+                Subject(
+                    save(work / "model", vocabulary, arguments.seed, **sizes), described(vocabulary, **sizes), False
+                ),
+                work,
+            )
+        elif arguments.model == "embedded":
+            yield Subject(default_model(), MODEL_ID, True), work
+        else:
+            folder = Path(arguments.model).expanduser()
+            yield Subject(folder, str(arguments.model), True), work
+
+
+def described(vocabulary: int, blocks: int = BLOCKS, width: int = WIDTH, intermediate: int = INTERMEDIATE) -> str:
+    """A random model in words."""
+    sizes = f"{blocks} blocks, width {width}, intermediate {intermediate}, vocabulary {vocabulary}"
+    return f"Llama, {sizes}, float32, random"
 
 
 def make_model(
