@@ -54,6 +54,8 @@ BETA = 0.1
 TEXT = "the harbour of a small town wakes slowly when winter fog hides every boat and gulls call over wet roofs until noon"
 WORDS = TEXT.split(" ")
 VARIANTS = ("plain", "terms", "naive")
+# Whether with LoRA, the ending of the ratios' names, and what a note says.
+TRAININGS = ((True, "", "LoRA"), (False, "_full", "full fine-tuning"))
 
 
 def pairs_of(tokenizer: Any, real: bool, seed: int) -> Dataset:
@@ -160,8 +162,12 @@ def peak_memory(script: str, folder: Path, kind: str, seed: int, real: bool, *mo
     # Large blocks go back to the system when they are freed, so that the peak is what was in use at once.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     command += [] if real else ["--made-up-texts"]
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(
+            f"`{kind}` ended with {done.returncode} while its memory was measured:\n{done.stderr[-2000:]}"
+        )
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def add_memory(made: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
@@ -224,7 +230,7 @@ def main() -> None:
             print_peak(make(arguments.peak_of, arguments.lora)())
             return
         rows = []
-        for lora, suffix, kind in ((True, "", "LoRA"), (False, "_full", "full fine-tuning")):
+        for lora, suffix, kind in TRAININGS[:1] if arguments.quick else TRAININGS:
             rows += timed_rows(functools.partial(make, lora=lora), suffix, kind, arguments.pairs)
             rows += memory_rows(functools.partial(peak, lora=lora), suffix, kind, memory_pairs)
     settings = {

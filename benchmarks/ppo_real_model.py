@@ -1,15 +1,18 @@
-"""Speed and memory of PPO on a real model beside TRL 1.12's own `PPOTrainer`, all weights trained.
+"""Speed and memory of PPO on a real model, against TRL 1.12's `PPOTrainer`, all weights trained.
 
-Each side runs in a process of its own, in alternation: rollouts of 8 completions of exactly 32 tokens to the same prompts, four
-passes over each, a reference, the same cheap reward. TRL 1.12 has a value model, so that `_model` (`critic="model"`) is the like
-comparison and the other (`critic="head"`) what a user gets by default.
+Each side runs in a separate process, in alternation: rollouts of 8 completions of exactly 32 tokens to the same prompts, four
+passes over each, a reference, the same cheap reward. TRL 1.12 has a value model, so `_model` (`critic="model"`) compares like
+with like. The other (`critic="head"`) is what a user gets by default.
 
   samples_per_second_vs_trl_1_12[_model]   by CPU time of all rollouts but the first
   peak_memory_vs_trl_1_12[_model]          highest resident memory of the process
+  samples_per_second_head_vs_model         our value head against our value model
+  peak_memory_head_vs_model                the same by memory
 
-    python benchmarks/ppo_real_model.py --model FOLDER --trl-1-12 trl112/bin/python --json
+    python benchmarks/ppo_real_model.py --trl-1-12 trl112/bin/python --json
 
-The environment of the other side is made as `ppo_trl_1_12.py` says; nothing of this package is imported there.
+Without `--trl-1-12` only our two sides run. `ppo_trl_1_12.py` says how to make the environment of the other side. Nothing of
+this package is imported there. The model is the embedded SmolLM2-135M-Instruct, or what `--model` says.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ def theirs(model: str, output: str) -> tuple[Any, Any]:
 
 
 def run(side: str, model: str) -> None:
-    """One side; prints samples per CPU second and bytes as JSON."""
+    """Runs one side and prints samples per CPU second and bytes as JSON."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -108,33 +111,64 @@ def of_process(python: str, side: str, model: str) -> dict[str, float]:
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"`{side}` failed:\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def measured(sides: dict[str, str], model: str, pairs: int) -> dict[str, list[dict[str, float]]]:
+    """Speed and memory of every side, run after run in alternation."""
+    from tqdm.auto import tqdm
+
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for pair in tqdm(range(pairs), desc="runs of each side", leave=False):
+        for side in sorted(sides, reverse=bool(pair % 2)):
+            runs[side].append(of_process(sides[side], side, model))
+    return runs
+
+
+def rows_of_pair(
+    runs: dict[str, list[dict[str, float]]], side: str, other: str, name: str, *targets: str
+) -> list[Any]:
+    """Speed and memory of one side over those of another."""
+    from timing import Row
+
+    pairs = list(zip(runs[side], runs[other], strict=True))
+    speed = [a["samples_per_second"] / b["samples_per_second"] for a, b in pairs]
+    memory = [a["peak"] / b["peak"] for a, b in pairs]
+    about = f"{pairs[0][0]['peak'] / 1e9:.1f} against {pairs[0][1]['peak'] / 1e9:.1f} GB"
+    fast, small = targets or ("", "")
+    return [Row(f"samples_per_second_{name}", speed, fast), Row(f"peak_memory_{name}", memory, small, about)]
 
 
 def main() -> None:
+    import synthetic
+    from ppo_task import NO_TRL_1_12
     from timing import Row, finish, parser, prepare
-    from tqdm.auto import tqdm
 
     made = parser(__doc__, pairs=3)
-    made.add_argument("--model", required=True, help="folder of a causal LM with a chat template")
-    made.add_argument("--trl-1-12", required=True, type=Path, metavar="PYTHON", help="interpreter with TRL 1.12")
+    synthetic.add_model(made, default="embedded")
+    made.add_argument("--trl-1-12", type=Path, metavar="PYTHON", help="interpreter of an environment with TRL 1.12")
     arguments = made.parse_args()
     prepare(arguments)
-    sides = {"trl_1_12": str(arguments.trl_1_12), **dict.fromkeys(OURS, sys.executable)}
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for pair in tqdm(range(arguments.pairs), desc="runs of each side", leave=False):
-        for side in sorted(sides, reverse=bool(pair % 2)):
-            found[side].append(of_process(sides[side], side, arguments.model))
+    sides = dict.fromkeys(OURS, sys.executable)
+    if arguments.trl_1_12:
+        sides["trl_1_12"] = str(arguments.trl_1_12)
+    with synthetic.subject(arguments, 512) as (subject, _):
+        runs = measured(sides, str(subject.folder), arguments.pairs)
     rows = []
     for side, suffix in OURS.items():
-        pairs = list(zip(found[side], found["trl_1_12"], strict=True))
-        speed = [a["samples_per_second"] / b["samples_per_second"] for a, b in pairs]
-        rows.append(Row(f"samples_per_second_vs_trl_1_12{suffix}", speed, "≥ 1.2"))
-        memory = [a["peak"] / b["peak"] for a, b in pairs]
-        about = f"{pairs[0][0]['peak'] / 1e9:.1f} against {pairs[0][1]['peak'] / 1e9:.1f} GB"
-        rows.append(Row(f"peak_memory_vs_trl_1_12{suffix}", memory, "≤ 1", about))
-    settings = {"completions": COMPLETIONS, "tokens": LENGTH, "epochs": EPOCHS, "rollouts": ROLLOUTS, "peaks": found}
+        if arguments.trl_1_12:
+            rows += rows_of_pair(runs, side, "trl_1_12", f"vs_trl_1_12{suffix}", "≥ 1.2", "≤ 1")
+        else:
+            rows += [
+                Row(f"{what}_vs_trl_1_12{suffix}", [], note=NO_TRL_1_12)
+                for what in ("samples_per_second", "peak_memory")
+            ]
+    rows += rows_of_pair(runs, "head", "model", "head_vs_model")
+    settings = {
+        "model": subject.name, "completions": COMPLETIONS, "tokens": LENGTH, "epochs": EPOCHS, "rollouts": ROLLOUTS,
+        "peaks": runs,
+    }  # fmt: skip
     finish("ppo_real_model", rows, arguments, settings)
 
 

@@ -1,7 +1,7 @@
 """The toy task of the PPO benchmarks: a tiny model, prompts of one length, and a lexicon to write from.
 
-In: a seed. Out: files and numbers that the project's own environment and TRL 1.12's share, hence nothing but torch and
-transformers is imported here. The reward is the share of a completion's `LENGTH` tokens that are in the lexicon.
+In: a seed. Out: files and numbers that two environments share: the project's and TRL 1.12's. So only torch and transformers are
+imported here. The reward is the share of a completion's `LENGTH` tokens that are in the lexicon.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ VOCABULARY, WIDTH, BLOCKS, HEADS = 256, 64, 2, 4
 EOS, PAD, FIRST_WORD = 0, 1, 2
 PROMPT, LENGTH, PROMPTS = 6, 16, 64
 LEXICON = tuple(range(FIRST_WORD, VOCABULARY, 16))  # 16 of 254 words: 6 % at first
-# What both trainers are given. One optimizer step per pass over the rollout: TRL 1.12 takes no more, whatever it is told.
+NO_TRL_1_12 = "not run: needs `--trl-1-12 PYTHON`, an environment with TRL 1.12 (see benchmarks/ppo_trl_1_12.py)"
+# Settings of both trainers. One optimizer step per pass over the rollout: TRL 1.12 never takes more.
 SETTINGS = {
     "learning_rate": 3e-3, "batch": 32, "epochs": 4, "gamma": 1.0, "lam": 0.95, "kl_coef": 0.02, "cliprange": 0.2,
     "cliprange_value": 0.2, "vf_coef": 0.1, "temperature": 1.0,
 }  # fmt: skip
+
+
+def described() -> str:
+    """The model of the toy task in words."""
+    return f"Llama, {BLOCKS} blocks, width {WIDTH}, vocabulary {VOCABULARY}, float32, random"
 
 
 def save_model(folder: Path, seed: int) -> Path:

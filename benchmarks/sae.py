@@ -168,12 +168,14 @@ def main() -> None:
     if arguments.train is not None:
         from sae_training import SETTINGS, training_rows
 
-        rows, settings = training_rows(arguments.cache, arguments.train, arguments.seed), SETTINGS
+        rows = training_rows(arguments.cache, arguments.train, arguments.seed)
+        settings = {"model": "activations of SmolLM2-135M-Instruct", **SETTINGS}
         arguments.pairs = len(rows[0].values)
     else:
         rows = [*timed_rows(arguments.pairs, arguments.seed), memory_row(arguments.seed)]
         settings = {
-            "width": WIDTH, "latents": SIZE, "k": K, "tokens": BATCH * TOKENS, "memory_tokens": BATCH * MEMORY_TOKENS,
+            "model": f"random autoencoders of {WIDTH} → {SIZE:,} latents, float32", "width": WIDTH, "latents": SIZE, "k": K,
+            "tokens": BATCH * TOKENS, "memory_tokens": BATCH * MEMORY_TOKENS,
         }  # fmt: skip
     finish("sae", rows, arguments, settings)
 

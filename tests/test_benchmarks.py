@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -60,3 +62,79 @@ def test_committed_costs_say_what_was_measured_on_what(name):
         assert set(settings["intervals"]) | set(settings["targets"]) <= set(measured["ratios"])
         for ratio, (low, high) in settings["intervals"].items():
             assert low <= measured["ratios"][ratio] <= high, ratio
+
+
+SCRIPTS = ("canaries", "dpo", "drift", "ppo", "ppo_real_model", "probes", "read", "reward", "sae", "scaling")
+LIGHT = ("canaries", "read", "reward")  # the others take minutes on a busy machine
+
+
+def benchmark(*arguments):
+    """What a process with one thread and this checkout's package prints."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_benchmark_is_known_here_and_has_help():
+    """In one process: most of the time goes to the imports."""
+    code = """
+import contextlib, io, runpy, sys
+sys.path.insert(0, "benchmarks")
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        runpy.run_path(f"benchmarks/{name}.py", run_name="__main__")
+    print(name, all(option in out.getvalue() for option in ("--json", "--quick", "--seed")))
+"""
+    assert benchmark("-c", code, *SCRIPTS).split() == [word for name in SCRIPTS for word in (name, "True")]
+    with_main = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "parser(__doc__" in path.read_text()}
+    assert with_main == set(SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
+def test_a_small_run_of_a_benchmark_ends_with_the_promised_line(name):
+    printed = benchmark(f"benchmarks/{name}.py", "--quick", "--json").splitlines()
+    last = json.loads(printed[-1])
+    assert last.keys() == {"benchmark", "ratios", "pairs", "settings"}
+    assert (last["benchmark"], last["pairs"]) == (name, 1)
+    assert last["ratios"]
+    assert all(math.isfinite(ratio) for ratio in last["ratios"].values())
+    settings = last["settings"]
+    assert settings["quick"] is True
+    assert settings["command"] == f"python benchmarks/{name}.py --quick --json"
+    assert {"model", "seed", "processor", "cores", "threads", "versions"} <= settings.keys()
+    assert any(line.startswith("Measured on: ") for line in printed)
+    assert all("expected" in why or "not " in why or "skipped" in why for why in settings["not_run"].values())
+
+
+def test_run_all_stores_a_run_under_its_key_and_leaves_the_rest(tmp_path):
+    (tmp_path / "read.json").write_text('{"other": 1}')
+    printed = benchmark("benchmarks/run_all.py", "--quick", "--only", "read", "ppo", "--out", tmp_path)
+    assert "ppo: left out – expected `--trl-1-12`" in printed
+    stored = json.loads((tmp_path / "read.json").read_text())
+    assert stored.keys() == {"other", "random_model"}
+    assert stored["random_model"]["benchmark"] == "read"
+    listed = benchmark("benchmarks/run_all.py", "--list")
+    assert "drift             10 min" in listed
+
+
+def test_run_all_writes_every_file_that_a_document_is_rendered_from():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from run_all import RUNS
+
+    stored = {(run.script, run.key) for run in RUNS}
+    assert {(name, key) for name, keys in COSTS.items() for key in keys} <= stored
+    for script, key in stored - {("scaling", ""), ("probes", ""), ("canaries", ".")}:
+        assert key in json.loads((ROOT / "benchmarks" / f"{script}.json").read_text()), script
