@@ -44,6 +44,11 @@ class Run:
     key: str = ""
     needs: str = ""
 
+    @property
+    def file(self) -> str:
+        """Where its figures are stored; those of PPO on both models are in one file."""
+        return f"{self.script.removesuffix('_real_model')}.json"
+
 
 def pairs(number: int) -> tuple[str, str]:
     return "--pairs", str(number)
@@ -123,7 +128,7 @@ def carried_out(run: Run, arguments: argparse.Namespace) -> bool:
         print(f"{run.name}: ended with {done.returncode}; its file was left as it was", flush=True)
         return False
     if run.key:
-        store(arguments.out / f"{run.script}.json", run.key, json.loads(done.stdout.splitlines()[-1]))
+        store(arguments.out / run.file, run.key, json.loads(done.stdout.splitlines()[-1]))
     print(f"{run.name}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
     return True
 

@@ -99,6 +99,26 @@ def make_tokenizer(vocabulary: int) -> Any:
     )
 
 
+def make_byte_tokenizer() -> Any:
+    """One byte is one token, so that it reads any text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {"<eos>": EOS, "<pad>": PAD} | {letter: FIRST_WORD + i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split(Regex("."), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE, padding_side="left"
+    )
+
+
 def save(folder: Path, vocabulary: int, seed: int, **sizes: int) -> Path:
     """Model and tokenizer as a folder that `from_pretrained` reads."""
     make_model(vocabulary, seed, **sizes).save_pretrained(folder)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import costs  # noqa: E402
-import scaling  # noqa: E402
+import scaling_pieces  # noqa: E402
+import scaling_tables  # noqa: E402
 
 DOCUMENT = (ROOT / "docs" / "scaling.md").read_text()
 FOUND = json.loads((ROOT / "benchmarks" / "scaling.json").read_text())
@@ -23,12 +24,12 @@ WIDE = costs.Shape(rows=4, length=96, counted=256, width=16, latents=40_960, cho
 
 
 def test_the_tables_of_the_document_are_the_committed_figures():
-    for table in scaling.tables(FOUND):
+    for table in scaling_tables.tables(FOUND):
         assert table in DOCUMENT
 
 
 def test_what_the_document_says_of_the_agreement_is_so():
-    times, others = scaling.agreement(FOUND)
+    times, others = scaling_tables.agreement(FOUND)
     assert all(abs(ratio - 1) <= 0.15 for ratio in others.values())
     outside = {name: ratio for name, ratio in times.items() if abs(ratio - 1) > 0.15}
     assert f"{len(times) - len(outside)} of {len(times)} times" in DOCUMENT
@@ -55,8 +56,8 @@ def test_two_processes_add_what_the_formula_says():
 @pytest.mark.parametrize("name", costs.FORMULAS)
 def test_operations_and_bytes_are_those_of_the_formula(name, shape):
     cost = costs.FORMULAS[name](shape)
-    piece = scaling.pieces(shape, seed=1)[name]
-    assert scaling.counted_flops(lambda: piece(scaling.no_mark)) == cost.flops
-    found = scaling.memory_of(name, shape, seed=1)
+    piece = scaling_pieces.pieces(shape, seed=1)[name]
+    assert scaling_pieces.counted_flops(lambda: piece(scaling_pieces.no_mark)) == cost.flops
+    found = scaling_pieces.memory_of(name, shape, seed=1)
     for key in ("carried", "held", "peak"):
         assert found[key] == pytest.approx(getattr(cost, key), rel=0.15), key
