@@ -689,5 +689,5 @@ def test_monitors_alone_read_with_precomputed_log_probs_and_positions_of_the_lon
         trainer = make_trainer(
             kind, str(tmp_path / "m"), tokenizer, tmp_path / "o", rows=rows, precompute_ref_log_probs=True
         )
-        with pytest.raises(ValueError, match=r"rotary positions look at the longest row of a batch from"):
+        with pytest.raises(ValueError, match=r"from there on, rotary positions depend on the longest row of a batch"):
             attach(trainer, regularizers=[ConceptAnchor(readout=readout, weight=1.0)])

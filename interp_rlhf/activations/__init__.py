@@ -6,8 +6,17 @@ Nothing here knows what a probe is, and nothing here imports TRL.
 
 from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .canaries import Agreement, Canaries, agreement, make_canaries
+from .collect import (
+    read_activations,
+    read_means,
+    read_pooled,
+    read_predictions,
+    read_with_likelihood,
+    token_weights,
+)
 from .counted import ChatMarks, Counted, counted, end_of_turn_ids, input_ids
 from .hook_points import (
+    adapters_on,
     backbone,
     decoder_layers,
     embedding_point,
@@ -21,25 +30,14 @@ from .hook_points import (
 )
 from .identity import identity, structure
 from .intervene import Intervention
-from .noise import Causes, causes, rope_reach, runs_here
+from .noise import Causes, causes, require_positions, rope_reach, runs_here
 from .outliers import norm_outliers
 from .ranks import from_rank_zero, is_rank_zero, of_all_ranks, raise_on_all_ranks
-from .read import (
-    adapters_off_in,
-    read,
-    read_activations,
-    read_inputs,
-    read_means,
-    read_pooled,
-    read_predictions,
-    read_with_likelihood,
-    reference_pass,
-    require_positions,
-    stream_point,
-    token_weights,
-)
+from .read import read, read_inputs
 from .recheck import Recheck
-from .tap import Pass, Tap, TokenReadout, adapters_on
+from .reference_pass import adapters_off_in, reference_pass
+from .stream_point import stream_point
+from .tap import Pass, Tap, TokenReadout
 
 __all__ = [
     "Agreement",

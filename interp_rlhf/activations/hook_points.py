@@ -64,25 +64,32 @@ def adapter_parts(base: nn.Module) -> set[str]:
     return found
 
 
+def adapters_on(model: nn.Module) -> bool:
+    """Whether an adapter changes the model's activations as it stands."""
+    layer = first_adapter_layer(model)
+    return layer is not None and not layer.disable_adapters and bool(layer.active_adapters)
+
+
+def first_adapter_layer(model: nn.Module) -> Any:
+    """A layer that PEFT injected, which knows whether adapters are on; None without PEFT."""
+    for module in unwrap(model).modules():
+        if is_tuner_layer(module):
+            return module
+    return None
+
+
+def adapters_off(layer: Any) -> bool:
+    """Whether a pass is one of the reference, by what such a layer says: no adapter, or the one named `ref`."""
+    if layer is None:
+        return False
+    return bool(layer.disable_adapters) or list(layer.active_adapters) == ["ref"]
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its LM head (`LlamaModel` in a `LlamaForCausalLM`): every forward of a trainer calls it."""
     base = unwrap(model)
     core: nn.Module = getattr(base, "base_model", base)
     return core
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate keeps weights elsewhere and brings them in for each pass: it can be run, and not be looked at."""
-    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in unwrap(model).modules())
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device that a model is fed on, also where accelerate keeps its weights elsewhere (CPU and disk offload)."""
-    for module in unwrap(model).modules():
-        hook: Any = getattr(module, "_hf_hook", None)
-        if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-    return next(unwrap(model).parameters()).device
 
 
 def resolve(model: nn.Module, hook_point: str) -> nn.Module:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .hook_points import on_activation
-from .tap import adapters_off, first_adapter_layer, is_reading
+from .hook_points import adapters_off, first_adapter_layer, on_activation
+from .own_passes import is_reading
 
 if TYPE_CHECKING:
     from torch import nn

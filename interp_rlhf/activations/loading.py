@@ -116,8 +116,9 @@ def _class_of(config: Any, names: list[str]) -> Any:
     """`AutoModelForCausalLM`, or, where it does not know the family, the class that the config names, as TRL does."""
     import transformers
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    known = type(config) in AutoModelForCausalLM._model_mapping
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if known or not names else getattr(transformers, names[0], AutoModelForCausalLM)
 
 

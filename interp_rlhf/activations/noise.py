@@ -7,6 +7,7 @@ run it is run: measured is what it does, not what its config says. It must not k
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -18,21 +19,27 @@ from torch import nn
 
 from .hook_points import (
     adapter_parts,
+    adapters_off,
     backbone,
-    device_of,
+    first_adapter_layer,
     is_tuner_layer,
     unwrap,
     without_engine,
 )
-from .sharding import is_sharded
-from .tap import adapters_off, first_adapter_layer, reading
+from .own_passes import reading
+from .sharding import device_of, has_hook, is_sharded, switch_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .batch import TokenBatch
+
+logger = logging.getLogger(__name__)
+
 # A pass that repeats in float32 does so to 1e-6 or so; in 16 bits, kernels for other shapes differ by a percent.
 FELT, FELT_IN_16_BITS = 1e-3, 5e-2
-PADS, LENGTH = 7, 12
+PADS, TOKENS = 7, 12
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Of layers that a causal LM does not run.
 _OF_OTHER_HEADS = ("summary", "classifier")
 _NOISY = ("drop", "jitter", "noise")
@@ -74,7 +81,7 @@ def causes(model: nn.Module, args: Any = None) -> Causes:
     for name, module in base.named_modules():
         if name in inside or name.rpartition(".")[2].startswith(_OF_OTHER_HEADS):
             continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if isinstance(module, DROPOUTS) and module.p > 0:
             noise.append(f"dropout {module.p} (`{name}`)")
     padding: list[str] = []
     if runs_here(base):
@@ -82,14 +89,19 @@ def causes(model: nn.Module, args: Any = None) -> Causes:
         known = [found for found in noise if not found.startswith("dropout")]
         rare = _rare(base, inside)
         if drawn > limit:
-            what = noise[len(known) :][:1] or rare[:1] or _numbers(base)[:1] or ["something that is drawn at random"]
+            what = (
+                noise[len(known) :][:1]
+                or rare[:1]
+                or _rates_in_config(base)[:1]
+                or ["something that is drawn at random"]
+            )
             noise = known + [f"{what[0]}: in training mode activations move by {drawn:.1%}"]
         else:
             noise = known + rare[:1]
         if moved > limit:
             padding.append(f"left padding moves activations by {moved:.1%}")
     else:
-        noise += _numbers(base)
+        noise += _rates_in_config(base)
         if getattr(base.config.get_text_config(), "rope_parameters", None) is None:
             padding.append("positions are not rotary, and left padding shifts them")
     return Causes(tuple(dict.fromkeys(noise)), tuple(dict.fromkeys(adapters))[:1], tuple(padding), rope_reach(base))
@@ -118,11 +130,18 @@ def rope_reach(model: nn.Module) -> int | None:
 def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
     """Gives a function that makes rotary positions forget the rows that they have seen; afterwards they are as they were."""
     modules = [m for m in unwrap(model).modules() if hasattr(m, "original_max_seq_len")]
-    kept = [(m, dict(m._buffers), {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k}) for m in modules]
+    kept = [
+        (m, dict(m.named_buffers(recurse=False)), {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k})
+        for m in modules
+    ]
 
     def forget() -> None:
         for module in modules:
-            for name in [n for n in (*vars(module), *module._buffers) if n.endswith("original_inv_freq")]:
+            for name in [
+                n
+                for n in (*vars(module), *dict(module.named_buffers(recurse=False)))
+                if n.endswith("original_inv_freq")
+            ]:
                 prefix = name.removesuffix("original_inv_freq")
                 current = getattr(module, f"{prefix}inv_freq")
                 module.register_buffer(
@@ -134,7 +153,8 @@ def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
         yield forget
     finally:
         for module, buffers, numbers in kept:
-            module._buffers.update(buffers)
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
             vars(module).update(numbers)
 
 
@@ -144,7 +164,7 @@ def runs_here(model: nn.Module) -> bool:
     return not is_sharded(base) and not any(p.is_meta for p in base.parameters())
 
 
-def _numbers(base: Any) -> list[str]:
+def _rates_in_config(base: Any) -> list[str]:
     """What the config says of noise: functional dropout, jitter of a router."""
     return [
         f"`{key}` {rate}"
@@ -192,7 +212,7 @@ def _of_adapters(model: nn.Module) -> list[str]:
     for name, module in modules.items():
         if not is_tuner_layer(module):
             continue
-        for key in [key for key in (*vars(module), *module._modules) if "dropout" in key]:
+        for key in [key for key in (*vars(module), *dict(module.named_children())) if "dropout" in key]:
             shown = True
             rates = vars(module).get(key)
             for rate in rates.values() if isinstance(rates, Mapping) else [rates]:
@@ -209,8 +229,7 @@ def _of_adapters(model: nn.Module) -> list[str]:
 
 def _neftune(base: Any) -> float:
     embedding = base.get_input_embeddings()
-    hooked = any("neftune" in getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
-    return float(getattr(embedding, "neftune_noise_alpha", 0.0) or 0.0) if hooked else 0.0
+    return float(getattr(embedding, "neftune_noise_alpha", 0.0) or 0.0) if has_hook(embedding, "neftune") else 0.0
 
 
 @torch.no_grad()
@@ -218,7 +237,7 @@ def _measured(base: Any) -> tuple[float, float, float]:
     """How far activations move in training mode and behind left padding, relative to their size, and from where on it is felt."""
     core, device = backbone(base), device_of(base)
     vocabulary = int(base.config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(0, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     padded = torch.cat([ids[:, :1].expand(1, PADS), ids], dim=1)
     attended = torch.ones_like(padded)
     attended[:, :PADS] = 0
@@ -228,7 +247,7 @@ def _measured(base: Any) -> tuple[float, float, float]:
         for module, _ in flags:
             module.training = training
         found: torch.Tensor = core(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
-        return found[0, -LENGTH + 1 :].double()
+        return found[0, -TOKENS + 1 :].double()
 
     devices = [device] if device.type == "cuda" else []
     layer = first_adapter_layer(base)
@@ -237,7 +256,7 @@ def _measured(base: Any) -> tuple[float, float, float]:
         with reading(), torch.random.fork_rng(devices), warnings.catch_warnings(), rope_from_the_start(base):
             warnings.simplefilter("ignore")  # of checkpointing without a gradient
             if layer is not None and not was_off:  # the adapters' own noise is told by their modules
-                _switch(base, enabled=False)
+                switch_adapters(filter(is_tuner_layer, base.modules()), enabled=False)
             plain = last(ids, torch.ones_like(ids), False)
             drawn = last(ids, torch.ones_like(ids), True)
             moved = last(padded, attended, False)
@@ -245,7 +264,7 @@ def _measured(base: Any) -> tuple[float, float, float]:
         for module, flag in flags:
             module.training = flag
         if layer is not None and not was_off:
-            _switch(base, enabled=True)
+            switch_adapters(filter(is_tuner_layer, base.modules()), enabled=True)
     scale = plain.pow(2).mean().sqrt().clamp(min=1e-12)
     limit = (
         FELT if plain.numel() and next(base.parameters()).dtype in (torch.float32, torch.float64) else FELT_IN_16_BITS
@@ -257,8 +276,18 @@ def _measured(base: Any) -> tuple[float, float, float]:
     )
 
 
-def _switch(base: Any, enabled: bool) -> None:
-    """Adapters on or off for a pass of ours, in no other way than PEFT's flag: `enable_adapters` would touch gradients."""
-    for module in base.modules():
-        if is_tuner_layer(module):
-            module._disable_adapters = not enabled
+def require_positions(model: nn.Module, batch: TokenBatch) -> None:
+    """Raises `ValueError` for rows that are longer than a model's learned positions; warns where positions are rotary."""
+    config = unwrap(model).config.get_text_config()
+    longest = int(batch.attention_mask.sum(1).max()) if batch.attention_mask.numel() else 0
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or longest <= limit or rope_reach(model) is not None:
+        return
+    if getattr(config, "rope_parameters", None) is None:
+        raise ValueError(
+            f"A row has {longest} tokens – expected at most {limit}, the model's learned positions. Cut it."
+        )
+    logger.warning(
+        "A row has %d tokens and the model was trained on %d positions: what it makes of the rest says little. Cut it.",
+        longest, limit,
+    )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .canaries import precision_of
 from .noise import causes
+from .precision import precision_of
 from .ranks import raise_on_all_ranks
 from .read import read
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EVERY = 50
 # Root mean square of the difference, in standard deviations of the batch's scores. In float32 a row alone and in a batch agree to
 # 1e-5; in 16 bits SmolLM2's scores differ by 0.01 to 0.03 between a padded batch and a row alone.
-ALLOWED = {"float32": 2e-3, "16 bits": 0.15, "8 bits": 0.15, "4 bits": 0.15}
+TOLERANCE = {"float32": 2e-3, "16 bits": 0.15, "8 bits": 0.15, "4 bits": 0.15}
 
 
 class Recheck:
@@ -118,7 +118,7 @@ class Recheck:
         other: dict[str, torch.Tensor],
         spread: dict[str, torch.Tensor] | None,
     ) -> str | None:
-        allowed = ALLOWED[precision_of(model)]
+        allowed = TOLERANCE[precision_of(model)]
         for name, values in one.items():
             if name not in other or len(values) < 2:
                 continue
@@ -140,7 +140,7 @@ class Recheck:
     def _end(self, model: nn.Module, cause: str) -> str:
         precision = precision_of(model)
         return (
-            f" – expected at most {ALLOWED[precision]:g} in {precision}. Cause: {cause}. What was read since the last check "
+            f" – expected at most {TOLERANCE[precision]:g} in {precision}. Cause: {cause}. What was read since the last check "
             "cannot be relied on: mend it and start the run again."
         )
 

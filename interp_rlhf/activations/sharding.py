@@ -10,19 +10,30 @@ import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from .hook_points import unwrap
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import torch
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward needs other ranks: parameters are in ZeRO-3's partitions, or `DTensor`s (FSDP2, tensor parallelism)."""
     return any(_in_zero3(p) or _is_dtensor(p) for p in model.parameters())
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """True if accelerate keeps weights elsewhere and brings them in for each pass, so that they cannot be read."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model takes its inputs on, also where accelerate keeps its weights elsewhere (CPU and disk offload)."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(model.parameters()).device
 
 
 @contextmanager
@@ -31,6 +42,17 @@ def in_one_piece(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tens
     partitioned = [p for p in parameters if _in_zero3(p) and not _is_available(p)]
     with _gathered(partitioned):
         yield [p.full_tensor() if _is_dtensor(p) else p for p in parameters]  # type: ignore[attr-defined]
+
+
+def has_hook(module: nn.Module, word: str) -> bool:
+    """True if a forward hook on the module has `word` in its name: torch has no public list of hooks."""
+    return any(word in getattr(hook, "__name__", "") for hook in module._forward_hooks.values())
+
+
+def switch_adapters(layers: Iterable[Any], enabled: bool) -> None:
+    """Sets PEFT's own flag on its layers, for one pass of ours: `enable_adapters` would also change `requires_grad`."""
+    for layer in layers:
+        layer._disable_adapters = not enabled
 
 
 @contextmanager
@@ -45,7 +67,7 @@ def loaded(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def readable(model: nn.Module, predictions: bool = True) -> Iterator[None]:
+def readable(model: nn.Module, without_head_of: Any = None) -> Iterator[None]:
     """While open, a sharded model can be run whole by us, and its trainer notices nothing afterwards.
 
     DeepSpeed remembers which modules a forward runs and fetches their weights ahead; TRL's fused head (1.16), which takes a
@@ -53,14 +75,15 @@ def readable(model: nn.Module, predictions: bool = True) -> Iterator[None]:
     after.
 
     Args:
-        predictions (`bool`, defaults to `True`): where they are not wanted, the LM head costs nothing.
+        without_head_of (`PreTrainedModel`, *optional*): the causal LM inside `model`. Its LM head is left out, for passes of
+            which nobody reads the predictions.
 
     Raises:
         `ValueError`: parameters are partitioned by ZeRO-3 and the model is not the engine that can put them together.
     """
     offload = _offload(model)
     _forget_trace(offload)
-    with nullcontext() if predictions else _without_head(model):
+    with nullcontext() if without_head_of is None else _without_head(without_head_of):
         try:
             yield
         finally:
@@ -68,8 +91,7 @@ def readable(model: nn.Module, predictions: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _without_head(model: nn.Module) -> Iterator[None]:
-    base = unwrap(model)
+def _without_head(base: Any) -> Iterator[None]:
     head = base.get_output_embeddings()
     place = next((name for name, module in base.named_modules() if head is not None and module is head), None)
     if place is None:

@@ -7,24 +7,20 @@ anyway and a regularizer asked for them. It must not know what a reward is, and 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from .hook_points import backbone, is_tuner_layer, on_activation, unwrap
+from .hook_points import adapters_off, backbone, first_adapter_layer, on_activation, unwrap
+from .own_passes import is_reading
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import nn
 
 PassKind = Literal["policy", "policy_no_grad", "reference"]
-
-# True while `read()` runs the model: its passes are ours and no tap looks at them.
-_reading: ContextVar[bool] = ContextVar("interp_rlhf_reading", default=False)
 
 
 class TokenReadout(Protocol):
@@ -159,7 +155,7 @@ class Tap:
         self._current = None
         self._fired_now = set()
         self._last = None
-        if _reading.get() or not self.open:
+        if is_reading() or not self.open:
             return
         kind = self._kind(kwargs)
         if kind is not None and (kind == "policy" or self._records(kind)):
@@ -228,39 +224,3 @@ def run_readouts(readouts: Sequence[TokenReadout], activation: torch.Tensor, int
         activation = activation.detach().float()
         for readout in readouts:
             into[readout.name] = readout(activation)  # (B, T, K)
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Marks passes as ours, so that no tap records them."""
-    token = _reading.set(True)
-    try:
-        yield
-    finally:
-        _reading.reset(token)
-
-
-def is_reading() -> bool:
-    """Whether the pass that runs now is one of `read()`'s."""
-    return _reading.get()
-
-
-def adapters_on(model: nn.Module) -> bool:
-    """Whether an adapter changes the model's activations as it stands."""
-    layer = first_adapter_layer(model)
-    return layer is not None and not layer.disable_adapters and bool(layer.active_adapters)
-
-
-def first_adapter_layer(model: nn.Module) -> Any:
-    """A layer that PEFT injected, which knows whether adapters are on; None without PEFT."""
-    for module in unwrap(model).modules():
-        if is_tuner_layer(module):
-            return module
-    return None
-
-
-def adapters_off(layer: Any) -> bool:
-    """Whether a pass is one of the reference, by what such a layer says: no adapter, or the one named `ref`."""
-    if layer is None:
-        return False
-    return bool(layer.disable_adapters) or list(layer.active_adapters) == ["ref"]

@@ -15,11 +15,11 @@ import torch
 
 from ..activations.batch import tokenize_examples
 from ..activations.canaries import make_canaries
+from ..activations.collect import read_activations, read_pooled, token_weights
 from ..activations.counted import end_of_turn_ids
-from ..activations.hook_points import decoder_layers, hidden_size
+from ..activations.hook_points import adapters_on, decoder_layers, hidden_size
 from ..activations.identity import identity, structure
-from ..activations.read import read, read_activations, read_pooled, token_weights
-from ..activations.tap import adapters_on
+from ..activations.read import read
 from ..messages import as_list
 from .artifact import Artifact, Header, library_versions, read_directions
 from .attention import Tokens

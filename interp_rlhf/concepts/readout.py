@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..activations.canaries import Canaries, agreement
-from ..activations.hook_points import has_adapters, is_offloaded
+from ..activations.hook_points import has_adapters
 from ..activations.identity import identity
 from ..activations.noise import runs_here
-from ..activations.read import adapters_off_in
+from ..activations.reference_pass import adapters_off_in
+from ..activations.sharding import is_offloaded
 from .artifact import calibration_of, read_directions
 from .card import LoadedCard, load_card
 from .claims import artifact_of, require_architecture, require_identity, require_related, require_width

@@ -13,11 +13,12 @@ import torch
 
 from ..activations.batch import tokenize_examples
 from ..activations.canaries import RELATED, agreement, make_canaries
+from ..activations.collect import read_activations
 from ..activations.counted import end_of_turn_ids
 from ..activations.hook_points import has_adapters
 from ..activations.noise import runs_here
 from ..activations.outliers import norm_outliers
-from ..activations.read import adapters_off_in, read_activations
+from ..activations.reference_pass import adapters_off_in
 from ..messages import as_list
 from .claims import require_related, require_width
 from .latents import Latents

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..activations.collect import read_activations, read_predictions
 from ..activations.hook_points import predicts
 from ..activations.outliers import norm_outliers
-from ..activations.read import read_activations, read_predictions
 from ..concepts.artifact import load_tensors, write_atomically
 from . import metrics
 

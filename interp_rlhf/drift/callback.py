@@ -32,8 +32,9 @@ from ..activations.hook_points import (
     predicts,
     resolve,
 )
+from ..activations.noise import require_positions
 from ..activations.ranks import from_rank_zero
-from ..activations.read import require_positions, require_reference_below
+from ..activations.reference_pass import require_reference_below
 from ..concepts.examples import Examples, load_examples
 from ..concepts.readout import Readout
 from ..messages import as_list

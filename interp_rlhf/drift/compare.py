@@ -18,7 +18,7 @@ from ..activations.batch import tokenize_examples
 from ..activations.counted import end_of_turn_ids
 from ..activations.hook_points import decoder_layers, has_adapters, layers_or_none, resolve
 from ..activations.loading import adapter_base, has_tokenizer, load_model, load_tokenizer
-from ..activations.read import require_positions
+from ..activations.noise import require_positions
 from ..concepts.card import load_card
 from ..concepts.examples import read_rows
 from ..concepts.readout import Readout

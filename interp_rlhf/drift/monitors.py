@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..activations.batch import ConceptScores
-from ..activations.read import read_activations
+from ..activations.collect import read_activations
 from ..concepts.linear import folds
 from ..validation.statistics import (
     MIN_PER_LABEL,

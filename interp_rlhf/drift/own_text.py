@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from ..activations.batch import TokenBatch, tokenize_prompt
+from ..activations.collect import read_predictions
 from ..activations.counted import counted_length
+from ..activations.own_passes import measuring, reading
 from ..activations.ranks import from_rank_zero
-from ..activations.read import measuring, read_predictions, reference_pass
+from ..activations.reference_pass import reference_pass
 from ..activations.sharding import is_sharded, readable
-from ..activations.tap import reading
 from ..validation.measures import values_of
 from ..validation.statistics import MIN_PROMPTS, mean_interval
 from .battery import perplexity

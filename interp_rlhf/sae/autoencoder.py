@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..activations.canaries import RELATED, Canaries, agreement
 from ..activations.identity import identity
 from ..activations.noise import runs_here
-from ..activations.read import adapters_off_in
+from ..activations.reference_pass import adapters_off_in
 from ..concepts.latents import Latents, blocks, normalize
 
 if TYPE_CHECKING:

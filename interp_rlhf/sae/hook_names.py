@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..activations.hook_points import decoder_layers, embedding_point, unwrap
-from ..activations.read import stream_point
+from ..activations.stream_point import stream_point
 
 _BLOCK = re.compile(r"(?:[\w.]*?\.)?(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)")
 _LLAMA = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})

@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..activations.batch import TokenBatch, tokenize_examples
+from ..activations.collect import read_activations
 from ..activations.counted import end_of_turn_ids
 from ..activations.outliers import norm_outliers
-from ..activations.read import read_activations
 from ..concepts.latents import blocks
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..activations.batch import TokenBatch
+from ..activations.collect import read_activations
 from ..activations.outliers import norm_outliers
-from ..activations.read import read_activations
 from ..concepts.examples import read_rows
 from ..messages import as_list
 

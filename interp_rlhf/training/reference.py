@@ -15,11 +15,11 @@ from torch import nn
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from ..activations.hook_points import backbone, device_of, has_adapters, unwrap
-from ..activations.noise import LENGTH, rope_from_the_start, runs_here
-from ..activations.read import measuring, reference_pass, require_reference_below
-from ..activations.sharding import in_one_piece, is_sharded
-from ..activations.tap import reading
+from ..activations.hook_points import backbone, has_adapters, unwrap
+from ..activations.noise import TOKENS, rope_from_the_start, runs_here
+from ..activations.own_passes import measuring, reading
+from ..activations.reference_pass import reference_pass, require_reference_below
+from ..activations.sharding import device_of, in_one_piece, is_sharded
 from .trl import unfilled_copy
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _unlike(copy: Any, base: Any) -> str | None:
     if (differing := _first_difference(base, copy)) is not None:
         return f"`{differing}` differs"
     vocabulary = int(base.config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device_of(base))
+    ids = torch.randint(0, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device_of(base))
     outputs = []
     for model in (base, copy):
         core = backbone(model)

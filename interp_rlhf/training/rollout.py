@@ -19,8 +19,9 @@ from ..activations.counted import counted_length, end_of_turn_ids, without_first
 from ..activations.hook_points import unwrap
 from ..activations.noise import causes, runs_here
 from ..activations.ranks import from_rank_zero, raise_on_all_ranks
-from ..activations.read import read, reference_pass
+from ..activations.read import read
 from ..activations.recheck import EVERY, Recheck
+from ..activations.reference_pass import reference_pass
 from ..activations.tap import Tap
 
 if TYPE_CHECKING:

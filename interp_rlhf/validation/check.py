@@ -14,14 +14,9 @@ import numpy as np
 import torch
 
 from ..activations.batch import tokenize_examples
+from ..activations.collect import read_activations, read_pooled, read_with_likelihood, token_weights
 from ..activations.counted import end_of_turn_ids
 from ..activations.hook_points import embedding_point
-from ..activations.read import (
-    read_activations,
-    read_pooled,
-    read_with_likelihood,
-    token_weights,
-)
 from ..concepts.artifact import library_versions, strength_of
 from ..concepts.attention import Query, Tokens
 from ..concepts.card import Control, Evidence, Findings

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..activations.collect import read_activations
 from ..activations.outliers import norm_outliers
-from ..activations.read import read_activations
 from ..concepts.card import SaeFindings
 from ..concepts.linear import LinearProbe
 from ..concepts.pooling import pool

@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...activations.hook_points import backbone, decoder_layers, hidden_size, output_tensor, resolve, unwrap
+from ...activations.hook_points import (
+    adapters_off,
+    backbone,
+    decoder_layers,
+    first_adapter_layer,
+    hidden_size,
+    output_tensor,
+    resolve,
+    unwrap,
+)
+from ...activations.own_passes import is_reading
 from ...activations.sharding import in_one_piece
-from ...activations.tap import adapters_off, first_adapter_layer, is_reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

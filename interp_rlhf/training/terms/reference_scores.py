@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from ...activations.counted import input_ids
 from ...activations.hook_points import has_adapters
-from ...activations.read import read, read_inputs, reference_pass
+from ...activations.read import read, read_inputs
+from ...activations.reference_pass import reference_pass
 from ...activations.tap import Tap
 from ..trl import precompute_engine
 from .readouts import Keyed
