@@ -645,7 +645,8 @@ def test_canaries_of_every_family_agree_with_themselves(family, tokenizer):
 
 def test_an_autoencoder_of_another_model_is_refused_and_of_a_trained_one_is_told(tokenizer, tmp_path, caplog):
     from interp_rlhf.sae.files import load_sae
-    from interp_rlhf.sae.train import SaeTraining, train_sae
+    from interp_rlhf.sae.train import train_sae
+    from interp_rlhf.sae.training_settings import SaeTraining
 
     model = make_model("llama", tokenizer)
     settings = SaeTraining(LAYER, latents=64, k=4, epochs=2, batch_tokens=128, buffer=1024, context=32)

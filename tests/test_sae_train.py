@@ -26,9 +26,11 @@ from interp_rlhf.sae.cache import CachedActivations, fill_cache
 from interp_rlhf.sae.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from interp_rlhf.sae.files import load_sae, save_sae
 from interp_rlhf.sae.held_out import evaluate, held_out
+from interp_rlhf.sae.optimizing import Training
 from interp_rlhf.sae.sparse import Entries, keep_largest, keep_rows
 from interp_rlhf.sae.stream import ModelActivations, ShuffleBuffer, cut, load_corpus
-from interp_rlhf.sae.train import SaeTraining, Training, train_sae
+from interp_rlhf.sae.train import train_sae
+from interp_rlhf.sae.training_settings import SaeTraining
 
 POINT = "model.layers.1"
 # 60 steps of 64 activations; the texts have about 1,900 tokens that count.

@@ -18,7 +18,9 @@ from ..concepts.artifact import write_atomically
 from ..embedded import load_or_embedded
 from ..sae.held_out import check_other_contexts, check_other_texts, evaluate
 from ..sae.stream import cut, load_corpus
-from ..sae.train import SaeTraining, check_folder, train_sae
+from ..sae.train import train_sae
+from ..sae.training_folder import check_folder
+from ..sae.training_settings import SaeTraining
 
 if TYPE_CHECKING:
     import argparse

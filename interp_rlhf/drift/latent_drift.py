@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..activations.outliers import norm_outliers
+from ..sae.quality import LatentSums
 
 if TYPE_CHECKING:
+    import torch
+
     from ..sae.autoencoder import SparseAutoencoder
 
 CHANGED = 10  # latents that are named
@@ -53,9 +54,7 @@ def unexplained(sae: SparseAutoencoder, activations: torch.Tensor) -> float:
 
 def _means(sae: SparseAutoencoder, activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of every latent (S,) over tokens, and the share of tokens on which it is on."""
-    total, on = torch.zeros(sae.size, dtype=torch.float64), torch.zeros(sae.size, dtype=torch.float64)
+    sums = LatentSums(sae.size)
     for part in activations.split(256):
-        latents = sae.encode(part).cpu()
-        total += latents.double().sum(0)
-        on += (latents > 0).double().sum(0)
-    return total / len(activations), on / len(activations)
+        sums.add(sae.encode(part))
+    return sums.mean, sums.density

@@ -21,6 +21,7 @@ from ..activations.identity import identity
 from ..activations.noise import runs_here
 from ..activations.reference_pass import adapters_off_in
 from ..concepts.latents import Latents, blocks, normalize
+from .quality import LatentSums, variance_unexplained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,25 +187,24 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fvu(self, activation: torch.Tensor, target: torch.Tensor | None = None) -> float:
-        """Fraction of variance unexplained over all tokens: Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖², ȳ the mean of the tokens given.
-
-        In [0, ∞), lower = better; 1 = no better than the mean. Explained variance is 1 − FVU.
+        """Fraction of variance unexplained over all tokens, see `variance_unexplained`. Lower = better.
 
         Args:
             activation (`torch.Tensor` of shape (..., D)): at least two tokens.
-            target (`torch.Tensor` of shape (..., D_out), *optional*): what a transcoder should give; by default the activation.
+            target (`torch.Tensor` of shape (..., D_out), *optional*): the activation that a transcoder should predict; the
+                encoded activation by default.
         """
         wanted = activation if target is None else target
         wanted = wanted.double().reshape(-1, wanted.shape[-1])
-        missed = (wanted - self(activation).double().reshape(wanted.shape)).pow(2).sum()
-        return float(missed / (wanted - wanted.mean(0)).pow(2).sum())
+        return float(variance_unexplained(wanted - self(activation).double().reshape(wanted.shape), wanted))
 
     @torch.no_grad()
     def l0(self, activation: torch.Tensor) -> float:
         """Mean number of latents that are on, over tokens of an activation (..., D)."""
-        flat = activation.reshape(-1, self.width)
-        counts = [(self.encode(part) > 0).sum(1) for part in blocks(flat, self.size)]
-        return float(torch.cat(counts).double().mean())
+        sums = LatentSums(self.size)
+        for part in blocks(activation.reshape(-1, self.width), self.size):
+            sums.add(self.encode(part))
+        return sums.l0
 
     def digest(self) -> str:
         """SHA-256 of its weights."""

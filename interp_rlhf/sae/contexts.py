@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import linear, max_pool1d
 
 from ..concepts.latents import blocks, normalize
+from .quality import ErrorSums, LatentSums
 from .reading import read_blocks
 
 if TYPE_CHECKING:
@@ -161,12 +162,8 @@ class _Totals:
 
     def __init__(self, sae: SparseAutoencoder):
         self.sae = sae
-        self.on = torch.zeros(sae.size, dtype=torch.long)
-        self.sum = torch.zeros(sae.size, dtype=torch.float64)
-        self.missed = 0.0
-        width = sae.decoder.shape[1]
-        self.target, self.squares = torch.zeros(width, dtype=torch.float64), 0.0
-        self.tokens = self.contexts = self.outliers = 0
+        self.errors, self.latents = ErrorSums(), LatentSums(sae.size)
+        self.contexts = self.outliers = 0
 
     @torch.no_grad()
     def add(self, block: Block) -> None:
@@ -176,27 +173,22 @@ class _Totals:
         for few, wanted in zip(activations.split(size), targets.split(size), strict=True):
             here = few.to(device)
             latents = sae.encode(here)  # (n, S)
-            self.on += (latents > 0).sum(0).cpu()
-            self.sum += latents.sum(0).double().cpu()
+            self.latents.add(latents)
             rebuilt = sae.decode(latents, here)
             rebuilt = rebuilt if sae.skip is None else rebuilt + here @ sae.skip.T
-            self.missed += float((wanted.double() - rebuilt.double().cpu()).pow(2).sum())
-            self.target += wanted.double().sum(0)
-            self.squares += float(wanted.double().pow(2).sum())
-        self.tokens += len(activations)
+            self.errors.add(wanted, rebuilt.cpu())
         self.contexts += len(block.texts)
         self.outliers += block.outliers
 
     def survey(self, texts: int) -> Survey:
-        if self.tokens < 2:
+        tokens = self.latents.tokens
+        if tokens < 2:
             raise ValueError(
-                f"{self.tokens} tokens count in these texts – expected at least two. The first of each context does not count."
+                f"{tokens} tokens count in these texts – expected at least two. The first of each context does not count."
             )
-        variance = self.squares - float(self.target.pow(2).sum()) / self.tokens
         return Survey(
-            texts, self.contexts, self.tokens, self.outliers, self.missed / variance if variance > 0 else float("nan"),
-            float(self.on.sum()) / self.tokens, float((self.on == 0).double().mean()),
-            self.on.double() / self.tokens, self.sum / self.tokens,
+            texts, self.contexts, tokens, self.outliers, self.errors.fvu, self.latents.l0, self.latents.dead_fraction,
+            self.latents.density, self.latents.mean,
         )  # fmt: skip
 
 

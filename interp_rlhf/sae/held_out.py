@@ -19,6 +19,7 @@ from .cache import (
     fill_cache,
     holds,
 )
+from .quality import ErrorSums, LatentSums
 from .stream import FORWARD_TOKENS, in_order
 
 if TYPE_CHECKING:
@@ -125,24 +126,18 @@ def held_out(
         trained_on (`Moments`, *optional*): of the training activations.
     """
     moments = Moments(blocks())
-    mean = moments.mean.float()
-    missed = per_token = on = 0.0
-    ever = torch.zeros(sae.size, dtype=torch.bool)
+    errors, latents = ErrorSums(moments.mean), LatentSums(sae.size)
     for rows in blocks():
-        error = (rows - sae(rows)).double().pow(2).sum(1)
-        missed += float(error.sum())
-        per_token += float((error / (rows - mean).double().pow(2).sum(1)).sum())
-        latents = sae.encode(rows) > 0
-        on += int(latents.sum())
-        ever |= latents.any(0)
+        errors.add(rows, sae(rows))
+        latents.add(sae.encode(rows))
     k = min(k, sae.width)
     pca = None if trained_on is None else explained_by(trained_on.components(k), trained_on.mean, moments)
     return HeldOut(
         tokens=moments.count,
-        explained_variance=1 - missed / float(moments.about(moments.mean).trace()),
-        explained_variance_per_token=1 - per_token / moments.count,
-        l0=on / moments.count,
-        dead_fraction=1 - float(ever.double().mean()),
+        explained_variance=1 - errors.fvu,
+        explained_variance_per_token=errors.explained_per_token,
+        l0=latents.l0,
+        dead_fraction=latents.dead_fraction,
         pca=pca,
         pca_here=explained_by(moments.components(k), moments.mean, moments),
     )

@@ -18,6 +18,7 @@ from ..activations.collect import read_activations
 from ..activations.counted import end_of_turn_ids
 from ..activations.outliers import norm_outliers
 from ..concepts.latents import blocks
+from .cutting import context_slices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -183,11 +184,10 @@ def _contexts(
 def _cut(
     ids: list[int], counts: list[bool], bos: int | None, length: int
 ) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """Contexts of one text with a token that counts: start, ids, and which of the ids count."""
     head = 1 if ids and bos is not None and ids[0] == bos and not counts[0] else 0
-    step = length - head
-    for start in range(0, len(ids) - head, step):
-        own = slice(start + head, start + head + step)
-        which = [False] * head + counts[own]
+    for piece in context_slices(len(ids) - head, length, head):
+        which = [False] * head + counts[head:][piece]
         which[0] = False
         if any(which):
-            yield start, ids[:head] + ids[own], which
+            yield piece.start, ids[:head] + ids[head:][piece], which

@@ -18,6 +18,7 @@ from ..activations.collect import read_activations
 from ..activations.outliers import norm_outliers
 from ..concepts.examples import read_rows
 from ..messages import as_list
+from .cutting import context_slices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -123,16 +124,14 @@ def cut(texts: Iterable[str], tokenizer: Any, length: int) -> Contexts:
         `ValueError`: texts without a token that counts.
     """
     prefix = _prefix(tokenizer)
-    step = length - len(prefix)
-    if step < 2:
+    if length - len(prefix) < 2:
         raise ValueError(f"`context` is {length} – expected at least {len(prefix) + 2} tokens.")
     parts, sizes = [], [0]
     for text in [texts] if isinstance(texts, str) else texts:
         ids = tokenizer(text=text, add_special_tokens=False, verbose=False)["input_ids"]
-        if prefix == () and len(ids) % step == 1:  # a context of one token, its first
-            ids = ids[:-1]
-        parts.append(torch.tensor(ids, dtype=torch.int32))
-        sizes += [min(step, len(ids) - start) for start in range(0, len(ids), step)]
+        pieces = list(context_slices(len(ids), length, len(prefix)))
+        parts.append(torch.tensor(ids[: pieces[-1].stop] if pieces else [], dtype=torch.int32))
+        sizes += [piece.stop - piece.start for piece in pieces]
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
     ids = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)
     found = Contexts(ids, torch.tensor(sizes).cumsum(0), prefix, special, length)

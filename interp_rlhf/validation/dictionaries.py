@@ -18,6 +18,7 @@ from ..concepts.card import SaeFindings
 from ..concepts.linear import LinearProbe
 from ..concepts.pooling import pool
 from ..sae.autoencoder import random_dictionary
+from ..sae.quality import LatentSums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,15 +132,12 @@ def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress
     kept = ~norm_outliers(whole[point])
     whole = {name: activations[kept] for name, activations in whole.items()}
     values = whole[point]
-    on = torch.zeros(sae.size, dtype=torch.bool)
-    count = 0
+    sums = LatentSums(sae.size)
     for block in values.split(1024):
-        active = sae.encode(block) > 0
-        on |= active.any(0)
-        count += int(active.sum())
+        sums.add(sae.encode(block))
     return SaeFindings(
-        explained_variance=round(1 - sae.fvu(values, whole[target]), 4), l0=round(count / len(values), 2),
-        dead_fraction=round(1 - float(on.double().mean()), 4), latents=sae.size, tokens=len(values),
+        explained_variance=round(1 - sae.fvu(values, whole[target]), 4), l0=round(sums.l0, 2),
+        dead_fraction=round(sums.dead_fraction, 4), latents=sae.size, tokens=len(values),
     )  # fmt: skip
 
 
