@@ -22,9 +22,9 @@ from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.report import write_report
 from interp_rlhf.runlog.log import RunLog, read_run_log
 from interp_rlhf.sae.autoencoder import SaeSpec, SparseAutoencoder
-from interp_rlhf.sae.contexts import Reading, gather, survey
+from interp_rlhf.sae.contexts import gather_contexts, survey
 from interp_rlhf.sae.effects import cosines, final_gain
-from interp_rlhf.sae.reading import counted_batch, pooled
+from interp_rlhf.sae.reading import ReadingOptions, counted_batch, pool_latents
 from interp_rlhf.validation.finding import find_latents
 from interp_rlhf.validation.inspecting import best_threshold, inspect_latents
 from interp_rlhf.validation.split import split_examples
@@ -101,7 +101,7 @@ def test_density_is_the_counted_share(model, tokenizer):
 
 
 def test_negative_windows_are_off_throughout_and_near_misses_come_closest(model, tokenizer):
-    how, sae = Reading(window=1), named_sae(model, tokenizer)
+    how, sae = ReadingOptions(window=1), named_sae(model, tokenizer)
     sae.encoder[0] += 0.4 * sae.encoder[2]  # ` rain` comes to −0.1, every other token but ` warm` to −0.5
     texts = ["you rain the sun the kind warm the", "day hope care night good", "sun night talk rain rain"]
     (page,) = inspect_latents(model, tokenizer, sae, texts, latents=[0], how=how).pages
@@ -121,7 +121,7 @@ def test_fvu_and_l0_are_those_of_the_counted_tokens_at_once(model, tokenizer):
     batch = tokenize_examples(TEXTS, tokenizer)
     batch.completion_mask[:, 0] = False
     activations = read_activations(model, batch, [sae.spec.hook_point])[sae.spec.hook_point]
-    found = survey(model, tokenizer, sae, TEXTS, Reading(batch_tokens=5))
+    found = survey(model, tokenizer, sae, TEXTS, ReadingOptions(batch_tokens=5))
     assert found.fvu == pytest.approx(sae.fvu(activations), rel=1e-6)
     assert found.l0 == pytest.approx(sae.l0(activations))
 
@@ -186,7 +186,8 @@ ARCHITECTURES = ["standard", "jumprelu", "gated", "topk", "groupmax"]
 def test_columns_read_alone_are_those_of_all_latents(model, tokenizer, architecture):
     sae, texts, indices = random_sae(model, architecture), sentences(30, seed=4), [7, 3, 40]
     (alone, none), (_, whole) = (
-        gather(model, tokenizer, sae, texts, indices, Reading(), whole=whole) for whole in (False, True)
+        gather_contexts(model, tokenizer, sae, texts, indices, ReadingOptions(), whole=whole)
+        for whole in (False, True)
     )
     assert none is None
     batch = tokenize_examples(texts, tokenizer)
@@ -208,7 +209,7 @@ def test_inspection_does_not_depend_on_the_size_of_batches(model, tokenizer, arc
     found = [
         inspect_latents(
             model, tokenizer, sae, texts, top=5, contexts=4,
-            how=Reading(context_length=12, window=4, batch_tokens=tokens),
+            how=ReadingOptions(context_length=12, window=4, batch_tokens=tokens),
         ).event()
         for tokens in (13, 4096)
     ]  # fmt: skip
@@ -225,7 +226,7 @@ def test_inspection_does_not_depend_on_the_size_of_batches(model, tokenizer, arc
 def test_histogram_bins_double_without_losing_a_count(model, tokenizer):
     """The same values in one block and in many: bins that were joined hold what bins made large from the start do."""
     sae, texts = random_sae(model), sentences(60, seed=6)
-    (small,), _ = gather(model, tokenizer, sae, texts, [3], Reading(batch_tokens=8))
+    (small,), _ = gather_contexts(model, tokenizer, sae, texts, [3], ReadingOptions(batch_tokens=8))
     batch = tokenize_examples(texts, tokenizer)
     batch.completion_mask[:, 0] = False
     column = sae.latents([3])(read_activations(model, batch, [sae.spec.hook_point])[sae.spec.hook_point])[:, 0]
@@ -239,7 +240,7 @@ def test_histogram_bins_double_without_losing_a_count(model, tokenizer):
 def test_a_long_text_is_cut_and_its_positions_are_those_in_the_text(model, tokenizer):
     text = " ".join(["you"] * 30 + ["warm"] + ["you"] * 30)
     where = tokenizer(text)["input_ids"].index(token(tokenizer, " warm"))
-    how = Reading(context_length=8, window=2)
+    how = ReadingOptions(context_length=8, window=2)
     found = inspect_latents(model, tokenizer, named_sae(model, tokenizer), [text], latents=[0], how=how)
     (window,) = found.pages[0].contexts.top
     assert (window.text, window.position) == (0, where)
@@ -260,7 +261,7 @@ def test_a_token_of_outstanding_norm_counts_nowhere(tokenizer):
         for window in page.contexts.top:
             for piece, value in zip(window.pieces, window.activations, strict=True):
                 assert (value is None) == (piece == " tree" or piece == window.pieces[0])
-    (read,), _ = pooled(model, counted_batch(model, tokenizer, texts), [sae.latents([3, 5])])
+    (read,), _ = pool_latents(model, counted_batch(model, tokenizer, texts), [sae.latents([3, 5])])
     for i, page in enumerate(found.pages):
         assert float(read.maxima[:, i].max()) == pytest.approx(page.contexts.maximum, rel=1e-5)
 
@@ -287,7 +288,9 @@ def test_whatever_cannot_work_is_refused_in_words(model, tokenizer):
     with pytest.raises(ValueError, match="0 tokens count in these texts"):
         inspect_latents(model, tokenizer, sae, ["you"], latents=[0])
     with pytest.raises(ValueError, match="`contexts` is 0 – expected at least 1 window"):
-        gather(None, tokenizer, sae, TEXTS, [0], Reading(), contexts=0)  # before the model, which is none, reads
+        gather_contexts(
+            None, tokenizer, sae, TEXTS, [0], ReadingOptions(), contexts=0
+        )  # before the model, which is none, reads
     with pytest.raises(ValueError, match="without `latents`"):
         inspect_latents(model, tokenizer, sae, TEXTS, whole=False)
     with pytest.raises(ValueError, match="0 latents are on anywhere in 2 tokens"):
@@ -359,7 +362,7 @@ def test_a_split_parts_prompts_and_keeps_both_labels():
 def test_pooled_latents_are_the_mean_and_the_maximum_over_counted_tokens(model, tokenizer):
     batch = counted_batch(model, tokenizer, TEXTS)
     sae = named_sae(model, tokenizer)
-    (found, alone), activations = pooled(model, batch, [sae.latents(), sae.latents([2, 0])], rows=3)
+    (found, alone), activations = pool_latents(model, batch, [sae.latents(), sae.latents([2, 0])], rows=3)
     means, maxima, l0 = found.means, found.maxima, found.l0
     # warm is on 1 of 3, 2 of 4, 0 of 2 and 2 of 4 counted tokens.
     assert torch.allclose(means[:, 0], 0.5 * torch.tensor([1 / 3, 2 / 4, 0.0, 2 / 4]), atol=1e-5)
@@ -449,7 +452,7 @@ def test_a_transcoder_is_measured_by_what_it_predicts(model, tokenizer):
     sae = random_sae(
         model, "standard", output_point="model.layers.1.mlp", point="model.layers.1.post_attention_layernorm"
     )
-    found = survey(model, tokenizer, sae, TEXTS, Reading())
+    found = survey(model, tokenizer, sae, TEXTS, ReadingOptions())
     batch = tokenize_examples(TEXTS, tokenizer)
     batch.completion_mask[:, 0] = False
     both = read_activations(model, batch, [sae.spec.hook_point, sae.spec.output_point])

@@ -16,7 +16,7 @@ from ..concepts.readout import Readout
 from ..drift.compare import load_texts
 from ..embedded import load_or_embedded
 from ..runlog.log import jsonable
-from ..sae.reading import Reading
+from ..sae.reading import ReadingOptions
 from ..validation.finding import find_latents
 from ..validation.inspecting import inspect_latents
 from .console import print_aligned, shown_interval
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..concepts.examples import Examples
-    from ..validation.finding import Found
+    from ..validation.finding import LatentsFound
     from ..validation.inspecting import Inspection, LatentPage
 
 
 def sae_inspect(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae inspect`."""
     started, out = time.monotonic(), page_path(arguments.out)
-    how = Reading(context_length=arguments.context_length, window=arguments.window)
+    how = ReadingOptions(context_length=arguments.context_length, window=arguments.window)
     texts, chosen = load_texts(arguments.texts), latent_numbers(arguments.latents)
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
     readouts = [Readout.from_card(path) for path in arguments.probe]
@@ -110,7 +110,7 @@ def _two_sides(positive: str, negative: str) -> Examples:
     return replace(make_examples(rows, source=f"{positive} and {negative}"), label_names=names)
 
 
-def _print_ranking(latents: Found, names: Sequence[str]) -> None:
+def _print_ranking(latents: LatentsFound, names: Sequence[str]) -> None:
     print(f"{latents.examples[0]} examples to choose on, {latents.examples[1]} to report on; {latents.pooling} over tokens; "
           f"L0 {latents.l0:.1f}")  # fmt: skip
     table = [

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256
 HEAD = "cache.json"
-SHARDS = "activations-"  # files with activations begin so
-HELD_OUT = "held-out-"  # folders in a cache with the activations of other texts begin so
-# How far the activations of the first context may be from the cached model's: another CPU or library, not other weights.
+SHARDS = "activations-"  # file-name prefix of activation shards
+HELD_OUT = "held-out-"  # prefix of the folders, inside a cache, with the activations of other texts
+# Largest relative distance of the first context's activations from the cached ones. Another CPU or library moves them less, other
+# weights more.
 TOLERANCE = 0.01
 
 
@@ -51,7 +52,7 @@ class CachedActivations:
     def __init__(self, folder: str | Path, block: int, seed: int):
         self.seed = seed
         self._pieces: list[tuple[Path, int, int]] = []
-        for path, rows in _rows(Path(folder)):
+        for path, rows in _files_and_rows(Path(folder)):
             self._pieces += [(path, start, min(start + block, rows)) for start in range(0, rows, block)]
 
     @property
@@ -74,20 +75,20 @@ class CachedActivations:
         path, start, stop = self._pieces[index]
         with _activations(path) as found:
             rows: torch.Tensor = found[start:stop]
-        return rows.to(torch.float32, copy=True)  # memory of torch's own, see `load_tensors`
+        return rows.to(torch.float32, copy=True)  # memory that torch owns, see `load_tensors`
 
 
 def cached_tokens(folder: str | Path) -> int:
-    """How many activations a folder has: of tokens that count and are no norm outliers.
+    """Number of activations in a folder: tokens that count and are no norm outliers.
 
     Raises:
         `ValueError`: a file that is cut off.
     """
-    return sum(rows for _, rows in _rows(Path(folder)))
+    return sum(rows for _, rows in _files_and_rows(Path(folder)))
 
 
 def holds(folder: str | Path, **head: Any) -> bool:
-    """Whether a folder has all activations of what is named by entries of its `cache.json`, such as `texts`."""
+    """True if a folder has all activations and its `cache.json` has these entries, such as `texts`."""
     folder = Path(folder)
     if not (folder / HEAD).exists():
         return False
@@ -105,7 +106,7 @@ def fill_cache(
     dtype: CacheType = "float16",
     progress: bool = False,
 ) -> None:
-    """Write the activations of contexts into a folder, or what is missing of them.
+    """Write the activations of contexts into a folder, or those that are missing there.
 
     Raises:
         `ValueError`: a folder with other activations than those of this model, hook point and texts; the message names what
@@ -132,13 +133,13 @@ def fill_cache(
             if not torch.isfinite(activations).all():
                 raise ValueError(
                     f"Activations at `{hook_point}` do not fit into {dtype} – expected finite numbers. "
-                    "Keep them as float32, in another folder; where that does not help, the model gives numbers that are none."
+                    "Keep them as float32, in another folder. If that does not help, the model itself gives infinities or NaN."
                 )
             write_atomically(path, save({"activations": activations}))
 
 
 def check_cache(folder: Path) -> None:
-    """Raises `ValueError` where a folder is no cache of activations and not empty."""
+    """Raises `ValueError` if a folder is neither empty nor a cache of activations."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`{folder}` is a file – expected a folder for activations. Name another one.")
     if (folder / HEAD).exists() or not folder.exists():
@@ -186,7 +187,7 @@ def _head(model: nn.Module, contexts: Contexts, hook_point: str, dtype: str) -> 
 
 
 def _first(model: nn.Module, contexts: Contexts, hook_point: str) -> list[float]:
-    """Mean activation of the first context: what tells weights and adapters apart that share a digest."""
+    """Mean activation of the first context. It differs between weights or adapters that share a digest."""
     return [float(f"{value:.5g}") for value in activations_of(model, contexts, [0], hook_point).mean(0).tolist()]
 
 
@@ -203,7 +204,7 @@ def _read_head(path: Path) -> dict[str, Any]:
     return head
 
 
-def _rows(folder: Path) -> Iterator[tuple[Path, int]]:
+def _files_and_rows(folder: Path) -> Iterator[tuple[Path, int]]:
     for path in _files(folder):
         with _activations(path) as found:
             yield path, found.get_shape()[0]
@@ -211,7 +212,7 @@ def _rows(folder: Path) -> Iterator[tuple[Path, int]]:
 
 @contextmanager
 def _activations(path: Path) -> Iterator[Any]:
-    """The tensor of a file, to be sliced."""
+    """The tensor of a file, for slicing."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -220,7 +221,7 @@ def _activations(path: Path) -> Iterator[Any]:
     except SafetensorError as error:
         raise ValueError(
             f"`{path}` ({path.stat().st_size} bytes) is not a whole safetensors file of activations ({error}) – it may be "
-            "truncated. Delete it: the same command reads these activations anew."
+            "truncated. Delete it: the same command then reads these activations again."
         ) from None
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training of a sparse autoencoder: tensors as safetensors, the rest as JSON.
 
-In and out: tensors by name and a JSON state. A checkpoint is there whole or not at all, and the one before it goes only when it
-is. Only folders with a name of our own, and with nothing in them but our two files, are deleted. It must not know what is in it.
+In and out: tensors by name and a JSON state. A checkpoint exists whole or not at all. The one before it is deleted only after
+that. Only folders that have our name pattern and hold nothing but our two files are deleted. It must not know what is in them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAME = re.compile(r"sae-checkpoint-(\d+)")  # trainers write, and delete, `checkpoint-<step>`
-_TENSORS, _STATE = "tensors.safetensors", "state.json"
+_TENSOR_FILE, _STATE_FILE = "tensors.safetensors", "state.json"
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
@@ -32,9 +32,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     older = _checkpoints(folder)
     path = folder / f"sae-checkpoint-{step}"
     with folder_aside(folder, ".sae-checkpoint-") as made:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / _TENSORS)
-        (made / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        if path.exists():  # what is left of one that was deleted by hand
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / _TENSOR_FILE)
+        (made / _STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        if path.exists():  # the rest of one that was partly deleted by hand
             _delete(path)
         os.replace(made, path)
     for _, old in older:
@@ -44,44 +44,46 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
 
 
 def load_checkpoint(folder: Path, keys: Collection[str] = ()) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Tensors and state of the last checkpoint, None where there is none.
+    """Tensors and state of the last checkpoint; None if there is no checkpoint.
 
     Args:
-        keys (`Collection[str]`): what the state must have.
+        keys (`Collection[str]`): keys that the state must have.
 
     Raises:
-        `ValueError`: it is not whole; the message says where the training goes on without it.
+        `ValueError`: the last checkpoint is not whole. The message says where the training goes on without it.
     """
     from safetensors import SafetensorError
 
-    found = [path for _, path in _checkpoints(folder) if any((path / name).exists() for name in (_TENSORS, _STATE))]
+    found = [
+        path for _, path in _checkpoints(folder) if any((path / name).exists() for name in (_TENSOR_FILE, _STATE_FILE))
+    ]
     if not found:
         return None
     path = found[-1]
     before = f"from `{found[-2].name}`" if len(found) > 1 else "from its start"
     todo = f"It may be truncated. Delete `{path}`: the training then goes on {before}."
-    for name in (_STATE, _TENSORS):
+    for name in (_STATE_FILE, _TENSOR_FILE):
         if not (path / name).exists():
             raise ValueError(f"`{path}` has no `{name}` – expected a whole checkpoint. {todo}")
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"`{path / _STATE}` is not JSON ({error}) – expected the state of a training. {todo}"
+            f"`{path / _STATE_FILE}` is not JSON ({error}) – expected the state of a training. {todo}"
         ) from None
     if not isinstance(state, dict) or (missing := sorted(set(keys) - set(state))):
         lacking = f"lacks the keys {missing}" if isinstance(state, dict) else f"holds a {type(state).__name__}"
-        raise ValueError(f"`{path / _STATE}` {lacking} – expected the state of a training. {todo}")
+        raise ValueError(f"`{path / _STATE_FILE}` {lacking} – expected the state of a training. {todo}")
     try:
-        return load_tensors(path / _TENSORS), state
+        return load_tensors(path / _TENSOR_FILE), state
     except SafetensorError as error:
         raise ValueError(
-            f"`{path / _TENSORS}` is not a whole safetensors file ({error}) – expected the tensors of a training. {todo}"
+            f"`{path / _TENSOR_FILE}` is not a whole safetensors file ({error}) – expected the tensors of a training. {todo}"
         ) from None
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete all of them, and what a kill left of one."""
+    """Delete all checkpoints, and the rest of one whose writing was killed."""
     for path in [*(path for _, path in _checkpoints(folder)), *folder.glob(".sae-checkpoint-*")]:
         _delete(path)
 
@@ -94,6 +96,10 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint, or what is left of one; a folder with anything else in it stays."""
-    if path.is_dir() and not path.is_symlink() and {inside.name for inside in path.iterdir()} <= {_TENSORS, _STATE}:
+    """Delete a checkpoint or the rest of one. A folder that holds anything else stays."""
+    if (
+        path.is_dir()
+        and not path.is_symlink()
+        and {inside.name for inside in path.iterdir()} <= {_TENSOR_FILE, _STATE_FILE}
+    ):
         shutil.rmtree(path)

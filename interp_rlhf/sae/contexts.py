@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..concepts.latents import Latents
     from .autoencoder import SparseAutoencoder
-    from .reading import Block, Reading
+    from .reading import Block, ReadingOptions
 
 # Bins between 0 and a power of two: when a larger value comes, neighbours become one bin, so that no value is looked at twice.
 BINS = 64
@@ -100,7 +100,7 @@ class Survey:
 
 
 def survey(
-    model: Any, tokenizer: Any, sae: SparseAutoencoder, texts: Sequence[str | Mapping[str, Any]], how: Reading
+    model: Any, tokenizer: Any, sae: SparseAutoencoder, texts: Sequence[str | Mapping[str, Any]], how: ReadingOptions
 ) -> Survey:
     """All latents over texts, in one pass.
 
@@ -119,13 +119,13 @@ def require_windows(contexts: int) -> None:
         raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind per latent.")
 
 
-def gather(
+def gather_contexts(
     model: Any,
     tokenizer: Any,
     sae: SparseAutoencoder,
     texts: Sequence[str | Mapping[str, Any]],
     indices: Sequence[int],
-    how: Reading,
+    how: ReadingOptions,
     *,
     contexts: int = 10,
     seed: int = 0,
@@ -248,10 +248,10 @@ class _Chosen:
         counted = block.counted[:, None]  # (B, 1, T)
         padded, padded_before = (_padded(part, block.batch.attention_mask) for part in (values, before))  # (B, K, T)
         padded = padded.masked_fill(~counted, 0.0)
-        self._offer("top", block, padded, _rounded(padded.masked_fill(padded == 0, -torch.inf)), padded)
+        self._offer("top", block, padded, _to_twelve_bits(padded.masked_fill(padded == 0, -torch.inf)), padded)
         width = 2 * self.window + 1
         off = (max_pool1d(padded, width, 1, self.window) == 0) & counted
-        self._offer("near", block, padded, _rounded(padded_before.masked_fill(~off, -torch.inf)), padded_before)
+        self._offer("near", block, padded, _to_twelve_bits(padded_before.masked_fill(~off, -torch.inf)), padded_before)
         drawn = torch.zeros(block.counted.shape)
         for row, (text, start) in enumerate(zip(block.texts, block.starts, strict=True)):
             length = int(block.batch.attention_mask[row].sum())
@@ -326,8 +326,8 @@ def _padded(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return found.transpose(1, 2)
 
 
-def _rounded(values: torch.Tensor) -> torch.Tensor:
-    """Values to twelve bits."""
+def _to_twelve_bits(values: torch.Tensor) -> torch.Tensor:
+    """Values rounded to twelve bits."""
     mantissa, exponent = torch.frexp(values)
     return torch.ldexp((mantissa * 4096).round() / 4096, exponent)
 

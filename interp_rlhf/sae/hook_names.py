@@ -141,7 +141,7 @@ def module_path(name: str, layout: Layout) -> str:
     if "hook_" in name:
         return _from_transformer_lens(name, layout)
     plain = name.removesuffix(".output")
-    return _input_of(plain.removesuffix(".input"), layout) if plain.endswith(".input") else _path(plain, layout)
+    return _input_of(plain.removesuffix(".input"), layout) if plain.endswith(".input") else _module_path(plain, layout)
 
 
 def _from_transformer_lens(name: str, layout: Layout) -> str:
@@ -159,8 +159,8 @@ def _from_transformer_lens(name: str, layout: Layout) -> str:
     raise ValueError(_refusal(name, why, instead.format(mlp_in=norm)))
 
 
-def _path(name: str, layout: Layout) -> str:
-    """Path in the model of a path that may be relative to its base, or that another wrapping of the same model has."""
+def _module_path(name: str, layout: Layout) -> str:
+    """Module path in this model for a path that is relative to its base, or that another wrapping of the same model has."""
     for candidate in (name, f"{layout.base}.{name}"):
         if layout.modules is not None and candidate in layout.modules:
             return candidate
@@ -173,7 +173,7 @@ def _path(name: str, layout: Layout) -> str:
 
 
 def _input_of(name: str, layout: Layout) -> str:
-    path = _path(name, layout)
+    path = _module_path(name, layout)
     found = _BLOCK.fullmatch(path)
     if found is not None:
         parts = {"": "stream"} | dict.fromkeys(_MLPS, "mlp_in") | dict.fromkeys(_ATTENTIONS, "attention_in")

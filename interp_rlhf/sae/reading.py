@@ -30,7 +30,7 @@ _TEXTS = 64  # tokenized at a time
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingOptions:
     """How texts are cut and read.
 
     Attributes:
@@ -83,7 +83,7 @@ def counted_batch(model: Any, tokenizer: Any, rows: Sequence[str | Mapping[str, 
 
 
 @dataclass(frozen=True)
-class Pooled:
+class PooledLatents:
     """Latents over the counted tokens of each of N examples.
 
     Attributes:
@@ -97,9 +97,9 @@ class Pooled:
 
 
 @torch.no_grad()
-def pooled(
+def pool_latents(
     model: Any, batch: TokenBatch, readouts: Sequence[Latents], *, rows: int = 64, progress: str | None = None
-) -> tuple[list[Pooled], torch.Tensor]:
+) -> tuple[list[PooledLatents], torch.Tensor]:
     """Latents of several dictionaries at one hook point, and the mean activation (N, D), by one forward.
 
     A token whose norm stands out among its example's counts in none of it.
@@ -127,7 +127,7 @@ def pooled(
                     on[i] += int((values > 0).sum())
     count = max(float(tokens.sum()), 1.0)
     every_one = zip(sums, maxima, on, strict=True)
-    return [Pooled(total / tokens, highest, times / count) for total, highest, times in every_one], activations
+    return [PooledLatents(total / tokens, highest, times / count) for total, highest, times in every_one], activations
 
 
 def read_blocks(
@@ -135,7 +135,7 @@ def read_blocks(
     tokenizer: Any,
     sae: SparseAutoencoder,
     texts: Sequence[str | Mapping[str, Any]],
-    how: Reading,
+    how: ReadingOptions,
     label: str,
 ) -> Iterator[Block]:
     """Blocks of contexts, in the order of the texts, each about as large as a forward; `label` is the progress bar's."""
@@ -161,7 +161,7 @@ _Context = tuple[int, int, list[int], list[bool]]
 
 
 def _contexts(
-    texts: Sequence[str | Mapping[str, Any]], tokenizer: Any, how: Reading, ends: set[int]
+    texts: Sequence[str | Mapping[str, Any]], tokenizer: Any, how: ReadingOptions, ends: set[int]
 ) -> Iterator[list[_Context]]:
     """Contexts, each as (text, start, ids, which count), together about as many tokens as a forward takes."""
     pending: list[_Context] = []

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PERMUTATIONS = 100
 RANDOM_DICTIONARIES = 5
-CHUNK_ROWS = 64
+ROWS_AT_A_TIME = 64
 
 
 class RandomDictionaries:
@@ -62,7 +62,7 @@ class RandomDictionaries:
         means = all_mean_latents(model, batch, drawn, "random dictionaries on the fit" if progress else None)
         self.readouts: list[tuple[Latents, torch.Tensor]] = []
         for dictionary, values in zip(drawn, means, strict=True):
-            best, weight = _choose(values, labels, count, method, strength)
+            best, weight = _choose_columns(values, labels, count, method, strength)
             self.readouts.append((dictionary.latents(best.tolist()), torch.tensor(weight, dtype=torch.float32)))
 
     def scores(self, model: Any, batch: TokenBatch, pooling: str, progress: bool = False) -> np.ndarray:
@@ -98,7 +98,7 @@ def permuted_choices(
         The U latents that were chosen at least once, and weights (permutations, U) on them.
     """
     rng = np.random.default_rng(seed)
-    choices = [_choose(means, rng.permutation(labels), count, method, strength) for _ in range(PERMUTATIONS)]
+    choices = [_choose_columns(means, rng.permutation(labels), count, method, strength) for _ in range(PERMUTATIONS)]
     union = sorted({int(index) for best, _ in choices for index in best})
     place = {index: i for i, index in enumerate(union)}
     weights = np.zeros((PERMUTATIONS, len(union)))
@@ -107,7 +107,7 @@ def permuted_choices(
     return sae.latents(union), weights
 
 
-def _choose(
+def _choose_columns(
     means: np.ndarray, labels: np.ndarray, count: int, method: str, strength: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the latents whose mean separates labels best, whichever way it points, and a probe's weight on them."""
@@ -177,7 +177,7 @@ def _parts(
     model: Any, batch: TokenBatch, hook_points: Sequence[str], progress: str | None
 ) -> Iterator[tuple[TokenBatch, dict[str, torch.Tensor]]]:
     """Some rows at a time, with the activations (n, D) of their counted tokens by hook point."""
-    starts = range(0, len(batch), CHUNK_ROWS)
+    starts = range(0, len(batch), ROWS_AT_A_TIME)
     for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
-        part = batch.part(slice(start, start + CHUNK_ROWS))
+        part = batch.part(slice(start, start + ROWS_AT_A_TIME))
         yield part, read_activations(model, part, hook_points)

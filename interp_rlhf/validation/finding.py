@@ -1,7 +1,7 @@
-"""`find_latents`: which latents of a sparse autoencoder tell two sets of examples apart, beside what does so without one.
+"""`find_latents`: the latents of a sparse autoencoder that tell two sets of examples apart, next to methods without one.
 
-In: a model, a sparse autoencoder, labelled examples. Out: `Found`. Latents, pooling and every control are chosen on the fit part
-alone and reported on the held-out part. It must not know what a latent is used for afterwards.
+In: a model, a sparse autoencoder, labelled examples. Out: `LatentsFound`. The fit part alone decides latents,
+pooling and controls. The held-out part gives the reported numbers. It must not know what a latent is used for afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from ..concepts.examples import Examples
 from ..concepts.linear import LinearProbe
 from ..sae.autoencoder import random_dictionary
-from ..sae.reading import counted_batch, pooled
+from ..sae.reading import counted_batch, pool_latents
 from . import baselines
 from .dictionaries import aurocs
 from .inspecting import describe
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
     from ..activations.batch import TokenBatch
     from ..sae.autoencoder import SparseAutoencoder
-    from ..sae.reading import Pooled
+    from ..sae.reading import PooledLatents
 
-Interval = tuple[float, float, float]
-RANDOM_DICTIONARIES = 3
+AurocInterval = tuple[float, float, float]
+COMPARED_DICTIONARIES = 3
 _COLUMNS = 1024  # latents that are ranked at a time
 
 
 @dataclass(frozen=True)
 class FoundLatent:
-    """A latent that separates.
+    """A latent that separates the labels.
 
     Attributes:
         index (`int`): which.
@@ -50,12 +50,12 @@ class FoundLatent:
     index: int
     sign: int
     fit_auroc: float
-    held_out: Interval
+    held_out: AurocInterval
 
 
 @dataclass(frozen=True)
-class Found:
-    """The latents that separate best, and what they have to be seen beside.
+class LatentsFound:
+    """The latents that separate the labels best, and the methods to compare them with.
 
     Attributes:
         sae (`dict`): which autoencoder.
@@ -76,12 +76,12 @@ class Found:
     concept: tuple[str, str]
     pooling: str
     latents: list[FoundLatent]
-    probe: Interval
-    tfidf: Interval
-    random: list[Interval]
-    less_probe: Interval
-    less_tfidf: Interval
-    less_random: Interval
+    probe: AurocInterval
+    tfidf: AurocInterval
+    random: list[AurocInterval]
+    less_probe: AurocInterval
+    less_tfidf: AurocInterval
+    less_random: AurocInterval
     examples: tuple[int, int]
     l0: float
 
@@ -101,6 +101,14 @@ class _Part:
     def labels(self) -> np.ndarray:
         return self.examples.labels
 
+    def auroc(self, scores: np.ndarray, seed: int) -> AurocInterval:
+        """AUROC of scores (N,) with its interval."""
+        return auroc_interval(self.labels, scores, self.examples.groups, seed)
+
+    def difference(self, scores: np.ndarray, others: np.ndarray, seed: int) -> AurocInterval:
+        """AUROC of scores (N,) less that of others, with its interval."""
+        return auroc_difference(self.labels, scores, others, self.examples.groups, seed)
+
 
 def find_latents(
     model: Any,
@@ -111,16 +119,16 @@ def find_latents(
     *,
     top: int = 10,
     seed: int = 0,
-    dictionaries: int = RANDOM_DICTIONARIES,
+    dictionaries: int = COMPARED_DICTIONARIES,
     progress: bool = False,
-) -> Found:
+) -> LatentsFound:
     """Latents whose pooled activation separates the labels.
 
-    Two passes over the fit part, one over the other. Held in memory are means and maxima (examples, S) of the fit part, of all
-    random dictionaries at a time; never (tokens, S).
+    It takes two passes over the fit part and one over the held-out part. Memory holds means and maxima (examples, S) of the fit
+    part, for all random dictionaries at a time. It never holds (tokens, S).
 
     Args:
-        model (`nn.Module`), tokenizer: what the autoencoder reads, as its adapters stand.
+        model (`nn.Module`), tokenizer: the causal LM whose activations are encoded, with its adapters as they are.
         examples (`Examples`): labelled; the fit part where the held-out part is given.
         held_out (`Examples` or `float`, defaults to 0.5): the held-out part, or its share of the prompts.
         top (`int`, defaults to 10): how many latents to report.
@@ -133,43 +141,39 @@ def find_latents(
     sae.check_model(model)
     if top < 1 or dictionaries < 1:
         raise ValueError(f"`top` is {top} and `dictionaries` {dictionaries} – expected at least 1 of each.")
-    fit_rows, rest_rows = (
-        (examples, held_out) if isinstance(held_out, Examples) else split_examples(examples, seed, held_out)
-    )
-    require_apart(fit_rows, rest_rows)
-    fit, rest = (_Part(rows, counted_batch(model, tokenizer, rows.rows)) for rows in (fit_rows, rest_rows))
-    groups, labels = rest.examples.groups, rest.labels
-
-    def interval(scores: np.ndarray) -> Interval:
-        return auroc_interval(labels, scores, groups, seed)
-
-    def less(scores: np.ndarray, others: np.ndarray) -> Interval:
-        return auroc_difference(labels, scores, others, groups, seed)
-
+    fit, rest = _two_parts(model, tokenizer, examples, held_out, seed)
     (ranking,), means = _rank(model, fit, [sae], top, "fit part" if progress else None)
     weight, _ = LinearProbe(seed=seed).fit(means.double().numpy(), fit.labels, fit.examples.groups)
     others = [random_dictionary(sae, seed + i, k=max(1, round(ranking.l0))) for i in range(dictionaries)]
     rankings, _ = _rank(model, fit, others, 1, "random dictionaries on the fit part" if progress else None)
     label = "held-out part" if progress else None
     (scores, *columns), means = _score(model, rest, [sae, *others], [ranking, *rankings], label)
-    drawn = [column[:, 0] for column in columns]
-    random = [interval(column) for column in drawn]
-    probe, tfidf = (
-        means.double().numpy() @ weight,
-        baselines.tfidf(fit.examples.texts, fit.labels, rest.examples.texts),
-    )
-    best = scores[:, 0]
-    return Found(
+    best, drawn = scores[:, 0], [column[:, 0] for column in columns]
+    random = [rest.auroc(column, seed) for column in drawn]
+    best_random = drawn[int(np.argmax([auroc for auroc, *_ in random]))]
+    probe = means.double().numpy() @ weight
+    tfidf = baselines.tfidf(fit.examples.texts, fit.labels, rest.examples.texts)
+    return LatentsFound(
         sae=describe(sae), concept=examples.label_names, pooling=ranking.pooling,
         latents=[
-            FoundLatent(index, sign, auroc, interval(scores[:, i]))
+            FoundLatent(index, sign, auroc, rest.auroc(scores[:, i], seed))
             for i, (index, sign, auroc) in enumerate(zip(ranking.indices, ranking.signs, ranking.aurocs, strict=True))
         ],
-        probe=interval(probe), tfidf=interval(tfidf), random=random,
-        less_probe=less(best, probe), less_tfidf=less(best, tfidf),
-        less_random=less(best, drawn[int(np.argmax([auroc for auroc, *_ in random]))]),
+        probe=rest.auroc(probe, seed), tfidf=rest.auroc(tfidf, seed), random=random,
+        less_probe=rest.difference(best, probe, seed), less_tfidf=rest.difference(best, tfidf, seed),
+        less_random=rest.difference(best, best_random, seed),
         examples=(len(fit.examples), len(rest.examples)), l0=ranking.l0,
     )  # fmt: skip
+
+
+def _two_parts(
+    model: Any, tokenizer: Any, examples: Examples, held_out: Examples | float, seed: int
+) -> tuple[_Part, _Part]:
+    """Fit part and held-out part, which share no prompt."""
+    both = (examples, held_out) if isinstance(held_out, Examples) else split_examples(examples, seed, held_out)
+    require_apart(*both)
+    fit, rest = (_Part(rows, counted_batch(model, tokenizer, rows.rows)) for rows in both)
+    return fit, rest
 
 
 @dataclass(frozen=True)
@@ -185,16 +189,16 @@ def _rank(
     model: Any, fit: _Part, saes: Sequence[SparseAutoencoder], top: int, progress: str | None
 ) -> tuple[list[_Ranking], torch.Tensor]:
     """The best latents of each dictionary, and the mean activations (N, D)."""
-    found, means = pooled(model, fit.batch, [sae.latents() for sae in saes], progress=progress)
-    return [_ranking(one, fit.labels, top) for one in found], means
+    read, means = pool_latents(model, fit.batch, [sae.latents() for sae in saes], progress=progress)
+    return [_ranking(one, fit.labels, top) for one in read], means
 
 
-def _ranking(read: Pooled, labels: np.ndarray, top: int) -> _Ranking:
-    found = {"mean": _aurocs(read.means, labels), "max": _aurocs(read.maxima, labels)}
-    apart = {pooling: np.abs(values - 0.5) for pooling, values in found.items()}
+def _ranking(read: PooledLatents, labels: np.ndarray, top: int) -> _Ranking:
+    aurocs_of = {"mean": _aurocs(read.means, labels), "max": _aurocs(read.maxima, labels)}
+    apart = {pooling: np.abs(values - 0.5) for pooling, values in aurocs_of.items()}
     pooling = max(apart, key=lambda name: apart[name].max())  # the first of equal ones
     order = np.argsort(-apart[pooling], kind="stable")[:top]
-    chosen = found[pooling][order]
+    chosen = aurocs_of[pooling][order]
     signs = np.where(chosen >= 0.5, 1, -1)
     return _Ranking(pooling, order.tolist(), signs.tolist(), (0.5 + apart[pooling][order]).tolist(), read.l0)
 
@@ -204,10 +208,10 @@ def _score(
 ) -> tuple[list[np.ndarray], torch.Tensor]:
     """Pooled and signed values (N, top) of each dictionary's ranked latents, and the mean activations (N, D)."""
     chosen = [sae.latents(ranking.indices) for sae, ranking in zip(saes, rankings, strict=True)]
-    found, means = pooled(model, part.batch, chosen, progress=progress)
+    read, means = pool_latents(model, part.batch, chosen, progress=progress)
     values = [
-        (read.means if ranking.pooling == "mean" else read.maxima).double().numpy() * np.array(ranking.signs)
-        for read, ranking in zip(found, rankings, strict=True)
+        (one.means if ranking.pooling == "mean" else one.maxima).double().numpy() * np.array(ranking.signs)
+        for one, ranking in zip(read, rankings, strict=True)
     ]
     return values, means
 

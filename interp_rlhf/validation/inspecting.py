@@ -1,7 +1,7 @@
-"""`inspect_latents`: what there is to know about latents, on given texts, before one of them is called by a name.
+"""`inspect_latents`: evidence about latents on some texts, to read before giving a latent a name.
 
-In: a model, a sparse autoencoder, texts, optionally labelled examples and readouts. Out: an `Inspection`: a page per latent, and
-how good the autoencoder is on these texts. It must not know how pages look; a label comes from a judge that the caller passes.
+In: a model, a sparse autoencoder, texts, optionally labelled examples and readouts. Out: an `Inspection` with a page per latent
+and the quality of the autoencoder on these texts. It must not know how pages look. The caller passes the judge that gives labels.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..messages import as_list
-from ..sae.contexts import gather, require_windows, survey
+from ..sae.contexts import gather_contexts, require_windows, survey
 from ..sae.effects import cosines, promotions
-from ..sae.reading import Reading, counted_batch, pooled
+from ..sae.reading import ReadingOptions, counted_batch, pool_latents
 from .split import split_examples
 from .statistics import auroc_interval
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Detection:
-    """A latent as a detector of a labelled concept: it is there where the latent's maximum over a text exceeds a threshold.
+    """A latent as a detector of a labelled concept. It predicts label 1 if its maximum over a text exceeds a threshold.
 
     Attributes:
-        threshold (`float`, *optional*): with the highest F1 on one half of the examples; of several, the highest. None for a
-            latent that has one value on all of them.
+        threshold (`float`, *optional*): the threshold with the highest F1 on one half of the examples; the highest of several.
+            None for a latent with the same value on all of them.
         precision (`float`, *optional*), recall (`float`): at that threshold on the other half; precision is None where the latent
             never exceeds it.
         auroc (`tuple[float, float, float]`): of the maximum, on the other half, with its 95 % interval.
@@ -53,7 +53,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class LatentPage:
-    """What is known of one latent.
+    """Evidence about one latent.
 
     Attributes:
         contexts (`LatentContexts`): where it is on, how often, and where it is not.
@@ -82,7 +82,7 @@ class LatentPage:
         found = {name: getattr(self, name) for name in ("label", "written", "cosines")}
         found |= {name: [asdict(p) for p in getattr(self, name)] for name in ("promoted", "suppressed")}
         found["detection"] = None if self.detection is None else asdict(self.detection)
-        short: dict[str, Any] = _short(asdict(self.contexts) | found)
+        short: dict[str, Any] = _five_digits(asdict(self.contexts) | found)
         return short
 
 
@@ -128,31 +128,31 @@ def inspect_latents(
     seed: int = 0,
     judge: Callable[[LatentPage], str] | None = None,
     whole: bool = True,
-    how: Reading | None = None,
+    how: ReadingOptions | None = None,
     progress: bool = False,
 ) -> Inspection:
     """Pages of latents of a sparse autoencoder.
 
-    With `latents` given it takes one pass over the texts, otherwise two: which are on has to be known first. Memory does not grow
-    with the texts: windows are kept by heaps, histograms by bins that double.
+    It takes one pass over the texts if `latents` are indices. Otherwise it takes two: the first finds the latents that are on.
+    Memory does not grow with the texts: only the best windows are kept, and histograms have a fixed number of bins.
 
     Args:
-        model (`nn.Module`), tokenizer: what the autoencoder reads, as its adapters stand.
+        model (`nn.Module`), tokenizer: the causal LM whose activations are encoded, with its adapters as they are.
         texts (`list`): strings, or examples as in `tokenize_examples`.
-        latents (`Sequence[int]`, *optional*): which; or `"random"`: `top` drawn among those that are on somewhere. By default the
-            `top` that write most: mean activation over all tokens times the norm of the decoder row. Such a latent can be one
-            that is always on: its density says so.
+        latents (`Sequence[int]`, *optional*): indices, or `"random"` to draw `top` latents among those that are on somewhere. By
+            default the `top` that write most: mean activation over all tokens, times the norm of the decoder row. Such a latent
+            may be on everywhere; its density says so.
         contexts (`int`, defaults to 10): windows of each kind per latent, at most: with the highest activations, one per context;
             near misses, in which the latent is off throughout although its pre-activation is highest; and random windows in which
             it is off.
-        labelled (`Examples`, *optional*): precision and recall of each latent for their concept. Threshold and report are on
-            two halves that share no prompt.
-        readouts (`Sequence[Readout]`): at the hook point where the autoencoder writes, to compare decoder rows with.
-        seed (`int`, defaults to 0): of the draw, the random windows, the split and the bootstrap.
+        labelled (`Examples`, *optional*): labelled examples for precision and recall of each latent. One half sets the threshold,
+            the other half is reported; they share no prompt.
+        readouts (`Sequence[Readout]`): directions to compare decoder rows with, at the hook point where the autoencoder writes.
+        seed (`int`, defaults to 0): seed of the draw, the random windows, the split and the bootstrap.
         judge (`Callable[[LatentPage], str]`, *optional*): a person, a model or a rule that names a latent by its page.
-        whole (`bool`, defaults to `True`): also give FVU, L0 and the dead fraction, for which all latents are computed. Without
-            it only the chosen ones' rows are read, where the architecture allows; it needs `latents`.
-        how (`Reading`, *optional*): lengths of contexts, windows and batches.
+        whole (`bool`, defaults to `True`): also measure FVU, L0 and the dead fraction, which computes all latents. If false, only
+            the rows of the chosen latents are computed, where the architecture allows that; `latents` must then be indices.
+        how (`ReadingOptions`, *optional*): lengths of contexts, windows and batches.
         progress (`bool`): show progress bars.
 
     Raises:
@@ -162,8 +162,35 @@ def inspect_latents(
     sae.check_model(model)
     for readout in readouts:
         readout.check_model(model)
-    how = replace(how or Reading(), progress=progress)
-    norms = sae.decoder.norm(dim=1).cpu()
+    how = replace(how or ReadingOptions(), progress=progress)
+    _check_choice(latents, whole)
+    # Validate first, read last.
+    texts, readouts = as_list(texts), as_list(readouts)
+    require_windows(contexts)
+    cosines(sae, [], readouts)
+    halves = None if labelled is None else split_examples(labelled, seed)
+    all_latents: Survey | None = None
+    if latents is None or isinstance(latents, str):
+        all_latents = survey(model, tokenizer, sae, texts, how)
+        norms = sae.decoder.norm(dim=1).cpu()
+        chosen, rule = _choose_by_rule(all_latents, norms, top, None if latents is None else seed)
+    else:
+        chosen, rule = list(dict.fromkeys(int(index) for index in latents)), "as given"
+        sae.latents(chosen)
+    gathered, survey_of_pass = gather_contexts(
+        model, tokenizer, sae, texts, chosen, how, contexts=contexts, seed=seed, whole=whole and all_latents is None
+    )
+    detected: Sequence[Detection | None] = [None] * len(chosen)
+    if halves is not None:
+        detected = _detect(model, tokenizer, sae, chosen, halves, seed, progress)
+    pages = _pages(model, tokenizer, sae, gathered, cosines(sae, chosen, readouts), detected)
+    if judge is not None:
+        pages = [replace(page, label=judge(page)) for page in pages]
+    concept = None if labelled is None else labelled.label_names[1]
+    return Inspection(describe(sae), rule, pages, all_latents or survey_of_pass, concept)
+
+
+def _check_choice(latents: Sequence[int] | str | None, whole: bool) -> None:
     if isinstance(latents, str) and latents != "random":
         raise ValueError(
             f"`latents` is {latents!r} – expected indices, `random`, or none for the `top` that write most."
@@ -172,35 +199,22 @@ def inspect_latents(
         raise ValueError(
             "`whole` is False without `latents` – expected indices: choosing among all means to read all."
         )
-    # Whatever is refused is refused before anything is read.
-    texts, readouts = as_list(texts), as_list(readouts)
-    require_windows(contexts)
-    cosines(sae, [], readouts)
-    halves = None if labelled is None else split_examples(labelled, seed)
-    found: Survey | None = None
-    if latents is None or isinstance(latents, str):
-        found = survey(model, tokenizer, sae, texts, how)
-        chosen, rule = _choose(found, norms, top, None if latents is None else seed)
-    else:
-        chosen, rule = list(dict.fromkeys(int(index) for index in latents)), "as given"
-        sae.latents(chosen)
-    compared = cosines(sae, chosen, readouts)
-    gathered, seen = gather(
-        model, tokenizer, sae, texts, chosen, how, contexts=contexts, seed=seed, whole=whole and found is None
-    )
-    found = found or seen
-    written = promotions(model, tokenizer, sae, chosen)
-    detected: list[Detection] | list[None] = [None] * len(chosen)
-    if halves is not None:
-        detected = _detect(model, tokenizer, sae, chosen, halves, seed, progress)
-    pages = [
+
+
+def _pages(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    gathered: Sequence[LatentContexts],
+    compared: Sequence[dict[str, float]],
+    detected: Sequence[Detection | None],
+) -> list[LatentPage]:
+    norms = sae.decoder.norm(dim=1).cpu()
+    written = promotions(model, tokenizer, sae, [one.index for one in gathered])
+    return [
         LatentPage(one, one.density * one.mean * float(norms[one.index]), *written[i], compared[i], detected[i])
         for i, one in enumerate(gathered)
     ]
-    if judge is not None:
-        pages = [replace(page, label=judge(page)) for page in pages]
-    concept = None if labelled is None else labelled.label_names[1]
-    return Inspection(describe(sae), rule, pages, found, concept)
 
 
 def describe(sae: SparseAutoencoder) -> dict[str, Any]:
@@ -212,15 +226,15 @@ def describe(sae: SparseAutoencoder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _short(value: Any) -> Any:
+def _five_digits(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _short(item) for name, item in value.items()}
+        return {name: _five_digits(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_short(item) for item in value]
+        return [_five_digits(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _choose(found: Survey, norms: torch.Tensor, top: int, seed: int | None) -> tuple[list[int], str]:
+def _choose_by_rule(found: Survey, norms: torch.Tensor, top: int, seed: int | None) -> tuple[list[int], str]:
     """Indices, and the rule in words."""
     alive = (found.density > 0).nonzero().squeeze(1)
     if not len(alive) or top < 1:
@@ -250,13 +264,13 @@ def _detect(
     for half in halves:
         batch = counted_batch(model, tokenizer, half.rows)
         label = "labelled examples" if progress else None
-        (found,), _ = pooled(model, batch, [sae.latents(chosen)], progress=label)
+        (found,), _ = pool_latents(model, batch, [sae.latents(chosen)], progress=label)
         maxima.append(found.maxima.double().numpy())
     fit, rest = halves
-    return [_detection(a, fit.labels, b, rest, seed) for a, b in zip(maxima[0].T, maxima[1].T, strict=True)]
+    return [_as_detector(a, fit.labels, b, rest, seed) for a, b in zip(maxima[0].T, maxima[1].T, strict=True)]
 
 
-def _detection(values: np.ndarray, labels: np.ndarray, others: np.ndarray, rest: Examples, seed: int) -> Detection:
+def _as_detector(values: np.ndarray, labels: np.ndarray, others: np.ndarray, rest: Examples, seed: int) -> Detection:
     threshold = best_threshold(values, labels)
     positive = rest.labels == 1
     said = others > threshold if threshold is not None else np.zeros(len(others), dtype=bool)

@@ -46,10 +46,10 @@ def split_examples(examples: Examples, seed: int, held_out: float = 0.5) -> tupl
                 f"{len(labels)} prompts of {len(examples)} examples do not make two parts with both labels in each – expected at "
                 "least two prompts of each label."
             )
-    fit, rest = (_take(examples, rows) for rows in parts)
+    fit, rest = (_part_of(examples, rows) for rows in parts)
     return fit, rest
 
 
-def _take(examples: Examples, rows: list[int]) -> Examples:
+def _part_of(examples: Examples, rows: list[int]) -> Examples:
     taken = [{**examples.rows[row], "label": int(examples.labels[row])} for row in rows]
     return replace(make_examples(taken), label_names=examples.label_names)
