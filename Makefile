@@ -8,7 +8,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-quick test test-slow lint setup
+.PHONY: bench demo demo-quick test test-slow lint setup
 
 demo: .venv/ready
 	$(BIN)/interp-rlhf demo --out runs/demo
@@ -21,6 +21,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Hours: on a machine with nothing else to do.
+bench: .venv/ready
+	$(BIN)/python benchmarks/run_all.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -44,8 +44,10 @@ def test_a_changed_figure_makes_the_check_fail_until_it_is_rendered(tmp_path):
     assert done.returncode == 1
     assert "docs/evidence.md: not rendered" in done.stdout
     assert "docs/engines.md: not rendered" in done.stdout
+    assert "benchmarks/README.md: not rendered" in done.stdout
     assert render(tmp_path).returncode == 0
     assert "| 3.21 [" in (tmp_path / "docs" / "evidence.md").read_text()
+    assert "| **3.21** [" in (tmp_path / "benchmarks" / "README.md").read_text()
     assert "| 8e-05 |" in (tmp_path / "docs" / "engines.md").read_text()
     assert render(tmp_path, "--check").returncode == 0
 

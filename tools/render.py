@@ -5,7 +5,7 @@
     python tools/render.py --check   change nothing; exit with 1 if a table in a document is not that of its data
 
 In: `benchmarks/*.json` and `docs/engines.json`, as the benchmarks and `tests/engines/compare.py` write them. Out: the tables of
-the documents. It measures nothing.
+the documents, and the figures in the rows of `benchmarks/README.md`. It measures nothing.
 """
 
 from __future__ import annotations
@@ -125,6 +125,27 @@ def with_tables(text: str) -> str:
     return PLACE.sub(lambda place: f"{place[1]}{rendered(place[2])}\n{place[4]}", text)
 
 
+# A row of the table in benchmarks/README.md: benchmark, ratio, what it is, target, figure, letter of the command.
+ROW = re.compile(r"^(\| `(read|reward|dpo|drift)`: `(\w+)`.* \| )([^|]+)( \| )([^|]+)( \| ([A-E]) \|)$", re.M)
+LETTERS = {"A": "random_model", "B": "random_model", "C": "smollm2", "D": "smollm2", "E": "smollm2"}
+FORMS = {
+    "reward_share": ".4f", "with_callback_vs_plain": ".4f", "with_callback_vs_plain_peak_memory": ".3f",
+    "three_terms_vs_plain_peak_memory": ".3f", "three_terms_vs_plain_peak_memory_full": ".3f", "streaming_cka_error": ".0e",
+}  # fmt: skip
+
+
+def with_rows(text: str) -> str:
+    """The page on benchmarks with the figures of its rows; those with a target are in bold."""
+
+    def row(place: re.Match[str]) -> str:
+        measured = json.loads((ROOT / "benchmarks" / f"{place[2]}.json").read_text())[LETTERS[place[8]]]
+        value, *interval = Run(measured).interval(place[3], FORMS.get(place[3], ".2f")).split(" ", 1)
+        figure = " ".join([value if place[4] == "–" else f"**{value}**", *interval])
+        return f"{place[1]}{place[4]}{place[5]}{figure}{place[7]}"
+
+    return ROW.sub(row, text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -132,9 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text()
-        new = with_tables(text)
+        new = with_rows(with_tables(text))
         if new != text:
             stale.append(path.relative_to(ROOT))
             if not arguments.check:
