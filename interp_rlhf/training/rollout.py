@@ -23,6 +23,7 @@ from ..activations.read import read
 from ..activations.recheck import EVERY, Recheck
 from ..activations.reference_pass import reference_pass
 from ..activations.tap import Tap
+from .reference import has_ref_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,9 +79,7 @@ class Rollout:
         }
         self._opened = 0
         # Then an adapter runs in the reference pass too, with its dropout.
-        self._reference_is_adapter = "ref" in getattr(
-            trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}
-        )
+        self._reference_is_adapter = has_ref_adapter(trainer)
         # What an engine had in pieces when `attach` looked is looked at in the first rollout.
         later = not runs_here(models["reference"]) and not self._reference_is_adapter
         self._pending = [readout for readout in readouts["reference"] if later and readout.canaries is not None]
