@@ -1,6 +1,7 @@
 # make demo, make test: on a fresh machine each sets itself up in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+SLOW := $(BIN)/python -m pytest -m slow
 # Two torch threads that spin would take the core from each other; glibc giving memory back after every batch costs more
 # system time than the computation does.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -8,7 +9,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: bench demo demo-quick test test-slow lint setup
+.PHONY: bench demo demo-quick test test-slow test-engines test-recipes test-compiled test-real-model test-interop test-evidence lint setup
 
 demo: .venv/ready
 	$(BIN)/interp-rlhf demo --out runs/demo
@@ -19,8 +20,35 @@ demo-quick: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+# The slow tests in groups. CI runs each group once; test-evidence takes longer and is run by hand before a release.
+test-slow: test-engines test-recipes test-compiled test-real-model test-interop
+
+# Every engine on two processes, against one.
+test-engines: export OMP_NUM_THREADS = 1
+test-engines: .venv/engines
+	timeout 900 $(SLOW) tests/test_engines.py
+	timeout 600 $(SLOW) tests/test_ppo.py
+
+# Recipes on two processes.
+test-recipes: export OMP_NUM_THREADS = 1
+test-recipes: .venv/engines
+	timeout 600 $(SLOW) tests/test_recipes.py
+
+# A model that inductor compiles; needs g++.
+test-compiled: .venv/ready
+	timeout 600 $(SLOW) tests/test_rewards.py
+
+# The embedded model on public data, and the shipped card.
+test-real-model: .venv/ready
+	timeout 900 $(SLOW) tests/test_real_model.py
+
+# Files of the real sae-lens and sparsify, in a separate environment.
+test-interop: .venv/interop/ready
+	timeout 600 .venv/interop/bin/python -m pytest -m slow tests/test_sae_interop.py
+
+# How often evidence is right, over 40 seeds. It takes longer than the others.
+test-evidence: .venv/ready
+	$(SLOW) tests/test_evidence.py
 
 # Hours: on a machine with nothing else to do.
 bench: .venv/ready
@@ -33,9 +61,19 @@ lint: .venv/ready
 
 setup: .venv/ready
 
-# torch by its exact version: that takes the CPU build where one lies ready.
+# torch by its exact version: pip then takes the CPU build if one is installed or cached.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/engines: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
+	touch $@
+
+.venv/interop/ready: .venv/ready
+	test -x .venv/interop/bin/python || $(PYTHON) -m venv .venv/interop
+	.venv/interop/bin/python -m pip install --quiet torch==2.13.0
+	.venv/interop/bin/python -m pip install --quiet --constraint constraints.txt '.[interop]'
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 os.environ.update(
     HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", CI="1",
@@ -62,3 +63,32 @@ def data():
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request):
     return request.param
+
+
+_DESELECTED: list[pytest.Item] = []
+_COMMANDS = {  # file with slow tests: the command that runs them
+    "test_engines.py": "make test-engines", "test_ppo.py": "make test-engines", "test_recipes.py": "make test-recipes",
+    "test_rewards.py": "make test-compiled", "test_real_model.py": "make test-real-model",
+    "test_sae_interop.py": "make test-interop", "test_evidence.py": "make test-evidence",
+}  # fmt: skip
+
+
+def pytest_deselected(items):
+    _DESELECTED.extend(item for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say at the end which tests did not run: skipped ones by reason, slow ones by the command that runs them."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    slow = Counter(item.path.name for item in _DESELECTED)
+    if reasons or slow:
+        terminalreporter.section("not run")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4d} skipped: {reason}")
+    for name, count in slow.most_common():
+        terminalreporter.line(f"{count:4d} slow in {name}: {_COMMANDS.get(name, 'python -m pytest -m slow')}")
+
+
+def _reason(report) -> str:
+    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return said.removeprefix("Skipped: ")

@@ -151,3 +151,15 @@ def test_no_registry_host_is_named_and_nothing_is_left_to_do():
         if path.is_file() and path.suffix != ".pyc":
             assert not hosts.search(path.read_text()), path
             assert not unfinished.search(path.read_text()), path
+
+
+def test_every_slow_test_has_a_command_and_ci_runs_all_of_them_but_one():
+    from conftest import _COMMANDS
+
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    files = [path.name for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark." + "slow" in path.read_text()]
+    assert sorted(files) == sorted(_COMMANDS)
+    for name, command in _COMMANDS.items():
+        recipe = makefile.split(f"\n{command.removeprefix('make ')}: .venv")[1].split("\n\n")[0]
+        assert f"tests/{name}" in recipe, name
+        assert (f"\n{command}\n" in ci) == (command != "make test-evidence"), command
