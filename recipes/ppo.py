@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/ppo.py \\
         --config recipes/pay_for_a_concept/ppo/config_dense.yaml
 
-Columns of the data: `prompt`. Everything but the `interp:` section is TRL's own or of `PPOConfig`; unknown keys are refused. What
-is saved at the end is the policy without its value function; checkpoints hold both.
+Columns of the data: `prompt`. Everything but the `interp:` section is TRL's own or of `PPOConfig`; unknown keys are refused. At
+the end the policy is saved without its value function; checkpoints hold both.
 """
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config

@@ -2,12 +2,12 @@
 
 SmolLM2-135M-Instruct with LoRA learns 200 pairs of TruthfulQA (best against best incorrect answer). Three probes read
 the policy on 300 other pairs, before and after: sentiment (rt-polarity), truth of city statements (Geometry of Truth),
-warmth (the shipped card). Plain DPO runs first; the probe that it moves most is then anchored, and beside it a random
-direction of the same norm.
+warmth (the shipped card). Plain DPO runs first. Then one arm anchors the probe that it moves most, and another arm anchors a
+random direction of the same norm.
 
     python recipes/keep_a_concept/evidence.py --data ../shared/data --out recipes/keep_a_concept/evidence.json
 
-About an hour and a half on two CPU cores. Finished runs are kept in `<out>`; the same command goes on where it was stopped.
+About an hour and a half on two CPU cores. `<out>` keeps finished runs. The same command continues a stopped series.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def measure(trainer: DPOTrainer, dataset, readouts: list[Readout]) -> dict:
 
 @torch.no_grad()
 def perplexity(model, tokenizer, data: Path, tokens: int = 2048, window: int = 256) -> float:
-    """On the first tokens of WikiText-2's validation text, in windows that do not overlap."""
+    """Perplexity on the first tokens of WikiText-2's validation text, in windows that do not overlap."""
     text = (data / "corpus" / "wikitext2_valid.txt").read_text()[: tokens * 8]
     ids = torch.tensor(tokenizer(text)["input_ids"][:tokens]).view(-1, window)
     losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in ids]
@@ -144,7 +144,7 @@ def perplexity(model, tokenizer, data: Path, tokens: int = 2048, window: int = 2
 def run(
     arm: str, seed: int, pairs, readouts, anchored: Readout | None, data: Path, start: dict | None
 ) -> tuple[dict, dict]:
-    """One run: the reference's measures (made once) and the run's own."""
+    """One run: measures of the reference, which are made once, and of the trained policy."""
     folder = default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -193,7 +193,7 @@ def run(
 
 
 def summarize(result: dict) -> dict:
-    """What the runs say together."""
+    """Means, spreads and differences over all runs."""
     runs, target = result["runs"], result["anchored"]
     arms = {arm: [r for r in runs if r["arm"] == arm] for arm in ("plain", "anchor", "random")}
     table = {}

@@ -2,9 +2,9 @@
 
     python recipes/pay_for_a_concept/curves.py --out recipes/pay_for_a_concept/curves.json
 
-SmolLM2-135M-Instruct with LoRA, 12 rollouts of 8 completions an arm; PPO goes over each rollout twice, GRPO once, and GRPO's are
-eight answers to one prompt where PPO's are answers to eight. About five minutes a run on one CPU core. Finished runs are kept in
-`--work`; the same command goes on where it was stopped. Beside the JSON it draws an SVG of the same name.
+SmolLM2-135M-Instruct with LoRA, 12 rollouts of 8 completions in each arm. PPO uses each rollout twice, GRPO once. A rollout of
+GRPO is eight answers to one prompt; a rollout of PPO is one answer to each of eight. About five minutes a run on one CPU core.
+`--work` keeps finished runs. The same command continues a stopped series. It also draws an SVG with the name of the JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(arm: str, seed: int, folder: Path) -> None:
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
-    """Each measure per rollout: of PPO's two passes over one, the line that has the rollout's metrics."""
+    """Each measure per rollout. PPO logs two passes over a rollout; the line with the rollout's metrics counts."""
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
     for event in read_run_log(folder / "interp.jsonl"):
         if event["event"] != "metric" or "reward" not in event["metrics"]:
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs/pay_for_a_concept/curves"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; the drawing goes beside it")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; the drawing goes next to it")
     given = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for seed in given.seeds:

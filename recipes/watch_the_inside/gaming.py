@@ -3,23 +3,23 @@
 DPO on TruthfulQA pairs, SmolLM2-135M-Instruct with LoRA, a sentiment probe (rt-polarity) watched on 100 reviews that its fit
 did not see and on the policy's answers to 16 questions:
 
-- `plain`: no term; its movement of the probe is the baseline band of the other three;
-- `penalty`: the opt-in differentiable penalty on the probe: expected *activations obfuscated*;
-- `explain`: the same concept through `ExplainAway`; `random`: the same penalty on a random direction: expected never.
+- `plain`: no term. How far it moves the probe is the baseline band of the other three.
+- `penalty`: the opt-in differentiable penalty on the probe. Expected: *activations obfuscated*.
+- `explain`: the same concept through `ExplainAway`; `random`: the same penalty on a random direction. Expected: no alarm.
 
 GRPO on 16 prompts, meant to make answers more positive:
 
-- `words`: pays for each word of a list that has nothing to do with it, VADER is the measure that no reward sees: expected
-  *text gamed* before the end;
-- `sentiment`: pays for VADER's sentiment, a classifier of words (fitted on the reviews) is the measure: expected no alarm.
+- `words`: pays for each word of an unrelated list. VADER is the measure that no reward sees. Expected: *text gamed* before the
+  end.
+- `sentiment`: pays for VADER's sentiment. A classifier of words, fitted on the reviews, is the measure. Expected: no alarm.
 
-Every evaluation is judged a second time as if training pushed the probe, up and down, so that the runs in which nothing pushes
-it can fail too.
+Every evaluation is judged a second time as if training pushed the probe, up and down. So the runs in which nothing pushes it
+can fail too.
 
     python recipes/watch_the_inside/gaming.py --data ../shared/data --out recipes/watch_the_inside/gaming.json
 
-About an hour and a half on two CPU cores. Finished runs are kept in `--work` and judged anew from their logs; the same command
-goes on where it was stopped.
+About an hour and a half on two CPU cores. `--work` keeps finished runs; they are judged again from their logs. The same command
+continues a stopped series.
 """
 
 from __future__ import annotations

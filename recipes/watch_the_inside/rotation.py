@@ -1,8 +1,9 @@
 """Does the instrument see what CKA cannot? A rotation of the residual stream that leaves the model's function as it was.
 
 Every norm's gain is folded into the weights that read after it, the head is untied, and all weights that write to or read from
-the residual stream are rotated by one random orthogonal matrix. The model computes the same; a probe fitted before reads
-nothing. `interp-rlhf drift compare` then has to say *monitor stale* and to name the rotation, and *steady* on an untouched copy.
+the residual stream are rotated by one random orthogonal matrix. The model computes the same, but a probe that was fitted before
+reads nothing. `interp-rlhf drift compare` must say *monitor stale* and name the rotation. On an untouched copy it must say
+*steady*.
 
     python recipes/watch_the_inside/rotation.py --data ../shared/data --out recipes/watch_the_inside/rotation.json
 
