@@ -100,19 +100,19 @@ def _made_measures(names: Any) -> dict[str, Any]:
     return {name: MEASURES[name]() for name in names}
 
 
-def _checked_section(given: Any) -> dict[str, Any]:
+def _checked_section(mapping: Any) -> dict[str, Any]:
     """The section with single values made lists and numbers read; its modules are imported first.
 
     Raises:
         `ValueError`: an unknown key, or a value of another shape.
     """
-    if not isinstance(given, Mapping):
+    if not isinstance(mapping, Mapping):
         raise ValueError(
-            f"`interp` is {given!r} – expected a mapping with {', '.join(f'`{key}`' for key in _SECTION_KEYS)}."
+            f"`interp` is {mapping!r} – expected a mapping with {', '.join(f'`{key}`' for key in _SECTION_KEYS)}."
         )
-    import_modules([] if given.get("modules") is None else given["modules"], "interp.modules")
-    _refuse_unknown("interp", given, _SECTION_KEYS)
-    section = {key: as_list(value) if key in _LIST_KEYS else value for key, value in given.items()}
+    import_modules([] if mapping.get("modules") is None else mapping["modules"], "interp.modules")
+    _refuse_unknown("interp", mapping, _SECTION_KEYS)
+    section = {key: as_list(value) if key in _LIST_KEYS else value for key, value in mapping.items()}
     _check_cards(section)
     drift = section.get("drift", {})
     if not isinstance(drift, Mapping):
@@ -146,8 +146,8 @@ def _check_cards(section: Mapping[str, Any]) -> None:
                 raise ValueError(f"`interp.rewards` has {dict(card)!r} – expected the `path` of a card in each.")
 
 
-def _refuse_unknown(where: str, given: Mapping[str, Any], known: Any) -> None:
-    unknown = sorted(str(key) for key in given if key not in known)
+def _refuse_unknown(where: str, mapping: Mapping[str, Any], known: Any) -> None:
+    unknown = sorted(str(key) for key in mapping if key not in known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ValueError(

@@ -1,13 +1,11 @@
-"""Arguments that several commands share, turned into objects.
+"""Arguments that several commands share.
 
-In: parsed arguments. Out: numbers, autoencoders, or a `ValueError`. It must not print.
+In: parsed arguments. Out: their values, or a `ValueError`. It must not print, and it must not load a model.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-from ..sae.files import load_sae
 
 if TYPE_CHECKING:
     import argparse
@@ -26,10 +24,9 @@ def latent_numbers(text: str | None) -> list[int] | None:
         raise ValueError(f"`--latents {text}` – expected numbers such as 12,80.") from None
 
 
-def autoencoder_of(arguments: argparse.Namespace, model: Any) -> Any:
-    """The autoencoder that the arguments name, with its hook point resolved on the model; None if they name none."""
-    where = {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
-    return None if arguments.sae is None else load_sae(arguments.sae, model=model, **where)
+def autoencoder_place(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Keywords of `load_sae` that say where an autoencoder lies and what it reads."""
+    return {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
 
 
 def registered(entries: Mapping[str, Any], option: str, name: str) -> Any:

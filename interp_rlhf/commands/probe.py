@@ -18,11 +18,12 @@ from ..concepts.fitting import fit_probe, sweep_points
 from ..concepts.pooling import FITTED, POOLINGS
 from ..concepts.publish import plot_sweep, publish, require_new, with_canaries
 from ..embedded import load_or_embedded
+from ..sae.files import load_sae
 from ..validation.check import check_card
 from ..validation.gate import gate
 from ..validation.measures import MEASURES
 from .evidence_lines import print_findings
-from .options import autoencoder_of, latent_numbers, registered
+from .options import autoencoder_place, latent_numbers, registered
 
 if TYPE_CHECKING:
     import argparse
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..concepts.card import Card
     from ..concepts.examples import Examples
     from ..concepts.fitting import Fit
+    from ..sae.autoencoder import SparseAutoencoder
 
 
 def probe_fit(arguments: argparse.Namespace) -> int:
@@ -79,9 +81,13 @@ def _fit(arguments: argparse.Namespace, latents: list[int] | None, examples: Exa
     points = [arguments.hook_point] if arguments.hook_point is not None else sweep_points(model, every)
     return fit_probe(
         model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
-        pooling=_poolings_to_fit(arguments.pooling), sae=autoencoder_of(arguments, model), latents=latents,
+        pooling=_poolings_to_fit(arguments.pooling), sae=_sae_of(arguments, model), latents=latents,
         seed=arguments.seed, regularization=arguments.regularization, progress=True,
     )  # fmt: skip
+
+
+def _sae_of(arguments: argparse.Namespace, model: Any) -> SparseAutoencoder | None:
+    return None if arguments.sae is None else load_sae(arguments.sae, model=model, **autoencoder_place(arguments))
 
 
 def _poolings_to_fit(pooling: str | None) -> str | list[str]:
@@ -141,7 +147,7 @@ def probe_check(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = load_or_embedded(arguments.model)
     evidence = check_card(
         card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),
-        measures=measures, sae=autoencoder_of(arguments, model), seed=arguments.seed,
+        measures=measures, sae=_sae_of(arguments, model), seed=arguments.seed,
         command="interp-rlhf " + shlex.join(sys.argv[1:]), progress=True,
     )  # fmt: skip
     write_atomically(card.path, with_evidence(card.path.read_text(encoding="utf-8"), evidence).encode())

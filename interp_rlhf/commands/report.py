@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..report import write_model_card, write_report
+from ..report.page import write_model_card, write_report
 
 if TYPE_CHECKING:
     import argparse

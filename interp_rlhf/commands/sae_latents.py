@@ -9,19 +9,20 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..concepts.examples import load_examples, make_examples
 from ..concepts.readout import Readout
 from ..drift.compare import load_texts
 from ..embedded import load_or_embedded
-from ..runlog.log import jsonable
+from ..report.page import require_own_pages, write_report
+from ..runlog.log import RunLog, jsonable
+from ..sae.files import load_sae
 from ..sae.reading import ReadingOptions
 from ..validation.finding import find_latents
 from ..validation.inspecting import inspect_latents
 from .console import print_aligned, shown_interval
-from .latent_files import page_path, write_latent_files
-from .options import autoencoder_of, latent_numbers
+from .options import autoencoder_place, latent_numbers
 
 if TYPE_CHECKING:
     import argparse
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from ..validation.finding import LatentsFound
     from ..validation.inspecting import Inspection, LatentPage
 
+_COMMANDS = ("sae inspect", "sae find")  # the first event of their logs names one of them
+
 
 def sae_inspect(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae inspect`."""
-    started, out = time.monotonic(), page_path(arguments.out)
+    started, out = time.monotonic(), _page_path(arguments.out)
     how = ReadingOptions(context_length=arguments.context_length, window=arguments.window)
     texts, chosen = load_texts(arguments.texts), latent_numbers(arguments.latents)
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
@@ -42,12 +45,13 @@ def sae_inspect(arguments: argparse.Namespace) -> int:
     drawn = arguments.random is not None
     top = arguments.random if drawn else 20 if arguments.top is None else arguments.top
     model, tokenizer, model_id = load_or_embedded(arguments.model)
+    sae = load_sae(arguments.sae, model=model, **autoencoder_place(arguments))
     inspection = inspect_latents(
-        model, tokenizer, autoencoder_of(arguments, model), texts, latents="random" if drawn else chosen,
+        model, tokenizer, sae, texts, latents="random" if drawn else chosen,
         top=top, contexts=arguments.contexts, labelled=labelled, readouts=readouts, seed=arguments.seed,
         whole=not arguments.only_chosen, how=how, progress=not arguments.json,
     )  # fmt: skip
-    files = write_latent_files(arguments, model_id, "latents", inspection.event(), started, out)
+    files = _write_files(arguments, model_id, "latents", inspection.event(), started, out)
     if arguments.json:
         print(json.dumps(jsonable({**inspection.event(), "files": files})))
         return 0
@@ -79,16 +83,17 @@ def _row_of_page(page: LatentPage) -> list[str]:
 
 def sae_find(arguments: argparse.Namespace) -> int:
     """`interp-rlhf sae find`."""
-    started, out = time.monotonic(), None if arguments.out is None else page_path(arguments.out)
+    started, out = time.monotonic(), None if arguments.out is None else _page_path(arguments.out)
     examples = _two_sides(arguments.positive, arguments.negative)
     model, tokenizer, model_id = load_or_embedded(arguments.model)
+    sae = load_sae(arguments.sae, model=model, **autoencoder_place(arguments))
     latents = find_latents(
-        model, tokenizer, autoencoder_of(arguments, model), examples, arguments.held_out_fraction,
+        model, tokenizer, sae, examples, arguments.held_out_fraction,
         top=arguments.top, seed=arguments.seed, progress=not arguments.json,
     )  # fmt: skip
     files: list[str] = []
     if out is not None:
-        files = write_latent_files(arguments, model_id, "latents_found", latents.event(), started, out)
+        files = _write_files(arguments, model_id, "latents_found", latents.event(), started, out)
     if arguments.json:
         print(json.dumps(jsonable({**latents.event(), "files": files})))
         return 0
@@ -124,3 +129,51 @@ def _print_ranking(latents: LatentsFound, names: Sequence[str]) -> None:
         less = shown_interval(latents.less_random, "+") if one == best else ""
         table.append([f"random dictionary {number}", "", "", shown_interval(one), less])
     print_aligned(["what", "higher on", "AUROC fit", "AUROC held out", "best latent less this"], table)
+
+
+def _page_path(path: str) -> Path:
+    """Where a page goes. It is checked before the work starts.
+
+    Raises:
+        `ValueError`: the path is no HTML file, or writing would replace a file that these commands did not write.
+    """
+    out = Path(path)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise ValueError(f"`--out` is `{path}` – expected an HTML file, such as `{out.with_suffix('.html')}`.")
+    _require_our_log(out.with_name(f"{out.stem}.events.jsonl"))
+    require_own_pages(out)
+    return out
+
+
+def _write_files(
+    arguments: argparse.Namespace, model_id: str, name: str, event: dict[str, Any], started: float, out: Path
+) -> list[str]:
+    """Write the log and the page; returns their paths, the page last."""
+    log = RunLog(out.with_name(f"{out.stem}.events.jsonl"))
+    _require_our_log(log.path)
+    log.path.unlink(missing_ok=True)
+    settings = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("run", "json", "out") and value is not None and value != [] and value is not False
+    }
+    command = arguments.run[1].replace("_", " ")
+    log.append("run", title=f"Latents of {arguments.sae}", arm=command, model=model_id, settings=settings)
+    log.append(name, **event)
+    log.append("end", seconds=round(time.monotonic() - started, 3))
+    return [str(log.path), *map(str, write_report(log.path, out))]
+
+
+def _require_our_log(log: Path) -> None:
+    """Raises `ValueError` where a log would be replaced that these commands did not write."""
+    if not log.exists():
+        return
+    try:
+        first = json.loads(log.read_text(encoding="utf-8").split("\n", 1)[0])
+    except ValueError:
+        first = None
+    if not isinstance(first, dict) or first.get("arm") not in _COMMANDS:
+        raise ValueError(
+            f"`{log}` would be replaced, and this command did not write it – expected no such file. Pass another `--out`, or "
+            "move it away."
+        )

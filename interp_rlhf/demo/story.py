@@ -25,7 +25,7 @@ from ..concepts.publish import plot_sweep, publish
 from ..concepts.readout import Readout
 from ..drift.config import DriftConfig
 from ..embedded import MODEL_ID, load_or_embedded
-from ..report import write_report
+from ..report.page import write_report
 from ..training.rewards import ConceptReward
 from ..validation import measures
 from ..validation.check import check_card
