@@ -23,11 +23,11 @@ test: .venv/ready
 # The slow tests in groups. CI runs each group once; test-evidence takes longer and is run by hand before a release.
 test-slow: test-engines test-recipes test-compiled test-real-model test-interop
 
-# Every engine on two processes, against one.
+# Every engine and every term on two processes, against one.
 test-engines: export OMP_NUM_THREADS = 1
 test-engines: .venv/engines
 	timeout 900 $(SLOW) tests/test_engines.py
-	timeout 600 $(SLOW) tests/test_ppo.py
+	timeout 600 $(SLOW) tests/test_ppo.py tests/test_terms.py
 
 # Recipes on two processes.
 test-recipes: export OMP_NUM_THREADS = 1
