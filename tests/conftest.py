@@ -67,7 +67,8 @@ def family(request):
 
 _DESELECTED: list[pytest.Item] = []
 _COMMANDS = {  # file with slow tests: the command that runs them
-    "test_engines.py": "make test-engines", "test_ppo.py": "make test-engines", "test_terms.py": "make test-engines", "test_recipes.py": "make test-recipes",
+    "test_engines.py": "make test-engines", "test_ppo.py": "make test-engines", "test_terms.py": "make test-engines",
+    "test_recipes.py": "make test-recipes",
     "test_rewards.py": "make test-compiled", "test_real_model.py": "make test-real-model",
     "test_sae_interop.py": "make test-interop", "test_evidence.py": "make test-evidence",
 }  # fmt: skip
