@@ -9,7 +9,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: bench demo demo-quick test test-slow test-engines test-recipes test-compiled test-real-model test-interop test-evidence lint setup
+.PHONY: bench demo demo-quick test test-slow test-engines test-recipes test-compiled test-real-model test-interop test-benchmarks test-evidence lint setup
 
 demo: .venv/ready
 	$(BIN)/interp-rlhf demo --out runs/demo
@@ -21,7 +21,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 # The slow tests in groups. CI runs each group once; test-evidence takes longer and is run by hand before a release.
-test-slow: test-engines test-recipes test-compiled test-real-model test-interop
+test-slow: test-engines test-recipes test-compiled test-real-model test-interop test-benchmarks
 
 # Every engine and every term on two processes, against one.
 test-engines: export OMP_NUM_THREADS = 1
@@ -45,6 +45,10 @@ test-real-model: .venv/ready
 # Files of the real sae-lens and sparsify, in a separate environment.
 test-interop: .venv/interop/ready
 	timeout 600 .venv/interop/bin/python -m pytest -m slow tests/test_sae_interop.py
+
+# Every benchmark with no argument but --quick.
+test-benchmarks: .venv/ready
+	timeout 900 $(SLOW) tests/test_benchmarks.py
 
 # How often evidence is right, over 40 seeds. It takes longer than the others.
 test-evidence: .venv/ready

@@ -71,6 +71,7 @@ _COMMANDS = {  # file with slow tests: the command that runs them
     "test_recipes.py": "make test-recipes",
     "test_rewards.py": "make test-compiled", "test_real_model.py": "make test-real-model",
     "test_sae_interop.py": "make test-interop", "test_evidence.py": "make test-evidence",
+    "test_benchmarks.py": "make test-benchmarks",
 }  # fmt: skip
 
 
