@@ -19,10 +19,11 @@ from timing import Row, measure
 from tqdm.auto import tqdm
 
 from interp_rlhf.sae.cache import CachedActivations
+from interp_rlhf.sae.cutting import FORWARD_TOKENS
 from interp_rlhf.sae.files import load_sae, save_sae
 from interp_rlhf.sae.held_out import held_out
 from interp_rlhf.sae.optimizing import Training
-from interp_rlhf.sae.stream import FORWARD_TOKENS, ShuffleBuffer
+from interp_rlhf.sae.stream import ShuffleBuffer
 from interp_rlhf.sae.training_settings import SaeTraining
 
 CHUNK = 20  # steps

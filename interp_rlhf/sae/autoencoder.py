@@ -273,6 +273,15 @@ class SparseAutoencoder(nn.Module):
         return output if scale is None else output * scale + mean
 
 
+def describe(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What an autoencoder is, in plain values."""
+    spec = sae.spec
+    return {
+        "architecture": spec.architecture, "latents": sae.size, "hook_point": spec.hook_point, "output_point": spec.output_point,
+        "k": spec.k, "model": spec.model_id, "source": spec.source,
+    }  # fmt: skip
+
+
 def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -> SparseAutoencoder:
     """The control: an autoencoder of the same shape whose decoder is random and frozen, and whose encoder is its transpose.
 

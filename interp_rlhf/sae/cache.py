@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..activations.identity import identity
 from ..concepts.artifact import write_atomically
+from .cache_names import CACHE_HEAD, HELD_OUT, SHARDS
 from .stream import activations_of, in_order, order
 
 if TYPE_CHECKING:
@@ -32,12 +33,9 @@ if TYPE_CHECKING:
 
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256
-HEAD = "cache.json"
-SHARDS = "activations-"  # file-name prefix of activation shards
-HELD_OUT = "held-out-"  # prefix of the folders, inside a cache, with the activations of other texts
 # Largest relative distance of the first context's activations from the cached ones. Another CPU or library moves them less, other
 # weights more.
-TOLERANCE = 0.01
+CACHE_TOLERANCE = 0.01
 
 
 class CachedActivations:
@@ -90,9 +88,9 @@ def cached_tokens(folder: str | Path) -> int:
 def holds(folder: str | Path, **head: Any) -> bool:
     """True if a folder has all activations and its `cache.json` has these entries, such as `texts`."""
     folder = Path(folder)
-    if not (folder / HEAD).exists():
+    if not (folder / CACHE_HEAD).exists():
         return False
-    there = _read_head(folder / HEAD)
+    there = _read_head(folder / CACHE_HEAD)
     files = -(-there["contexts"] // SHARD_CONTEXTS)
     return all(there.get(key) == value for key, value in head.items()) and len(_files(folder)) == files
 
@@ -142,16 +140,16 @@ def check_cache(folder: Path) -> None:
     """Raises `ValueError` if a folder is neither empty nor a cache of activations."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`{folder}` is a file – expected a folder for activations. Name another one.")
-    if (folder / HEAD).exists() or not folder.exists():
+    if (folder / CACHE_HEAD).exists() or not folder.exists():
         return
     if any(not path.name.startswith(HELD_OUT) for path in folder.iterdir()):
         raise ValueError(
-            f"`{folder}` holds files and no `{HEAD}` – expected a cache of activations or an empty folder."
+            f"`{folder}` holds files and no `{CACHE_HEAD}` – expected a cache of activations or an empty folder."
         )
 
 
 def _open(folder: Path, head: dict[str, Any], first: list[float]) -> None:
-    path = folder / HEAD
+    path = folder / CACHE_HEAD
     check_cache(folder)
     if not path.exists():
         write_atomically(path, json.dumps({**head, "first": first}, indent=1).encode())
@@ -164,7 +162,7 @@ def _open(folder: Path, head: dict[str, Any], first: list[float]) -> None:
     ]
     if not differing:
         old, new = torch.tensor(there["first"]), torch.tensor(first)
-        if old.shape != new.shape or (moved := float((old - new).norm() / old.norm())) > TOLERANCE:
+        if old.shape != new.shape or (moved := float((old - new).norm() / old.norm())) > CACHE_TOLERANCE:
             by = "" if old.shape != new.shape else f" by {moved:.1%}"
             differing = [f"  - the activations of the first context differ{by}: other weights, adapters or precision"]
     if differing:

@@ -301,7 +301,9 @@ class _Chosen:
     def finish(self, tokenizer: Any) -> list[LatentContexts]:
         found = []
         for i, index in enumerate(self.indices):
-            windows = {kind: [_spelled(w, tokenizer) for w in best[i].windows()] for kind, best in self.best.items()}
+            windows = {
+                kind: [_with_pieces(w, tokenizer) for w in best[i].windows()] for kind, best in self.best.items()
+            }
             on = int(self.on[i])
             found.append(
                 LatentContexts(
@@ -332,7 +334,7 @@ def _to_twelve_bits(values: torch.Tensor) -> torch.Tensor:
     return torch.ldexp((mantissa * 4096).round() / 4096, exponent)
 
 
-def _spelled(window: Window, tokenizer: Any) -> Window:
+def _with_pieces(window: Window, tokenizer: Any) -> Window:
     return Window(**{**vars(window), "pieces": pieces(tokenizer, window.token_ids)})
 
 

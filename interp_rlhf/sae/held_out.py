@@ -13,14 +13,15 @@ import torch
 from tqdm.auto import tqdm
 
 from .cache import (
-    HELD_OUT,
     CachedActivations,
     check_cache,
     fill_cache,
     holds,
 )
+from .cache_names import HELD_OUT
+from .cutting import FORWARD_TOKENS
 from .quality import ErrorSums, LatentSums
-from .stream import FORWARD_TOKENS, in_order
+from .stream import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -18,15 +18,12 @@ from ..activations.collect import read_activations
 from ..activations.outliers import norm_outliers
 from ..concepts.examples import read_rows
 from ..messages import as_list
-from .cutting import context_slices
+from .cutting import FORWARD_TOKENS, context_slices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from torch import nn
-
-# Tokens per forward. More of them are not faster on a CPU; outliers are told from the median norm of these.
-FORWARD_TOKENS = 4096
 
 
 def load_corpus(paths: Sequence[str | Path]) -> list[str]:

@@ -91,18 +91,41 @@ def train_sae(
     resolve(model, config.hook_point)
     contexts = texts if isinstance(texts, Contexts) else cut(texts, tokenizer, config.context)
     config.check_amount(contexts.tokens)
-    settings = {
-        **asdict(config), "texts": contexts.fingerprint, "model": identity(model, config.hook_point),
-        "cached": None if cache is None else cache_type,
-    }  # fmt: skip
+    settings = asdict(config) | {"texts": contexts.fingerprint, "model": identity(model, config.hook_point)}
+    settings["cached"] = None if cache is None else cache_type
     if resume and (out / "sae").exists():
-        sae = load_sae(str(out / "sae"))
-        check_settings(settings_of(sae, out / "sae"), settings, besides=("cached",))
-        drop_checkpoints(out)
-        return sae
+        return _load_finished(out, settings)
     saved = _checkpoint_to_resume(out, settings) if resume else None
     started = time.monotonic()
     source = _source(model, contexts, config, cache, cache_type, progress)
+    training, log = _train(source, config, saved, out, settings, model_id, started, progress)
+    _save(training, model, tokenizer, out, settings, model_id)
+    log.append("end", step=training.step, seconds=round(training.seconds, 1))
+    drop_checkpoints(out)
+    return load_sae(str(out / "sae"))
+
+
+def _load_finished(out: Path, settings: dict[str, Any]) -> SparseAutoencoder:
+    """The autoencoder of a training that is done, if its settings are the same but for the cache."""
+    from .files import load_sae
+
+    sae = load_sae(str(out / "sae"))
+    check_settings(settings_of(sae, out / "sae"), settings, besides=("cached",))
+    drop_checkpoints(out)
+    return sae
+
+
+def _train(
+    source: Source,
+    config: SaeTraining,
+    saved: tuple[dict[str, torch.Tensor], dict[str, Any]] | None,
+    out: Path,
+    settings: dict[str, Any],
+    model_id: str,
+    started: float,
+    progress: bool,
+) -> tuple[Training, RunLog]:
+    """All steps, from the start or from a checkpoint, and the log that they wrote."""
     log = RunLog(out / "interp.jsonl")
     training = Training(source, config, saved)
     if training.steps < 1:
@@ -114,10 +137,7 @@ def train_sae(
         trainer="train_sae", cards=[], settings={**settings, "threads": torch.get_num_threads(), "versions": library_versions()},
     )  # fmt: skip
     _run(training, log, out, settings, started, progress)
-    _save(training, model, tokenizer, out, settings, model_id)
-    log.append("end", step=training.step, seconds=round(training.seconds, 1))
-    drop_checkpoints(out)
-    return load_sae(str(out / "sae"))
+    return training, log
 
 
 def _checkpoint_to_resume(

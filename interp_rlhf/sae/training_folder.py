@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runlog.log import read_run_log
-from .cache import HEAD, HELD_OUT, SHARDS
+from .cache_names import CACHE_HEAD, HELD_OUT, SHARDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ def _of_cache(path: Path, cache: str | Path | None) -> bool:
         return False
     folder = Path(cache).resolve()
     if folder == path.parent.resolve():
-        return path.name == HEAD or path.name.startswith((SHARDS, HELD_OUT))
+        return path.name == CACHE_HEAD or path.name.startswith((SHARDS, HELD_OUT))
     return folder.is_relative_to(path.resolve())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .stream import FORWARD_TOKENS
+from .cutting import FORWARD_TOKENS
 
 
 @dataclass(frozen=True)

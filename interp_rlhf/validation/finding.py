@@ -13,11 +13,10 @@ import numpy as np
 
 from ..concepts.examples import Examples
 from ..concepts.linear import LinearProbe
-from ..sae.autoencoder import random_dictionary
+from ..sae.autoencoder import describe, random_dictionary
 from ..sae.reading import counted_batch, pool_latents
 from . import baselines
 from .dictionaries import aurocs
-from .inspecting import describe
 from .overlap import require_apart
 from .split import split_examples
 from .statistics import auroc_difference, auroc_interval

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..messages import as_list
+from ..sae.autoencoder import describe
 from ..sae.contexts import gather_contexts, require_windows, survey
 from ..sae.effects import cosines, promotions
 from ..sae.reading import ReadingOptions, counted_batch, pool_latents
@@ -159,24 +160,11 @@ def inspect_latents(
         `ValueError`: another model's autoencoder, a latent out of range, readouts at another hook point, no text that counts, no
             latent that is ever on.
     """
-    sae.check_model(model)
-    for readout in readouts:
-        readout.check_model(model)
-    how = replace(how or ReadingOptions(), progress=progress)
-    _check_choice(latents, whole)
-    # Validate first, read last.
     texts, readouts = as_list(texts), as_list(readouts)
-    require_windows(contexts)
-    cosines(sae, [], readouts)
+    how = replace(how or ReadingOptions(), progress=progress)
+    _check_request(model, sae, latents, readouts, contexts, whole)
     halves = None if labelled is None else split_examples(labelled, seed)
-    all_latents: Survey | None = None
-    if latents is None or isinstance(latents, str):
-        all_latents = survey(model, tokenizer, sae, texts, how)
-        norms = sae.decoder.norm(dim=1).cpu()
-        chosen, rule = _choose_by_rule(all_latents, norms, top, None if latents is None else seed)
-    else:
-        chosen, rule = list(dict.fromkeys(int(index) for index in latents)), "as given"
-        sae.latents(chosen)
+    chosen, rule, all_latents = _choose_indices(model, tokenizer, sae, texts, how, latents, top, seed)
     gathered, survey_of_pass = gather_contexts(
         model, tokenizer, sae, texts, chosen, how, contexts=contexts, seed=seed, whole=whole and all_latents is None
     )
@@ -184,10 +172,46 @@ def inspect_latents(
     if halves is not None:
         detected = _detect(model, tokenizer, sae, chosen, halves, seed, progress)
     pages = _pages(model, tokenizer, sae, gathered, cosines(sae, chosen, readouts), detected)
-    if judge is not None:
-        pages = [replace(page, label=judge(page)) for page in pages]
+    pages = pages if judge is None else [replace(page, label=judge(page)) for page in pages]
     concept = None if labelled is None else labelled.label_names[1]
     return Inspection(describe(sae), rule, pages, all_latents or survey_of_pass, concept)
+
+
+def _check_request(
+    model: Any,
+    sae: SparseAutoencoder,
+    latents: Sequence[int] | str | None,
+    readouts: Sequence[Readout],
+    contexts: int,
+    whole: bool,
+) -> None:
+    """Refuse what cannot be done before any text is read."""
+    sae.check_model(model)
+    for readout in readouts:
+        readout.check_model(model)
+    _check_choice(latents, whole)
+    require_windows(contexts)
+    cosines(sae, [], readouts)
+
+
+def _choose_indices(
+    model: Any,
+    tokenizer: Any,
+    sae: SparseAutoencoder,
+    texts: Sequence[str | Mapping[str, Any]],
+    how: ReadingOptions,
+    latents: Sequence[int] | str | None,
+    top: int,
+    seed: int,
+) -> tuple[list[int], str, Survey | None]:
+    """Indices, the rule in words, and the survey of all latents if the choice needed one."""
+    if latents is None or isinstance(latents, str):
+        every = survey(model, tokenizer, sae, texts, how)
+        norms = sae.decoder.norm(dim=1).cpu()
+        return *_choose_by_rule(every, norms, top, None if latents is None else seed), every
+    chosen = list(dict.fromkeys(int(index) for index in latents))
+    sae.latents(chosen)
+    return chosen, "as given", None
 
 
 def _check_choice(latents: Sequence[int] | str | None, whole: bool) -> None:
@@ -215,15 +239,6 @@ def _pages(
         LatentPage(one, one.density * one.mean * float(norms[one.index]), *written[i], compared[i], detected[i])
         for i, one in enumerate(gathered)
     ]
-
-
-def describe(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What an autoencoder is, in plain values."""
-    spec = sae.spec
-    return {
-        "architecture": spec.architecture, "latents": sae.size, "hook_point": spec.hook_point, "output_point": spec.output_point,
-        "k": spec.k, "model": spec.model_id, "source": spec.source,
-    }  # fmt: skip
 
 
 def _five_digits(value: Any) -> Any:
