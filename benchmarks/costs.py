@@ -135,7 +135,7 @@ def topk(s: Shape) -> Cost:
 
 
 def counting(s: Shape, width: int, means: int = 1) -> list[Op]:
-    """What every term does beside its arithmetic: which sequence each token is of, a reference's scores chosen, means taken."""
+    """What every term does besides its arithmetic: it finds each token's sequence, picks reference scores and takes means."""
     n = s.counted
     return [
         Op("gather", (s.rows, s.length, n, 1)), Op("gather", (s.rows, s.length, n, width)),
@@ -183,7 +183,7 @@ def whole(s: Shape) -> Cost:
 
 def constraint(s: Shape) -> Cost:
     """Of more latents than dimensions: the activation is carried. Latents of more tokens than a block are made block by block,
-    and anew for the gradient."""
+    and again for the gradient."""
     n, all_, d, size = s.counted, s.tokens, s.width, s.latents
     choice, back = chosen_tokens(s)
     block = min(n, s.block)
@@ -255,7 +255,7 @@ def at_scale(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": sizes.parameters, "latents": s.latents, "pieces": {}}
     for key, formula in FORMULAS.items():
         cost = formula(s)
-        # A readout is beside the one scoring pass; a term in a DPO step: policy, its gradient (4 N) and reference.
+        # A readout is compared with one scoring pass, a term with a DPO step: policy, its gradient (4 N) and reference.
         base = 4 if key.startswith("`") else 1
         found["pieces"][key] = {
             "flops_share": cost.flops / (base * forward),

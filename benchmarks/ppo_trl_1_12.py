@@ -1,4 +1,4 @@
-"""TRL 1.12's own `PPOTrainer` on the toy task, for `benchmarks/ppo.py`; runs in an environment of its own.
+"""TRL 1.12's own `PPOTrainer` on the toy task, for `benchmarks/ppo.py`; runs in a separate environment.
 
     python3 -m venv trl112 && trl112/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0
     trl112/bin/python benchmarks/ppo_trl_1_12.py FOLDER SEED ROLLOUTS

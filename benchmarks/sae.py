@@ -1,4 +1,4 @@
-"""Sparse autoencoders: latents by column, full encodes beside sae-lens and sparsify, blocked TopK memory, and training.
+"""Sparse autoencoders: latents by column, full encodes against sae-lens and sparsify, blocked TopK memory, and training.
 
 Weights are random float32, the same in every contestant; all must give the same latents to 1e-5 of the largest before anything is
 timed. A ratio is the other's time over ours, so 2 means that ours is twice as fast.
@@ -137,7 +137,7 @@ def memory_row(seed: int) -> Row:
 
 @torch.no_grad()
 def memory(seed: int) -> float:
-    """In a process of its own: highest resident memory during one reading above what was resident before it, after a first
+    """In a separate process: highest resident memory during one reading above what was resident before it, after a first
     reading of one token."""
     torch.set_num_threads(1)
     latents = random_sae("topk", seed).latents(CHOSEN)

@@ -1,4 +1,4 @@
-"""Training beside sae-lens' own trainer: the same activations in the same order, TopK, batch, learning rate and schedule.
+"""Training against sae-lens' own trainer: the same activations in the same order, TopK, batch, learning rate and schedule.
 
 Both take as many tokens as sae-lens is through with in about the minutes given, in alternating chunks of steps in one process;
 the time of a chunk holds all that each trainer does for a step, reading its batch included. FVU is of the held-out activations,
