@@ -62,10 +62,10 @@ def cka_error(seed: int) -> float:
 
 def time_rows(trainer: DPOTrainer, callback: DriftCallback, pairs: int) -> list[Row]:
     """An evaluation and a step in turn, as the ratio of 50 steps with an evaluation to 50 steps."""
-    callback._evaluate(0, trainer.control, "before")
+    callback.evaluate(0, trainer.control, "before")
 
     def evaluate() -> None:
-        callback._evaluate(EVERY, trainer.control, "train")
+        callback.evaluate(EVERY, trainer.control, "train")
 
     def timed(run: Callable[[], Any]) -> Sample:
         return measure(run) if run is evaluate else timed_step(run, epoch=True)

@@ -44,6 +44,7 @@ _HOMES = {
     "load_card": "concepts.card",
     "load_examples": "concepts.examples",
     "read": "activations",
+    "register_drift_metric": "drift.metrics",
     "register_measure": "validation.measures",
     "register_pooling": "concepts.pooling",
     "register_sae_format": "sae.formats",
@@ -83,6 +84,7 @@ __all__ = [
     "load_card",
     "load_examples",
     "read",
+    "register_drift_metric",
     "register_measure",
     "register_pooling",
     "register_sae_format",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from .concepts.subspace import Subspace
     from .drift.callback import DriftCallback
     from .drift.config import DriftConfig
+    from .drift.metrics import register_drift_metric
     from .report import write_report
     from .sae.formats import register_sae_format
     from .trainers import (

@@ -570,7 +570,7 @@ def checkpoints(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize(
     ("pair", "said"),
     [
-        (("a", "adapter of b"), "expected one base. On another one its weights mean nothing"),
+        (("a", "adapter of b"), "expected one base. On another base its weights mean nothing"),
         (("a", "reward model"), "is a `LlamaForSequenceClassification` – expected a language model"),
         (("a", "grown"), "has 1 tokens: `[NEW]`"),
         (("a", "adapter of a"), None),

@@ -531,11 +531,9 @@ def test_changed_latents_are_means_over_tokens():
     sae = hand_sae("standard")
     # Before: latents (2, 2, 2) and (0, 4, 1), means (1, 3, 1.5). After, twice (0, 3): (0, 4, 1).
     found = changed_latents(sae, HAND, HAND[[1, 1]])
-    rows = {
-        row["latent"]: (row["before"], row["after"], row["on_before"], row["on_after"]) for row in found["changed"]
-    }
+    rows = {row.latent: (row.before, row.after, row.on_before, row.on_after) for row in found.changed}
     assert rows == {0: (1.0, 0.0, 0.5, 0.0), 1: (3.0, 4.0, 1.0, 1.0), 2: (1.5, 1.0, 1.0, 1.0)}
-    assert (found["l0_before"], found["l0"]) == (2.5, 2.0)
+    assert (found.l0_before, found.l0) == (2.5, 2.0)
 
 
 def test_mean_latents_are_over_counted_tokens(load, tokenizer):

@@ -15,8 +15,9 @@ from training import distance, logged, make_trainer, perturb, rows_of, weights_o
 
 from interp_rlhf import DriftConfig, Latents, Subspace, attach, register_term
 from interp_rlhf.drift.callback import DriftCallback
-from interp_rlhf.drift.verdicts import gather
-from interp_rlhf.runlog.log import read_run_log
+from interp_rlhf.drift.verdicts import evidence_of
+from interp_rlhf.runlog.events import DriftEvent
+from interp_rlhf.runlog.log import read_events
 from interp_rlhf.training.make import make_regularizer
 from interp_rlhf.training.terms.registry import TERMS
 from interp_rlhf.training.terms.term import LossTerm, OneConcept, TermValues
@@ -211,10 +212,10 @@ def test_the_verdict_on_drift_knows_what_a_term_pushes(kind, load, tokenizer, tm
     [term] = attachment.terms.terms
     expected = {readout.name: sign for readout, sign in term.pushes().items()}
     [callback] = [one for one in trainer.callback_handler.callbacks if isinstance(one, DriftCallback)]
-    assert callback.pressure == expected
+    assert callback.evaluation.pressure == expected
     trainer.train()
-    events = [event for event in read_run_log(attachment.run_log.path) if event["event"] == "drift"]
-    assert gather(events[-1], events[0]).pressure == expected
+    events = [event for event in read_events(attachment.run_log.path) if isinstance(event, DriftEvent)]
+    assert evidence_of(events[-1], events[0]).pressure == expected
 
 
 @pytest.mark.parametrize("kind", TERMS)

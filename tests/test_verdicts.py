@@ -26,12 +26,13 @@ from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.drift.monitors import LabelledSet, fit_anew
 from interp_rlhf.drift.own_text import repetition
-from interp_rlhf.drift.verdicts import ALARMS, NOT_ENOUGH, TABLE, Change, Evidence, gather, judge
-from interp_rlhf.runlog.log import read_run_log
+from interp_rlhf.drift.verdicts import ALARMS, NOT_ENOUGH, TABLE, DriftEvidence, Movement, evidence_of, judge
+from interp_rlhf.runlog.events import DriftEvent
+from interp_rlhf.runlog.log import parse, read_run_log
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [[{"role": "user", "content": text}] for text in sentences(10, seed=4)]
-HELD, FELL, ROSE = Change(0.0, -0.01, 0.01), Change(-0.3, -0.4, -0.2), Change(1.5, 1.2, 1.8)
+HELD, FELL, ROSE = Movement(0.0, -0.01, 0.01), Movement(-0.3, -0.4, -0.2), Movement(1.5, 1.2, 1.8)
 
 
 def rotation_recipe():
@@ -40,6 +41,11 @@ def rotation_recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def drift_event(fields):
+    """A `drift` event as it is read from a log."""
+    return parse({"event": "drift", **fields})
 
 
 def ways(frozen=HELD, restandardized=HELD, refitted=HELD):
@@ -55,44 +61,44 @@ def pressed(**changes):
         "claim": {"m": 0.9},
         "text": {"m": HELD},
     }
-    return Evidence(**{**given, **changes})
+    return DriftEvidence(**{**given, **changes})
 
 
 @pytest.mark.parametrize(
     ("evidence", "verdict"),
     [
-        (Evidence(), "not enough evidence"),
-        (Evidence(cosine={"a": 0.99}), "steady"),
-        (Evidence(cosine={"a": 0.5}), "changed"),
-        (Evidence(cosine={"a": 0.99}, perplexity_ratio=2.5), "collapsed"),
-        (Evidence(cosine={"a": 0.99}, empty=0.6), "collapsed"),
-        (Evidence(cosine={"a": 0.99}, empty=0.6, empty_before=0.5), "steady"),
-        (Evidence(finite=False), "collapsed"),
-        (Evidence(cosine={"a": 0.99}, repetition=0.7, repetition_before=0.1), "collapsed"),
-        (Evidence(cosine={"a": 0.99}, repetition=0.7, repetition_before=0.6), "steady"),
+        (DriftEvidence(), "not enough evidence"),
+        (DriftEvidence(cosine={"a": 0.99}), "steady"),
+        (DriftEvidence(cosine={"a": 0.5}), "changed"),
+        (DriftEvidence(cosine={"a": 0.99}, perplexity_ratio=2.5), "collapsed"),
+        (DriftEvidence(cosine={"a": 0.99}, empty=0.6), "collapsed"),
+        (DriftEvidence(cosine={"a": 0.99}, empty=0.6, empty_before=0.5), "steady"),
+        (DriftEvidence(finite=False), "collapsed"),
+        (DriftEvidence(cosine={"a": 0.99}, repetition=0.7, repetition_before=0.1), "collapsed"),
+        (DriftEvidence(cosine={"a": 0.99}, repetition=0.7, repetition_before=0.6), "steady"),
         (pressed(), "activations obfuscated"),
         (pressed(shift={"m": 3.0}), "changed"),  # moved against the pressure
         (pressed(shift={"m": -0.9}), "steady"),  # too little
         (pressed(baseline={"m": -2.5}), "steady"),  # no more than without the term
         (pressed(baseline={"m": 2.5}, shift={"m": -0.9}), "activations obfuscated"),  # without the term it went the other way
-        (pressed(auroc={"m": ways(HELD, HELD, Change(-0.2, -0.45, 0.02))}), "changed"),  # it may well be gone
+        (pressed(auroc={"m": ways(HELD, HELD, Movement(-0.2, -0.45, 0.02))}), "changed"),  # it may well be gone
         (pressed(claim={"m": 0.55}), "changed"),  # a readout that never read anything: a random direction
         (pressed(auroc={"m": ways(FELL, FELL, FELL)}), "changed"),  # the concept itself is gone
-        (pressed(text={"m": Change(-2, -2.5, -1.5)}), "changed"),  # the text went along
+        (pressed(text={"m": Movement(-2, -2.5, -1.5)}), "changed"),  # the text went along
         (pressed(text={}), "changed"),  # nothing says what the text did
-        (pressed(policy={"m": Change(-8, -9, -7)}, text={"m": Change(-1.5, -2, -1)}), "activations obfuscated"),  # a fifth of it
-        (pressed(policy={"m": Change(-3, -4, -2)}, text={"m": Change(-1.5, -2, -1)}), "changed"),  # half of it
+        (pressed(policy={"m": Movement(-8, -9, -7)}, text={"m": Movement(-1.5, -2, -1)}), "activations obfuscated"),  # a fifth
+        (pressed(policy={"m": Movement(-3, -4, -2)}, text={"m": Movement(-1.5, -2, -1)}), "changed"),  # half of it
         (pressed(pressure={}), "monitor stale"),
-        (Evidence(reward=ROSE, independent={"vader": HELD}), "text gamed"),
-        (Evidence(reward=ROSE, independent={"vader": FELL}), "text gamed"),
-        (Evidence(reward=ROSE, independent={"vader": ROSE}), "changed"),
-        (Evidence(reward=ROSE, independent={"vader": Change(0.3, -0.4, 1.0)}), "changed"),  # too noisy to say
-        (Evidence(reward=ROSE), "changed"),  # nothing independent to part from
-        (Evidence(reward=HELD, independent={"vader": FELL}), "steady"),
-        (Evidence(pressure={"m": -1}, shift={"m": 0.1}, cosine={"a": 0.99}), "not enough evidence"),  # unseen
-        (Evidence(auroc={"m": ways(FELL)}, claim={"m": 0.9}, shift={"m": 0.1}), "monitor stale"),
-        (Evidence(auroc={"m": ways(FELL)}, claim={"m": 0.6}, shift={"m": 0.1}), "steady"),
-        (Evidence(policy={"m": ROSE}, text={"m": ROSE}), "changed"),
+        (DriftEvidence(reward=ROSE, independent={"vader": HELD}), "text gamed"),
+        (DriftEvidence(reward=ROSE, independent={"vader": FELL}), "text gamed"),
+        (DriftEvidence(reward=ROSE, independent={"vader": ROSE}), "changed"),
+        (DriftEvidence(reward=ROSE, independent={"vader": Movement(0.3, -0.4, 1.0)}), "changed"),  # too noisy to say
+        (DriftEvidence(reward=ROSE), "changed"),  # nothing independent to part from
+        (DriftEvidence(reward=HELD, independent={"vader": FELL}), "steady"),
+        (DriftEvidence(pressure={"m": -1}, shift={"m": 0.1}, cosine={"a": 0.99}), "not enough evidence"),  # unseen
+        (DriftEvidence(auroc={"m": ways(FELL)}, claim={"m": 0.9}, shift={"m": 0.1}), "monitor stale"),
+        (DriftEvidence(auroc={"m": ways(FELL)}, claim={"m": 0.6}, shift={"m": 0.1}), "steady"),
+        (DriftEvidence(policy={"m": ROSE}, text={"m": ROSE}), "changed"),
     ],
 )  # fmt: skip
 def test_the_table_gives_each_verdict_for_its_evidence_and_not_for_less(evidence, verdict):
@@ -104,10 +110,10 @@ def test_every_verdict_says_why_and_what_to_do():
     assert len(set(names)) == len(names) == 7
     assert set(ALARMS) < set(names)
     for evidence in (
-        Evidence(),
-        Evidence(cosine={"a": 0.99}),
+        DriftEvidence(),
+        DriftEvidence(cosine={"a": 0.99}),
         pressed(),
-        Evidence(reward=ROSE, independent={"v": HELD}),
+        DriftEvidence(reward=ROSE, independent={"v": HELD}),
     ):
         found = judge(evidence)
         assert found.because
@@ -116,10 +122,10 @@ def test_every_verdict_says_why_and_what_to_do():
 
 def test_a_rotation_is_named_and_a_shift_is_told_from_it():
     stale = {"auroc": {"m": ways(FELL, FELL)}, "claim": {"m": 0.9}, "shift": {"m": 0.0}, "hook_points": {"m": "p"}}
-    turned = judge(Evidence(**stale, cosine={"p": 0.1}, procrustes={"p": 0.01}))
+    turned = judge(DriftEvidence(**stale, cosine={"p": 0.1}, procrustes={"p": 0.01}))
     assert "rotation" in " ".join(turned.because)
     stale["auroc"] = {"m": ways(FELL, HELD)}
-    shifted = judge(Evidence(**stale, cosine={"p": 0.95}, procrustes={"p": 0.01}))
+    shifted = judge(DriftEvidence(**stale, cosine={"p": 0.95}, procrustes={"p": 0.01}))
     assert "re-standardizing brings it back" in " ".join(shifted.because)
 
 
@@ -136,10 +142,10 @@ def test_training_metrics_are_compared_in_windows_with_their_noise():
             for step in range(1, steps + 1)
         ]  # fmt: skip
 
-    assert judge(gather({}, logs=logs(3, 0), since=10)).name == "text gamed"
-    assert judge(gather({}, logs=logs(3, 3), since=10)).name == "changed"
-    assert judge(gather({}, logs=logs(0, 0), since=10)).name == "steady"
-    assert judge(gather({}, logs=logs(3, 0, steps=6), since=2)).name == "not enough evidence"
+    assert judge(evidence_of(DriftEvent(), logs=logs(3, 0), since=10)).name == "text gamed"
+    assert judge(evidence_of(DriftEvent(), logs=logs(3, 3), since=10)).name == "changed"
+    assert judge(evidence_of(DriftEvent(), logs=logs(0, 0), since=10)).name == "steady"
+    assert judge(evidence_of(DriftEvent(), logs=logs(3, 0, steps=6), since=2)).name == "not enough evidence"
 
 
 def reward_logs(rewards, measures, stds=1.0, key="interp/measure/vader"):
@@ -154,15 +160,15 @@ def test_a_hack_that_was_quick_stays_one():
     # The reward is at its height from step 20 on: later windows must still be compared with the beginning.
     logs = reward_logs([min(step / 20, 1) * 3 for step in range(1000)], [0.0] * 1000)
     for now in (50, 250, 400, 1000):
-        assert judge(gather({}, logs=logs[:now], since=now - 50)).name == "text gamed", now
+        assert judge(evidence_of(DriftEvent(), logs=logs[:now], since=now - 50)).name == "text gamed", now
 
 
 def test_a_measure_that_never_moved_or_is_missing_at_times_counts():
     rising, flat = [step / 10 for step in range(40)], [0.0] * 40
-    assert judge(gather({}, logs=reward_logs(rising, flat, stds=0.0), since=20)).name == "text gamed"
+    assert judge(evidence_of(DriftEvent(), logs=reward_logs(rising, flat, stds=0.0), since=20)).name == "text gamed"
     holes = [None if step in (3, 30) else 0.01 * (step % 3) for step in range(40)]
-    assert judge(gather({}, logs=reward_logs(rising, holes), since=20)).name == "text gamed"
-    assert judge(gather({}, logs=reward_logs(rising, [None] * 40), since=20)).name == "changed"
+    assert judge(evidence_of(DriftEvent(), logs=reward_logs(rising, holes), since=20)).name == "text gamed"
+    assert judge(evidence_of(DriftEvent(), logs=reward_logs(rising, [None] * 40), since=20)).name == "changed"
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(-1, "changed"), (1, "text gamed")])
@@ -170,12 +176,12 @@ def test_a_holdout_of_a_penalty_follows_an_honest_run_downwards(sign, verdict):
     rising = [step / 10 for step in range(40)]
     logs = reward_logs(rising, [-r for r in rising], key="interp/held")
     event = {"monitors": {"held": {"shift": 0.0, "holdout": sign, "hook_point": "p"}}}
-    assert judge(gather(event, logs=logs, since=20)).name == verdict
+    assert judge(evidence_of(drift_event(event), logs=logs, since=20)).name == verdict
 
 
 def test_a_log_with_unknown_numbers_is_judged():
     event = {"hook_points": {"p": {"cosine": None, "procrustes": None}}, "output": {"perplexity_ratio": None}}
-    assert judge(gather(event)).name == "steady"
+    assert judge(evidence_of(drift_event(event))).name == "steady"
 
 
 def test_a_model_that_gives_no_numbers_any_more_has_collapsed(load, tokenizer, tmp_path):
@@ -213,22 +219,22 @@ def test_three_readings_tell_a_stale_probe_from_a_lost_concept(load, tokenizer, 
 
     labelled = LabelledSet(examples, tokenize_examples(examples.rows, tokenizer))
     start = labelled.read(model, [readout])
-    assert labelled.summary(start["warmth"], start["warmth"])["frozen_change"] == [0.0, 0.0, 0.0]
+    assert labelled.summary(start["warmth"], start["warmth"]).frozen_change == [0.0, 0.0, 0.0]
     generator = torch.Generator().manual_seed(0)
     scale, shift = torch.rand(32, generator=generator) * 20 - 10, torch.randn(32, generator=generator) * 5
     handle = model.model.layers[1].register_forward_hook(lambda m, a, o: o * scale.abs() + shift)
     moved = labelled.summary(labelled.read(model, [readout], start)["warmth"], start["warmth"])
     handle.remove()
-    assert moved["frozen_change"][1] < -0.02 or moved["frozen_auroc"] < start_auroc(start, examples) - 0.02
-    assert moved["restandardized_change"] == pytest.approx([0, 0, 0], abs=1e-6)
-    assert moved["refitted_change"][0] > -0.25
+    assert moved.frozen_change[1] < -0.02 or moved.frozen_auroc < start_auroc(start, examples) - 0.02
+    assert moved.restandardized_change == pytest.approx([0, 0, 0], abs=1e-6)
+    assert moved.refitted_change[0] > -0.25
     turn = rotation_recipe().random_rotation(32, 3).float()
     handle = model.model.layers[1].register_forward_hook(lambda m, a, o: o @ turn)
     turned = labelled.summary(labelled.read(model, [readout], start)["warmth"], start["warmth"])
     handle.remove()
-    assert turned["refitted_change"] == pytest.approx([0, 0, 0], abs=1e-3)
-    assert turned["direction_cosine"] < 0.9
-    assert set(turned) >= {"false_alarms", "shift", "frozen_interval"}
+    assert turned.refitted_change == pytest.approx([0, 0, 0], abs=1e-3)
+    assert turned.direction_cosine < 0.9
+    assert set(turned.to_json()) >= {"false_alarms", "shift", "frozen_interval"}
 
 
 def start_auroc(start, examples):
@@ -282,10 +288,10 @@ def test_own_text_splits_what_text_and_representation_do(load, tokenizer, tmp_pa
     assert one["policy"] == pytest.approx(one["text"] - one["drift"])
     assert abs(one["drift"]) > 1e-4
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DriftCallback))
-    sampled, again = callback._own.sample(), callback._own.sample()
+    sampled, again = callback.evaluation.own_text.sample(), callback.evaluation.own_text.sample()
     assert sampled.texts == again.texts
-    completions = callback._own._generate()
-    batch = TokenBatch.from_ids(callback._own._prompt_ids, completions, {tokenizer.eos_token_id})
+    completions = callback.evaluation.own_text._generate()
+    batch = TokenBatch.from_ids(callback.evaluation.own_text._prompt_ids, completions, {tokenizer.eos_token_id})
     by_hand = monitor.score(read(trainer.model, batch, [monitor])["watched"])
     assert sampled.policy["watched"].tolist() == pytest.approx(
         [math.nan if v is None else v for v in by_hand], nan_ok=True

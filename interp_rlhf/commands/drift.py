@@ -24,11 +24,12 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     limits = parse_limits(arguments.max, arguments.min, arguments.fail_on)
     texts = load_texts(arguments.texts) if arguments.texts else None
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
-    event, verdict = compare_checkpoints(
+    drift, verdict = compare_checkpoints(
         place_of(arguments.before), place_of(arguments.after), texts=texts, hook_points=arguments.hook_point,
         monitors=arguments.monitor, labelled=labelled, seed=arguments.seed,
     )  # fmt: skip
-    problems = crossed(event, verdict, limits)
+    problems = crossed(drift, verdict, limits)
+    event = drift.fields()
     if arguments.json:
         judged = {"verdict": verdict.name, "because": verdict.because, "next": verdict.next}
         print(json.dumps(jsonable({**judged, "crossed": problems, **event})))

@@ -1,39 +1,35 @@
-"""The battery offline: two checkpoints instead of a run and its start.
+"""Drift between two checkpoints, without a run: the evaluation of the callback, offline.
 
-In: two models (a base and a tuned one, or an adapter and its base). Out: a `drift` event and its verdict, and which limits it
-crosses.
+In: two models (a base and a tuned one, or an adapter and its base). Out: a `drift` event and its verdict, and which limits are
+crossed. It must not know trainers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ..activations.batch import tokenize_examples
 from ..activations.counted import end_of_turn_ids
-from ..activations.hook_points import decoder_layers, has_adapters, layers_or_none, resolve
+from ..activations.hook_points import has_adapters
 from ..activations.loading import adapter_base, has_tokenizer, load_model, load_tokenizer
-from ..activations.noise import require_positions
 from ..concepts.card import load_card
 from ..concepts.examples import read_rows
 from ..concepts.readout import Readout
 from ..messages import as_list
-from .battery import Battery, spread
-from .monitors import LabelledSet
-from .texts import TEXTS
-from .verdicts import TABLE, gather, judge
+from .evaluation import Evaluation
+from .verdicts import TABLE, evidence_of, judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..concepts.examples import Examples
-    from .battery import Snapshot
-    from .monitors import Reading
+    from ..runlog.events import DriftEvent
+    from .start import Observation
     from .verdicts import Verdict
 
 
@@ -47,87 +43,81 @@ def compare_checkpoints(
     labelled: Examples | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> tuple[dict[str, Any], Verdict]:
-    """Loads one model after the other, so that only one is in memory.
+) -> tuple[DriftEvent, Verdict]:
+    """Compare two checkpoints. One model is loaded after the other, so that only one is in memory.
 
     Args:
-        before (`str`), after (`str`): folders or Hub ids; either may be a folder with a PEFT adapter; that of
-            `after` is one of `before`, or of its base.
+        before (`str`), after (`str`): folders or Hub ids. Either may be a folder with a PEFT adapter. The adapter of `after` must
+            belong to `before`, or to its base.
         texts, hook_points, labelled, seed: as in `DriftConfig`.
         monitors (`Sequence[str]`): cards.
+        progress (`bool`, defaults to `True`): whether a bar is shown.
 
     Returns:
-        The `drift` event and its verdict. Intervals are bootstraps over the labelled examples.
+        `tuple[DriftEvent, Verdict]`: the `drift` event and its verdict. Intervals are bootstraps over the labelled examples.
 
     Raises:
-        `ValueError`: models that cannot be compared: another tokenizer, vocabulary, width or base; a model without a
-            language-model head; monitors of another model.
+        `ValueError`: models that cannot be compared (another tokenizer, vocabulary, width or base), or monitors of another
+            model.
     """
     readouts = [Readout.from_card(load_card(path)) for path in as_list(monitors)]
     if readouts and labelled is None:
         raise ValueError(
-            f"{len(readouts)} monitors and no `labelled` examples – expected some (`--labelled`) to read them on."
+            f"{len(readouts)} monitors and no `labelled` examples – expected examples to read them on. Pass `--labelled`."
         )
     _require_its_base(before, after)
     tokenizer = _tokenizer_of(before, after)
-    found: list[tuple[Snapshot, dict[str, Reading]]] = []
-    battery: Battery | None = None
-    examples: LabelledSet | None = None
+    observed: list[Observation] = []
+    evaluation: Evaluation | None = None
     with tqdm(total=2, desc="Models", disable=not progress, leave=False) as bar:
         for side in (before, after):
             model = load_model(side, before if side == after and adapter_base(before) is None else None)
-            if battery is None:
-                layers = layers_or_none(model) if hook_points else decoder_layers(model)
-                points = list(
-                    dict.fromkeys([*(as_list(hook_points) or spread(layers)), *(r.hook_point for r in readouts)])
-                )
-                for readout in readouts:  # below A's adapters, where it has some
+            if evaluation is None:
+                for readout in readouts:  # the model below A's adapters, if it has some
                     readout.check_model(model, exact=not has_adapters(model))
-                points.sort(key=lambda point: layers.index(point) if point in layers else -1)
-                ends = end_of_turn_ids(model, tokenizer)
-                rows = list(TEXTS if texts is None else as_list(texts))
-                battery = Battery(tokenize_examples(rows, tokenizer, end_of_turn_ids=ends), points)
-                if labelled is not None:
-                    batch = tokenize_examples(labelled.rows, tokenizer, end_of_turn_ids=ends)
-                    examples = LabelledSet(labelled, batch, seed)
-            for point in battery.hook_points:
-                resolve(model, point)
+                evaluation = Evaluation(
+                    model, tokenizer, readouts, texts=None if texts is None else as_list(texts),
+                    hook_points=as_list(hook_points), labelled=labelled, seed=seed,
+                    end_of_turn_ids=end_of_turn_ids(model, tokenizer),
+                )  # fmt: skip
+            evaluation.check(model)
             for readout in readouts:
                 readout.check_model(model, exact=False, trained=True)
-            require_positions(model, battery.batch)
-            old = found[0][1] if found else None
-            found.append((battery.read(model), examples.read(model, readouts, old) if examples and readouts else {}))
+            observed.append(evaluation.observe(evaluation.read(model), observed[0] if observed else None))
             del model
             bar.update()
-    assert battery is not None
-    (first, first_readings), (second, second_readings) = found
-    width = {
-        side: snapshot.activations[battery.hook_points[0]].shape[1]
-        for side, snapshot in ((before, first), (after, second))
-    }
-    if len(set(width.values())) > 1:
-        raise ValueError(f"The models have widths {width} – expected one: activations could not be compared.")
-    words = {side: snapshot.predictions.shape[1] for side, snapshot in ((before, first), (after, second))}
+    assert evaluation is not None
+    _require_comparable(dict(zip((before, after), observed, strict=True)))
+    event = replace(evaluation.compare(observed[0], observed[1]), before=before, after=after)
+    return event, judge(evidence_of(event))
+
+
+def _require_comparable(sides: dict[str, Observation]) -> None:
+    """Raise `ValueError` if widths or vocabularies differ."""
+    widths = {
+        side: next(iter(one.snapshot.activations.values())).shape[1] for side, one in sides.items()
+    }  # fmt: skip
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"The models have widths {widths} – expected one width: activations cannot be compared. Compare "
+            "models of one architecture."
+        )
+    words = {side: one.snapshot.predictions.shape[1] for side, one in sides.items()}
     if len(set(words.values())) > 1:
         raise ValueError(
-            f"The models predict over {words} tokens – expected one vocabulary: predictions could not be compared. Resize the "
-            "embedding of one as that of the other was."
+            f"The models predict over {words} tokens – expected one vocabulary: predictions cannot be compared. Resize the "
+            "embedding of one model to the size of the other."
         )
-    points_found, output = battery.compare(first, second)
-    event: dict[str, Any] = {
-        "before": before, "after": after, "texts": len(battery), "tokens": battery.tokens, "hook_points": points_found,
-        "output": output, "monitors": {},
-    }  # fmt: skip
-    for readout in readouts:
-        assert examples is not None
-        summary = examples.summary(second_readings[readout.name], first_readings[readout.name])
-        event["monitors"][readout.name] = {**summary, "hook_point": readout.hook_point}
-    return event, judge(gather(event))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What must not be crossed."""
+    """Limits that must not be crossed.
+
+    Attributes:
+        above, below (`dict[str, float]`): name of a number to its highest, and to its lowest value.
+        verdicts (`list[str]`): verdicts that count as crossed.
+    """
 
     above: dict[str, float]
     below: dict[str, float]
@@ -135,39 +125,39 @@ class Limits:
 
 
 def parse_limits(above: Sequence[str], below: Sequence[str], verdicts: Sequence[str]) -> Limits:
-    """Limits as they are written on the command line, `kl=0.5`.
+    """Limits as the command line writes them, `kl=0.5`.
 
     Raises:
-        `ValueError`: not `name=number`, or no verdict that two checkpoints can get.
+        `ValueError`: not `name=number`, or not a verdict that two checkpoints can get.
     """
-    # The others need a training: something that pushes, rewards, samples.
+    # These two need a training that pushes, rewards and samples.
     known = [rule.name for rule in TABLE if rule.name not in ("activations obfuscated", "text gamed")]
     for name in verdicts:
         if name not in known:
             raise ValueError(f"`--fail-on {name}` – expected one of {', '.join(f'`{k}`' for k in known)}.")
-    return Limits(_limits("--max", above), _limits("--min", below), list(verdicts))
+    return Limits(_numbers_by_name("--max", above), _numbers_by_name("--min", below), list(verdicts))
 
 
-def _limits(option: str, given: Sequence[str]) -> dict[str, float]:
-    found = {}
-    for text in given:
+def _numbers_by_name(option: str, words: Sequence[str]) -> dict[str, float]:
+    limits = {}
+    for text in words:
         name, _, value = text.partition("=")
         try:
-            found[name] = float(value)
+            limits[name] = float(value)
         except ValueError:
             raise ValueError(f"`{option} {text}` – expected NAME=NUMBER, such as kl=0.5.") from None
-    return found
+    return limits
 
 
-def crossed(event: dict[str, Any], verdict: Verdict, limits: Limits) -> list[str]:
+def crossed(event: DriftEvent, verdict: Verdict, limits: Limits) -> list[str]:
     """Every limit that is crossed, in words.
 
     Raises:
-        `ValueError`: a limit on a number that there is not: a check that silently passes is none.
+        `ValueError`: a limit on a number that the event does not have. Such a check would always pass.
     """
     numbers: dict[str, list[tuple[str, float]]] = {}
-    parts = [("output", event["output"]), *event["hook_points"].items(), *event["monitors"].items()]
-    for where, part in parts:
+    monitors = {name: entry.to_json() for name, entry in event.monitors.items()}
+    for where, part in [("output", event.output), *event.hook_points.items(), *monitors.items()]:
         for name, value in part.items():
             if isinstance(value, int | float):
                 numbers.setdefault(name, []).append((where, float(value)))
@@ -175,25 +165,30 @@ def crossed(event: dict[str, Any], verdict: Verdict, limits: Limits) -> list[str
         raise ValueError(
             f"No number is named {', '.join(f'`{n}`' for n in unknown)} – expected some of {', '.join(sorted(numbers))}."
         )
-    found = [f"verdict `{verdict.name}`"] if verdict.name in limits.verdicts else []
+    lines = [f"verdict `{verdict.name}`"] if verdict.name in limits.verdicts else []
     for table, sign, word in ((limits.above, 1, "above"), (limits.below, -1, "below")):
         for name, limit in table.items():
-            # Not a number is no proof of anything, so it counts as crossed.
-            found += [
+            # NaN proves nothing, so it counts as crossed.
+            lines += [
                 f"`{name}` at {where} is {value:.4g}, {word} {limit:g}"
                 for where, value in numbers[name]
                 if not sign * value <= sign * limit or math.isnan(value)
             ]
-    return found
+    return lines
 
 
 def load_texts(path: str) -> list[Any]:
-    """Texts of a file: rows of JSONL, CSV or Parquet as in `tokenize_examples`, or a text file with one text per line."""
+    """Texts of a file: rows of JSONL, CSV or Parquet as in `tokenize_examples`, or a text file with one text per line.
+
+    Raises:
+        `FileNotFoundError`: no such file.
+        `ValueError`: a file without texts, or a text file that is not UTF-8.
+    """
     if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         rows: list[Any] = [{key: value for key, value in row.items() if value is not None} for row in read_rows(path)]
     elif not Path(path).exists():
         raise FileNotFoundError(f"`{path}` does not exist – expected a text file, or JSONL, CSV or Parquet.")
-    else:  # other marks that Unicode calls line ends stand inside of a line
+    else:  # only line feeds end a line; Unicode's other line separators stay inside of it
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -205,13 +200,13 @@ def load_texts(path: str) -> list[Any]:
 
 
 def _tokenizer_of(before: str, after: str) -> Any:
-    """The one tokenizer of two checkpoints; of one that has none, the other's.
+    """The tokenizer that two checkpoints share. If only one of them has a tokenizer, it is that one.
 
     Raises:
-        `ValueError`: they have two, or none.
+        `ValueError`: they have different tokenizers, or none.
     """
     places = [[place, base] if (base := adapter_base(place)) is not None else [place] for place in (before, after)]
-    sides = [next((place for place in own if has_tokenizer(place)), None) for own in places]
+    sides = [next((place for place in several if has_tokenizer(place)), None) for several in places]
     tokenizer = load_tokenizer(*[place for place in sides if place is not None] or [before, after])
     if sides[0] is None or sides[1] is None:
         return tokenizer
@@ -232,7 +227,7 @@ def _tokenizer_of(before: str, after: str) -> Any:
 
 
 def _require_its_base(before: str, after: str) -> None:
-    """Raises `ValueError` where B is an adapter of another base than A, or than A's own base."""
+    """Raise `ValueError` if B is an adapter of another base than A, or than A's own base."""
     base = adapter_base(after)
     if base is None:
         return
@@ -242,8 +237,8 @@ def _require_its_base(before: str, after: str) -> None:
     raise ValueError(
         f"The adapter `{after}` was trained on `{base}` – A is `{before}`"
         + (f", an adapter of `{other}`" if other != before else "")
-        + ": expected one base. On another one its weights mean nothing. Name its own base as A; if that was only moved, write "
-        "the new place into its `adapter_config.json`."
+        + ": expected one base. On another base its weights mean nothing. Name its own base as A; if the base only moved, write "
+        "the new place into `adapter_config.json`."
     )
 
 
@@ -259,8 +254,8 @@ def _same_files(one: str, other: str) -> bool:
 
 
 def _digests(folder: str) -> list[str]:
-    found = []
+    digests = []
     for file in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
         with file.open("rb") as opened:
-            found.append(hashlib.file_digest(opened, "sha256").hexdigest())
-    return found
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return digests

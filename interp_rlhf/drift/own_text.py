@@ -1,7 +1,7 @@
-"""The policy's own text: what it answers to fixed prompts, read on itself and on the frozen reference.
+"""The policy's own text: its answers to fixed prompts, read on itself and on the frozen reference.
 
-In: prompts, readouts, measures, a built trainer. Out: a `Sampled` per evaluation, from which change is split into *what the text
-does* and *representation drift*. It must not know logs or verdicts.
+In: prompts, readouts, measures, a built trainer. Out: a `Sampled` per evaluation. Two of them tell a change of the text from a
+drift of the representation. It must not know log files or verdicts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch
 from ..activations.batch import TokenBatch, tokenize_prompt
 from ..activations.collect import read_predictions
 from ..activations.counted import counted_length
+from ..activations.hook_points import has_adapters
 from ..activations.own_passes import measuring, reading
 from ..activations.ranks import from_rank_zero
 from ..activations.reference_pass import reference_pass
 from ..activations.sharding import is_sharded, readable
+from ..runlog.events import MovedEntry, OwnMeasureEntry, OwnMonitorEntry, OwnTextEntry, SampleEntry, TokensEntry
 from ..validation.measures import values_of
 from ..validation.statistics import MIN_PROMPTS, mean_interval
-from .battery import perplexity
 from .latent_drift import unexplained
+from .metrics import perplexity
 from .monitors import scores_of
 
 if TYPE_CHECKING:
@@ -34,22 +36,24 @@ if TYPE_CHECKING:
     from ..sae.autoencoder import SparseAutoencoder
 
 _NGRAM = 4
+SHOWN = 5  # samples, and prompts that moved a monitor most, per evaluation
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One evaluation's completions, row by row in the order of the prompts, and how they read.
+    """One evaluation's completions, one row per prompt, and their readings.
 
     Attributes:
-        texts (`list[str]`), pieces (`list[list[str]]`): completions, whole and token by token (those that count).
-        policy, text (`dict[str, np.ndarray]`): readout to scores (R,) read on the policy, and on the frozen reference: what
-            the text does by itself. NaN for an empty completion; `text` is empty where there is no reference.
+        texts (`list[str]`), pieces (`list[list[str]]`): completions, whole and token by token (tokens that count).
+        policy, text (`dict[str, np.ndarray]`): readout to scores (R,), read on the policy and on the frozen reference. The
+            reference never changes, so `text` changes with the text alone. NaN for an empty completion. `text` is empty without a
+            reference.
         token_scores (`dict[str, list[list[float]]]`): readout to scores per token on the policy.
         measures (`dict[str, np.ndarray]`): measure to values (R,).
-        clipped, empty (`float`): shares of completions that reached the limit, and that hold nothing.
-        repetition (`float`): share of a completion's 4-grams of tokens that occurred before in it, on average.
-        reference_perplexity (`float`): of the completions under the reference; NaN without one.
-        fvu (`float`): of a sparse autoencoder on the policy's own tokens; NaN without one.
+        clipped, empty (`float`): share of completions that reached the length limit; share without text.
+        repetition (`float`): mean share of a completion's 4-grams of tokens that occurred earlier in it.
+        reference_perplexity (`float`): perplexity of the completions under the reference; NaN without a reference.
+        fvu (`float`): FVU of a sparse autoencoder on the policy's own tokens; NaN without one.
     """
 
     texts: list[str]
@@ -65,10 +69,10 @@ class Sampled:
     fvu: float = math.nan
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For a file: what later evaluations are compared with. The texts themselves stay in the run log."""
+        """The numbers as tensors for a file. Later evaluations are compared with them. The texts stay in the run log."""
         parts = {"policy": self.policy, "text": self.text, "measures": self.measures}
-        found = {f"own/{key}/{name}": torch.from_numpy(v) for key, part in parts.items() for name, v in part.items()}
-        return found | {
+        named = {f"own/{key}/{name}": torch.from_numpy(v) for key, part in parts.items() for name, v in part.items()}
+        return named | {
             "own/shares": torch.tensor(
                 [self.clipped, self.empty, self.repetition, self.reference_perplexity, self.fvu], dtype=torch.float64
             )
@@ -76,7 +80,7 @@ class Sampled:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Sampled:
-        """What `tensors` gave, without texts."""
+        """The inverse of `tensors`, without texts."""
         parts: dict[str, dict[str, np.ndarray]] = {"policy": {}, "text": {}, "measures": {}}
         for key, value in tensors.items():
             if key.startswith("own/") and key != "own/shares":
@@ -91,13 +95,17 @@ class OwnText:
 
     Args:
         trainer (`transformers.Trainer`): built.
-        prompts (`Sequence`): plain or conversational; at least 8 for a verdict.
+        prompts (`Sequence`): plain or conversational. A verdict needs at least 8.
         readouts (`Sequence[Readout]`): read on every completion.
-        measures (`dict[str, Callable]`): independent measures: a text to a float.
-        reference (`nn.Module`, *optional*): the frozen reference; with PEFT it is the policy without adapters.
+        measures (`dict[str, Callable]`): independent measures; each maps a text to a float.
+        reference (`nn.Module`, *optional*): the frozen reference. With PEFT it is the policy without adapters.
+        end_of_turn_ids (`set[int]`): tokens that end a completion.
         max_new_tokens (`int`, defaults to 32), temperature (`float`, defaults to 0.7), seed (`int`, defaults to 0).
         chat (`dict`): `chat_template` and `chat_template_kwargs` as the trainer has them.
-        sae (`SparseAutoencoder`, *optional*): its FVU on the completions' tokens is measured.
+        sae (`SparseAutoencoder`, *optional*): measured by its FVU on the completions' tokens.
+
+    Raises:
+        `ValueError`: no prompt, or one without text.
     """
 
     def __init__(
@@ -124,13 +132,16 @@ class OwnText:
         empty = [i for i, ids in enumerate(self._prompt_ids) if not ids]
         if empty or not self.prompts:
             raise ValueError(
-                f"`prompts` has {len(self.prompts)} prompts, empty: {empty} – expected some text in each."
+                f"`prompts` has {len(self.prompts)} prompts, empty: {empty} – expected some text in each. Remove the empty ones."
             )
 
     def sample(self) -> Sampled:
-        """Completions of the policy as it is now, and their readings: by all ranks together, on the text of rank 0."""
-        own = self._generate()
-        completions = from_rank_zero(lambda: own)
+        """Completions of the policy as it is now, and their readings.
+
+        All ranks must call it together. They all read the completions of rank 0.
+        """
+        generated = self._generate()
+        completions = from_rank_zero(lambda: generated)
         batch = TokenBatch.from_ids(self._prompt_ids, completions, self._ends)
         model = self.trainer.model_wrapped
         policy, token_scores, _, fvu = self._read(model, batch, self.sae)
@@ -152,7 +163,7 @@ class OwnText:
             text,
             token_scores,
             measured,
-            clipped=float(np.mean([len(own) == self.max_new_tokens for own in counted])),
+            clipped=float(np.mean([len(ids) == self.max_new_tokens for ids in counted])),
             empty=float(np.mean([not t.strip() for t in texts])),
             repetition=float(np.mean([repetition(ids) for ids in counted])),
             reference_perplexity=surprise,
@@ -162,8 +173,6 @@ class OwnText:
     @property
     def has_reference(self) -> bool:
         """Whether the frozen reference can be read."""
-        from ..activations.hook_points import has_adapters
-
         return self.reference is not None or has_adapters(self.trainer.model)
 
     def _read(
@@ -202,7 +211,7 @@ class OwnText:
         device = trainer.accelerator.device
         devices = [device] if device.type == "cuda" else []
         model = trainer.accelerator.unwrap_model(trainer.model)
-        # Where weights are in pieces, ranks write in step, each token by a pass of all of them.
+        # With sharded weights, every token takes a forward of all ranks together.
         prepared = readable(trainer.model_wrapped) if is_sharded(model) else nullcontext()
         with prepared, reading(), measuring(model), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
@@ -211,11 +220,11 @@ class OwnText:
                 top_p=1.0, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad,
                 eos_token_id=sorted(self._ends),
             )  # fmt: skip
-        found = []
+        completions = []
         for line in output[:, width:].tolist():
             end = next((i for i, token in enumerate(line) if token in self._ends), None)
-            found.append(line if end is None else line[: end + 1])
-        return found
+            completions.append(line if end is None else line[: end + 1])
+        return completions
 
 
 def repetition(ids: Sequence[int]) -> float:
@@ -224,49 +233,83 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 
 
-def summarize(now: Sampled, start: Sampled, seed: int = 0) -> dict[str, Any]:
-    """What an evaluation's text says beside the first one.
-
-    Returns:
-        `dict`: per readout under `monitors` the means `policy`, `text` (ψ of the text on the reference) and `drift` = text −
-        policy, and the changes since the start `policy_change`, `text_change`, each [value, low, high], paired by prompt, in
-        standard deviations of the start's own scores; per measure its `mean` and `change` likewise; then the shares of `Sampled`.
-    """
-    found: dict[str, Any] = {"prompts": len(now.texts), "monitors": {}, "measures": {}}
+def own_text_entry(now: Sampled, start: Sampled, seed: int = 0) -> OwnTextEntry:
+    """What an evaluation's text says, compared with the first one. Changes are paired by prompt."""
+    monitors = {}
     for name, scores in now.policy.items():
-        one: dict[str, Any] = {"policy": _mean(scores), "policy_change": _change(scores, start.policy[name], seed)}
-        if name in now.text:
-            one["text"] = _mean(now.text[name])
-            if one["text"] is not None and one["policy"] is not None:
-                one["drift"] = one["text"] - one["policy"]
-            one["text_change"] = _change(now.text[name], start.text[name], seed)
-        found["monitors"][name] = one
-    for name, values in now.measures.items():
-        found["measures"][name] = {"mean": _mean(values), "change": _change(values, start.measures[name], seed)}
-    for name in ("clipped", "empty", "repetition", "reference_perplexity"):
-        found[name] = getattr(now, name)
-    if math.isfinite(now.fvu):
-        found |= {"fvu": now.fvu, "fvu_before": start.fvu}
-    return found
+        policy = _mean_or_none(scores)
+        change = _change(scores, start.policy[name], seed)
+        if name not in now.text:
+            monitors[name] = OwnMonitorEntry(policy=policy, policy_change=change)
+            continue
+        text = _mean_or_none(now.text[name])
+        monitors[name] = OwnMonitorEntry(
+            policy=policy, policy_change=change, text=text, drift=None if text is None or policy is None else text - policy,
+            text_change=_change(now.text[name], start.text[name], seed),
+        )  # fmt: skip
+    measures = {
+        name: OwnMeasureEntry(mean=_mean_or_none(values), change=_change(values, start.measures[name], seed))
+        for name, values in now.measures.items()
+    }
+    sae: dict[str, Any] = {"fvu": now.fvu, "fvu_before": start.fvu} if math.isfinite(now.fvu) else {}
+    return OwnTextEntry(
+        prompts=len(now.texts), monitors=monitors, measures=measures, clipped=now.clipped, empty=now.empty,
+        repetition=now.repetition, reference_perplexity=now.reference_perplexity, scores=per_prompt(now), **sae,
+    )  # fmt: skip
 
 
 def per_prompt(sampled: Sampled) -> dict[str, list[float | None]]:
-    """Readout to each prompt's score on the policy, None where the answer is empty."""
+    """Readout to each prompt's score on the policy; None for an empty answer."""
     return {
         name: [round(value, 6) if math.isfinite(value) else None for value in scores.tolist()]
         for name, scores in sampled.policy.items()
     }
 
 
-def _mean(values: np.ndarray) -> float | None:
+def moved_most(
+    prompts: Sequence[Any], now: Sampled, before: Mapping[str, Sequence[float | None]]
+) -> dict[str, list[MovedEntry]]:
+    """Per monitor the answers whose scores changed most, the largest change first.
+
+    Args:
+        before (`dict`): readout to each prompt's score at the evaluation before.
+    """
+    moved = {}
+    for name, scores in per_prompt(now).items():
+        pairs = zip(scores, before[name], strict=True)
+        gaps = [(i, new - old) for i, (new, old) in enumerate(pairs) if new is not None and old is not None]
+        top = sorted(gaps, key=lambda item: -abs(item[1]))[:SHOWN]
+        moved[name] = [
+            MovedEntry(prompt=prompts[i], completion=now.texts[i], change=round(gap, 6)) for i, gap in top if gap
+        ]
+    return moved
+
+
+def sample_entries(prompts: Sequence[Any], sampled: Sampled) -> list[SampleEntry]:
+    """The first answers with their scores, token by token where there are monitors."""
+    rows = []
+    for i in range(min(SHOWN, len(sampled.texts))):
+        scores = {
+            name: float(values[i]) if math.isfinite(values[i]) else None
+            for name, values in (sampled.policy | sampled.measures).items()
+        }
+        of_tokens: dict[str, list[float | None]] = {
+            name: [round(score, 3) for score in lists[i]] for name, lists in sampled.token_scores.items()
+        }
+        tokens = TokensEntry(pieces=sampled.pieces[i], scores=of_tokens) if sampled.token_scores else None
+        rows.append(SampleEntry(prompt=prompts[i], completion=sampled.texts[i], scores=scores, tokens=tokens))
+    return rows
+
+
+def _mean_or_none(values: np.ndarray) -> float | None:
     kept = values[np.isfinite(values)]
     return float(kept.mean()) if len(kept) else None
 
 
-def _change(now: np.ndarray, start: np.ndarray, seed: int) -> list[float] | None:
+def _change(now: np.ndarray, start: np.ndarray, seed: int) -> list[float | None] | None:
     both = np.isfinite(now) & np.isfinite(start)
     if both.sum() < MIN_PROMPTS:
         return None
-    # In standard deviations of the start; of both where the start's values were all alike.
+    # In standard deviations of the start, or of both sides if the start's values were all alike.
     scale = float(start[both].std()) or float(np.concatenate([start[both], now[both]]).std()) or 1.0
     return [value / scale for value in mean_interval((now - start)[both], seed)]

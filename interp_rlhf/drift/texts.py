@@ -1,9 +1,9 @@
-"""The default battery: short neutral texts on unrelated things, the same for every run.
+"""The default battery: short neutral texts on unrelated topics, the same for every run.
 
 Written for this project. Data only.
 """
 
-TEXTS = [
+NEUTRAL_TEXTS = [
     "The ferry leaves the harbour at six in the morning and returns late in the afternoon, except on Sundays.",
     "To change the filter, switch the machine off, open the cover on the left side and pull the old one out slowly.",
     "Granite forms when magma cools deep below the surface, which gives its crystals a long time to grow.",

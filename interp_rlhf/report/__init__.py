@@ -1,7 +1,6 @@
 """The report: run logs in, one self-contained HTML page, one Markdown page and their plots out.
 
-Knows run logs and nothing else of the project; imports neither torch nor TRL, and loads matplotlib and jinja2 only
-when a report is written.
+It imports `runlog` and no other room, neither torch nor TRL. It loads matplotlib and jinja2 only when it writes a report.
 """
 
 from .page import write_model_card, write_report

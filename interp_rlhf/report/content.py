@@ -1,12 +1,11 @@
 """Loaded runs → what both pages say, already in words and figures.
 
-In: runs. Out: the values that the templates show, each a string, a number to print or a list of them. Knows nothing of
-HTML or Markdown.
+In: runs. Out: the values that the templates show: strings, numbers to print, and lists of them. It must not know HTML or
+Markdown.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from .text import MISSING, as_number, show, show_seconds, visible
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .load import Metrics, Run, Table
+    from .runs import ResultTable, Run
 
 _PROMINENT = 12  # samples beyond these are folded away
 _MOVED = 200  # rows of the table of what moved a monitor
@@ -44,9 +43,9 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
     samples = compare_samples(runs, readout)
     content: dict[str, Any] = {
         "title": visible(title) if title else titles[0] if len(titles) == 1 else "Training report",
-        "runs": [_header(run, index) for index, run in enumerate(runs)],
+        "runs": [_run_header(run, index) for index, run in enumerate(runs)],
         "several": len(runs) > 1,
-        "tables": _tables(runs),
+        "tables": _shown_tables(runs),
         "figures": metric_figures(runs, groups),
         "has_measure": has_measure(groups),
         "others": [_last_values(runs, name) for name in rest],
@@ -54,7 +53,7 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
         "drift_figures": drift_figures(runs),
         "drift_costs": [_drift_cost(run) for run in runs if run.evaluations],
         "verdicts": [_verdict(run) for run in runs if run.verdicts],
-        "moved": _moved(runs),
+        "moved": _moved_rows(runs),
         "inspections": latents_content(
             [(run.label if len(runs) > 1 else "", one) for run in runs for one in run.inspections]
         ),
@@ -89,7 +88,7 @@ def _notes(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
     return (LATENT_NOTES if any(run.inspections or run.searches for run in runs) else ()) + trained
 
 
-def _header(run: Run, index: int) -> dict[str, Any]:
+def _run_header(run: Run, index: int) -> dict[str, Any]:
     style = arm_style(index)
     dashes = "" if style.dashes == "-" else " ".join(f"{1.7 * length:g}" for length in style.dashes[1])
     started = MISSING
@@ -104,7 +103,9 @@ def _header(run: Run, index: int) -> dict[str, Any]:
         "dashes": dashes,
         "model": run.model or "model not logged",
         "trainer": f"trained with {run.trainer}" if run.trainer else "trainer not logged",
-        "cards": [(card["name"], card["role"] or "role not logged", _short(card["sha256"])) for card in run.cards],
+        "cards": [
+            (card["name"], card["role"] or "role not logged", _short_hash(card["sha256"])) for card in run.cards
+        ],
         "seed": show(run.settings["seed"]) if "seed" in run.settings else None,
         "settings": [(name, show(value)) for name, value in run.settings.items()],
         "started": started,
@@ -117,20 +118,20 @@ def _header(run: Run, index: int) -> dict[str, Any]:
     }
 
 
-def _short(sha256: str) -> str:
+def _short_hash(sha256: str) -> str:
     return sha256.removeprefix("sha256:")[:12] or "no sha256"
 
 
-def _tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _shown_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Tables of all runs; those of one title and the same columns become one, with a column that names the run."""
-    alike: dict[tuple[str, ...], list[tuple[Run, Table]]] = {}
+    alike: dict[tuple[str, ...], list[tuple[Run, ResultTable]]] = {}
     for run in runs:
         for table in run.tables.values():
             alike.setdefault((table.title, *table.columns), []).append((run, table))
     return [_table(found, len(runs) > 1) for found in alike.values()]
 
 
-def _table(found: list[tuple[Run, Table]], several: bool) -> dict[str, Any]:
+def _table(found: list[tuple[Run, ResultTable]], several: bool) -> dict[str, Any]:
     first = found[0][1]
     rows = [row for _, table in found for row in table.rows]
     columns = list(zip(first.columns, _numeric(rows, len(first.columns)), strict=True))
@@ -206,7 +207,7 @@ def _verdict(run: Run) -> dict[str, Any]:
     }
 
 
-def _moved(runs: Sequence[Run]) -> list[dict[str, str]]:
+def _moved_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Answers and batches that moved a monitor, the latest evaluation first."""
     rows = [(run, moved) for run in runs for moved in run.moved]
     rows.sort(key=lambda row: (-row[1].step, row[1].batch, row[1].monitor, -abs(row[1].change or 0)))
@@ -222,38 +223,3 @@ def _moved(runs: Sequence[Run]) -> list[dict[str, str]]:
         }
         for run, moved in rows[:_MOVED]
     ]
-
-
-def as_json(runs: Sequence[Run], title: str) -> dict[str, Any]:
-    """The report for programs: verdicts, the last value of every metric, and the drift of the last evaluation."""
-    return {
-        "title": title,
-        "runs": [
-            {
-                "run": run.label,
-                "model": run.model,
-                "trainer": run.trainer,
-                "last_step": run.last_step,
-                "ended": run.ended,
-                "seconds": round(run.seconds, 3),
-                "cards": run.cards,
-                "verdicts": [
-                    {"step": v.step, "verdict": v.name, "because": v.because, "next": v.next, "alarm": v.alarm}
-                    for v in run.verdicts
-                ],
-                "metrics": _last(run.metrics),
-                "hook_points": {point: _last(family) for point, family in run.hook_points.items()},
-                "monitors": {monitor: _last(family) for monitor, family in run.monitors.items()},
-                "settings": run.settings,
-                "tables": [vars(table) for table in run.tables.values()],
-                "moved": [vars(moved) for moved in run.moved],
-                "latents": [asdict(inspection) for inspection in run.inspections],
-                "overhead_seconds": round(run.overhead_seconds, 3),
-            }
-            for run in runs
-        ],
-    }
-
-
-def _last(family: Metrics) -> dict[str, float | None]:
-    return {name: series[max(series)] for name, series in sorted(family.items()) if series}

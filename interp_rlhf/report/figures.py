@@ -1,6 +1,6 @@
-"""Runs → figures: which numbers go into which plot, with captions and texts for those who do not see it.
+"""Runs → figures: which numbers go into which plot, with captions and texts for readers who cannot see it.
 
-In: loaded runs. Out: figures made of panels (one SVG each). Knows nothing of HTML or Markdown.
+In: loaded runs. Out: figures made of panels (one SVG each). It must not know HTML or Markdown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from .groups import MetricGroup
-    from .load import Metrics, Run
+    from .runs import Metrics, Run
 
 _TITLES = {"cka": "CKA", "cosine": "cosine similarity", "auroc": "AUROC"}
 _OVERLAID = 4  # with several arms, up to so many hook points get a panel each, in which the arms lie over each other
@@ -78,8 +78,9 @@ def drift_figures(runs: Sequence[Run]) -> list[Figure]:
     )
     points = sorted({point for run in runs for point in run.hook_points}, key=_natural)
     for metric in sorted({name for run in runs for family in run.hook_points.values() for name in family}):
-        _add_hook_point_lines(lines, runs, points, metric, x_range)
-        limits = _limits(family.get(metric, {}) for run in runs for family in run.hook_points.values())
+        about = next((run.about[metric] for run in runs if metric in run.about), "")
+        _add_hook_point_lines(lines, runs, points, metric, x_range, about)
+        limits = _value_range(family.get(metric, {}) for run in runs for family in run.hook_points.values())
         for run in runs:
             _add_heat_map(maps, run, metric, limits or (0.0, 1.0), several=len(runs) > 1)
     monitors = Figure(
@@ -103,16 +104,20 @@ def _add_metrics(
 
 
 def _add_hook_point_lines(
-    figure: Figure, runs: Sequence[Run], points: list[str], metric: str, x_range: tuple[int, int]
+    figure: Figure, runs: Sequence[Run], points: list[str], metric: str, x_range: tuple[int, int], about: str
 ) -> None:
-    """Arms over each other where the hook points are few, otherwise the hook points of one arm over each other."""
+    """If there are few hook points, a panel per hook point with all arms; otherwise a panel per arm with all hook points.
+
+    Args:
+        about (`str`): range and direction of the metric, shown below each panel; empty in older logs.
+    """
     series = {
         (run.label, point): run.hook_points[point][metric]
         for run in runs
         for point in points
         if metric in run.hook_points.get(point, {})
     }
-    y_range = _limits(series.values())
+    y_range = _value_range(series.values())
     if len(runs) > 1 and len(points) <= _OVERLAID:
         for point in points:
             lines = [
@@ -120,7 +125,7 @@ def _add_hook_point_lines(
                 for index, run in enumerate(runs)
                 if (run.label, point) in series
             ]
-            _add_lines(figure, f"{_title(metric)} at {point}", lines, x_range, y_range)
+            _add_lines(figure, f"{_title(metric)} at {point}", lines, x_range, y_range, about)
         return
     for run in runs:
         lines = [
@@ -128,7 +133,9 @@ def _add_hook_point_lines(
             for index, point in enumerate(points)
             if (run.label, point) in series
         ]
-        _add_lines(figure, _title(metric) + (f", {run.label}" if len(runs) > 1 else ""), lines, x_range, y_range)
+        _add_lines(
+            figure, _title(metric) + (f", {run.label}" if len(runs) > 1 else ""), lines, x_range, y_range, about
+        )
 
 
 def _add_heat_map(figure: Figure, run: Run, metric: str, limits: tuple[float, float], several: bool) -> None:
@@ -152,6 +159,7 @@ def _add_lines(
     lines: Sequence[Line],
     x_range: tuple[int, int],
     y_range: tuple[float, float] | None = None,
+    about: str = "",
 ) -> None:
     lines = [line for line in lines if line.steps]
     if not lines:
@@ -161,7 +169,7 @@ def _add_lines(
         name,
         line_plot(name, lines, x_range, y_range),
         f"Line plot of {name} over steps {x_range[0]} to {x_range[1]}. {'; '.join(ends)}.",
-        ends if len(ends) <= 6 else (),
+        [*([about] if about else []), *(ends if len(ends) <= 6 else [])],
     )
 
 
@@ -190,7 +198,7 @@ def _step_range(steps: Iterable[int]) -> tuple[int, int]:
     return min(known), max(known)
 
 
-def _limits(family: Iterable[dict[int, float | None]]) -> tuple[float, float] | None:
+def _value_range(family: Iterable[dict[int, float | None]]) -> tuple[float, float] | None:
     """Lowest and highest value: axes and colours that arms share can be compared by eye."""
     finite = [value for series in family for value in series.values() if value is not None]
     return (min(finite), max(finite)) if finite else None

@@ -1,6 +1,6 @@
 """Which metrics are drawn together, decided by their names alone.
 
-In: names of metrics. Out: groups of names in reading order, and the rest. Knows nothing of runs or plots.
+In: names of metrics. Out: groups of names in reading order, and the rest. It must not know runs or plots.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MEASURE = re.compile(r"interp/measure/.+/(?:own_)?mean")
 _REWARD = re.compile(r"rewards/.+/mean|rewards/[^/]+")  # GRPO and PPO; DPO's margins, accuracies, chosen, rejected
 # What the drift callback logs is drawn from its own events, in the section on drift.
-_MONITOR = re.compile(r"interp/(?!drift/)(?:.+/)?(?!drift_)[^/]+")
+_MONITORED = re.compile(r"interp/(?!drift/)(?:.+/)?(?!drift_)[^/]+")
 _OWN_TEXT = re.compile(r"interp/(?:.+/own_(?:policy|text|drift|mean)|own_text/.+)")
 
 
@@ -69,7 +69,7 @@ _GROUPS: tuple[tuple[str, str, str, _Rank], ...] = (
         "monitors",
         "Concept monitors",
         "Scores of reward cards and monitors, as the trainer logged them.",
-        _ranked(re.compile(r"interp/.+/mean_score"), _MONITOR),
+        _ranked(re.compile(r"interp/.+/mean_score"), _MONITORED),
     ),
     (
         "policy",

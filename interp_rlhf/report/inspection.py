@@ -1,7 +1,6 @@
 """Events about latents of sparse autoencoders → records.
 
-In: events `latents` and `latents_found`, of whatever shape. Out: records of declared types, whose text is safe to show. Knows
-nothing of pages.
+In: events `latents` and `latents_found`. Out: records of what a page shows, and a table. It must not know pages.
 """
 
 from __future__ import annotations
@@ -10,17 +9,20 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .text import MISSING, as_dict, as_list, as_number, show, visible
+from .text import MISSING, as_number, show, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-KINDS = ("top", "near", "off")  # of contexts
+    from ..runlog.latent_events import DetectionEntry, LatentEntry, LatentsEvent, LatentsFoundEvent, WindowEntry
+
+WINDOWS = ("top", "near", "off")  # kinds of contexts
+NUMBERS = ("texts", "contexts", "tokens", "outliers", "fvu", "l0", "dead")
 
 
 @dataclass
 class Context:
-    """A window of tokens. An activation of `None` is a token that is not counted."""
+    """A window of tokens. An activation of `None` is a token that does not count."""
 
     pieces: list[str]
     activations: list[float | None]
@@ -46,51 +48,46 @@ class Latent:
 
 
 @dataclass
-class Inspection:
+class InspectedLatents:
     """Latents of one autoencoder on some texts."""
 
     step: int
     sae: dict[str, Any]
     chosen: str
     concept: str
-    numbers: dict[str, float | None]  # texts, contexts, tokens, outliers, fvu, l0, dead
+    numbers: dict[str, float | None]  # those of `NUMBERS`
     latents: list[Latent] = field(default_factory=list)
 
 
-def parse_inspection(event: dict[str, Any], step: int) -> Inspection:
-    """An event `latents` as records; what has another shape than declared is left out."""
-    return Inspection(
-        step=step,
-        sae={visible(name): value for name, value in as_dict(event.get("sae")).items()},
-        chosen=visible(event.get("chosen") or ""),
-        concept=visible(event.get("concept") or ""),
-        numbers=_numbers(event, ("texts", "contexts", "tokens", "outliers", "fvu", "l0", "dead")),
-        latents=[_latent(page) for page in as_list(event.get("latents")) if isinstance(page, dict)],
+def inspected(event: LatentsEvent, step: int) -> InspectedLatents:
+    """The records of an event `latents`."""
+    numbers = {name: getattr(event, name) for name in NUMBERS}
+    return InspectedLatents(
+        step, event.sae, event.chosen, event.concept, numbers, [_latent(one) for one in event.latents]
     )
 
 
-def found_table(event: dict[str, Any]) -> tuple[str, list[str], list[list[Any]], str]:
+def found_table(event: LatentsFoundEvent) -> tuple[str, list[str], list[list[Any]], str]:
     """Title, columns, rows and note of an event `latents_found`."""
-    concept = [visible(name) for name in as_list(event.get("concept"))] + ["0", "1"]
+    concept = [*event.concept, "0", "1"]
     rows: list[list[Any]] = []
-    for found in map(as_dict, as_list(event.get("latents"))):
-        index = as_number(found.get("index"))
-        name = f"latent {MISSING if index is None else int(index)}"
-        higher = concept[1] if as_number(found.get("sign")) != -1 else concept[0]
-        rows.append([name, higher, as_number(found.get("fit_auroc")), *interval(found.get("held_out")), None])
-    for key, name in (("probe", "dense probe, same hook point"), ("tfidf", "TF-IDF of words")):
-        if key in event:
-            rows.append([name, None, None, *interval(event[key]), interval(event.get(f"less_{key}"))])
-    drawn = [interval(one) for one in as_list(event.get("random"))]
+    for latent in event.latents:
+        name = f"latent {MISSING if latent.index is None else latent.index}"
+        higher = concept[1] if latent.sign != -1 else concept[0]
+        rows.append([name, higher, latent.fit_auroc, *interval(latent.held_out), None])
+    if event.probe is not None:
+        rows.append(["dense probe, same hook point", None, None, *interval(event.probe), interval(event.less_probe)])
+    if event.tfidf is not None:
+        rows.append(["TF-IDF of words", None, None, *interval(event.tfidf), interval(event.less_tfidf)])
+    drawn = [interval(one) for one in event.random]
     best = max(range(len(drawn)), key=lambda i: drawn[i][0] or 0.0, default=0)
     for i, one in enumerate(drawn):
-        less = interval(event.get("less_random")) if i == best else None
+        less = interval(event.less_random) if i == best else None
         rows.append([f"best latent of random dictionary {i + 1}", None, None, *one, less])
     columns = ["what", "higher on", "AUROC, fit", "AUROC, held out", "from", "to", "best latent less this, interval"]
-    sizes = [show(size) for size in as_list(event.get("examples"))] + [MISSING, MISSING]
-    sae = as_dict(event.get("sae"))
+    sizes = [show(size) for size in event.examples] + [MISSING, MISSING]
     note = (
-        f"{sae_name(sae)}. Latents are pooled by their {visible(event.get('pooling') or 'value')} over an example's tokens and "
+        f"{sae_name(event.sae)}. Latents are pooled by their {event.pooling or 'value'} over an example's tokens and "
         f"ranked on {sizes[0]} examples; AUROC and its 95 % interval are on {sizes[1]} others."
     )
     return f"Latents for {concept[1]} against {concept[0]}", columns, rows, note
@@ -103,60 +100,38 @@ def sae_name(sae: dict[str, Any]) -> str:
     return f"{visible(sae.get('architecture') or 'autoencoder')}, {show(sae.get('latents'))} latents at {where}{to}"
 
 
-def _latent(page: dict[str, Any]) -> Latent:
-    histogram = as_dict(page.get("histogram"))
-    edges = [edge for edge in map(as_number, as_list(histogram.get("edges"))) if edge is not None]
-    counts = [int(count) for count in map(as_number, as_list(histogram.get("counts"))) if count is not None]
+def _latent(page: LatentEntry) -> Latent:
+    edges = page.histogram.edges if page.histogram is not None else []
+    counts = page.histogram.counts if page.histogram is not None else []
     whole = len(edges) == len(counts) + 1 and all(a < b for a, b in pairwise(edges))
-    index = as_number(page.get("index"))
-    detection = page.get("detection")
     return Latent(
-        index=-1 if index is None else int(index),
-        label=visible(page.get("label") or ""),
-        numbers=_numbers(page, ("density", "mean", "maximum", "written")),
-        contexts={
-            kind: [found for one in as_list(page.get(kind)) if (found := _window(as_dict(one))) is not None]
-            for kind in KINDS
-        },
+        index=page.index,
+        label=page.label,
+        numbers={name: getattr(page, name) for name in ("density", "mean", "maximum", "written")},
+        contexts={kind: [_context_of(one) for one in getattr(page, kind) if _is_whole(one)] for kind in WINDOWS},
         edges=edges if whole else [],
         counts=counts if whole else [],
-        promoted=_promotions(page.get("promoted")),
-        suppressed=_promotions(page.get("suppressed")),
-        cosines={visible(name): as_number(value) for name, value in as_dict(page.get("cosines")).items()},
-        detection=_detection(detection) if isinstance(detection, dict) else None,
+        promoted=[(one.piece, one.effect) for one in page.promoted],
+        suppressed=[(one.piece, one.effect) for one in page.suppressed],
+        cosines=page.cosines,
+        detection=_detection_numbers(page.detection) if page.detection is not None else None,
     )
 
 
-def _window(one: dict[str, Any]) -> Context | None:
-    pieces, activations = as_list(one.get("pieces")), as_list(one.get("activations"))
-    if not pieces or len(pieces) != len(activations):
-        return None
-    peak, text = as_number(one.get("peak")), as_number(one.get("text"))
-    return Context(
-        [visible(piece) for piece in pieces], [as_number(value) for value in activations], -1 if peak is None else int(peak),
-        as_number(one.get("value")), None if text is None else int(text),
-    )  # fmt: skip
+def _is_whole(window: WindowEntry) -> bool:
+    return bool(window.pieces) and len(window.pieces) == len(window.activations)
 
 
-def _detection(found: dict[str, Any]) -> dict[str, Any]:
-    numbers: dict[str, Any] = _numbers(found, ("threshold", "precision", "recall"))
-    for name in ("positives", "examples"):
-        number = as_number(found.get(name))
-        numbers[name] = None if number is None else int(number)
-    return numbers | {"auroc": interval(found.get("auroc"))}
+def _context_of(window: WindowEntry) -> Context:
+    return Context(window.pieces, window.activations, window.peak, window.value, window.text)
 
 
-def _promotions(value: Any) -> list[tuple[str, float | None]]:
-    return [
-        (visible(as_dict(one).get("piece") or ""), as_number(as_dict(one).get("effect"))) for one in as_list(value)
-    ]
+def _detection_numbers(detection: DetectionEntry) -> dict[str, Any]:
+    names = ("threshold", "precision", "recall", "positives", "examples")
+    return {name: getattr(detection, name) for name in names} | {"auroc": interval(detection.auroc)}
 
 
-def _numbers(event: dict[str, Any], names: Sequence[str]) -> dict[str, float | None]:
-    return {name: as_number(event.get(name)) for name in names}
-
-
-def interval(value: Any) -> list[float | None]:
+def interval(value: Sequence[Any] | None) -> list[float | None]:
     """A number and its two bounds; None for what is missing."""
-    numbers = [as_number(number) for number in as_list(value)][:3]
+    numbers = [as_number(number) for number in value or ()][:3]
     return numbers + [None] * (3 - len(numbers))

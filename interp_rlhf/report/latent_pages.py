@@ -1,6 +1,6 @@
 """Records of latents → what the page shows of each.
 
-In: inspections. Out: the values that the templates show, and the histograms. Knows nothing of HTML or Markdown.
+In: inspections. Out: the values that the templates show, and the histograms. It must not know HTML or Markdown.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .text import MISSING, show, visible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .inspection import Context, Inspection, Latent
+    from .inspection import Context, InspectedLatents, Latent
 
 LEVELS = 4  # of a token's mark, in quarters of the latent's highest activation
 _KINDS = (
@@ -26,24 +26,24 @@ _KINDS = (
 )
 
 
-_WIDTH, _HEIGHT = 300, 96  # of a histogram
+_BARS_WIDTH, _BARS_HEIGHT = 300, 96  # of a histogram
 
 
-def latents_content(inspections: Sequence[tuple[str, Inspection]]) -> list[dict[str, Any]]:
+def latents_content(inspections: Sequence[tuple[str, InspectedLatents]]) -> list[dict[str, Any]]:
     """What the templates show of each inspection.
 
     Args:
-        inspections (`Sequence[tuple[str, Inspection]]`): with the label of its run; empty where there is one run.
+        inspections (`Sequence[tuple[str, InspectedLatents]]`): with the label of its run; empty where there is one run.
     """
     return [_inspection(label, one, number) for number, (label, one) in enumerate(inspections, 1)]
 
 
-def _inspection(label: str, one: Inspection, number: int) -> dict[str, Any]:
+def _inspection(label: str, one: InspectedLatents, number: int) -> dict[str, Any]:
     fvu = one.numbers["fvu"]
     facts = [
         ("chosen", one.chosen or MISSING),
-        *((name, _whole(one.numbers[name])) for name in ("texts", "contexts", "tokens")),
-        ("left out, by their norm", _whole(one.numbers["outliers"])),
+        *((name, _whole_number(one.numbers[name])) for name in ("texts", "contexts", "tokens")),
+        ("left out, by their norm", _whole_number(one.numbers["outliers"])),
         ("FVU", show(fvu)),
         ("explained variance", show(None if fvu is None else 1 - fvu)),
         ("L0", show(one.numbers["l0"])),
@@ -69,11 +69,11 @@ def _inspection(label: str, one: Inspection, number: int) -> dict[str, Any]:
         "facts": facts,
         "columns": columns,
         "latents": [_page(latent, f"latent-{number}-{i}", concept) for i, latent in enumerate(one.latents)],
-        "rows": [_row(latent, names, detected, labelled) for latent in one.latents],
+        "rows": [_summary_row(latent, names, detected, labelled) for latent in one.latents],
     }
 
 
-def _row(latent: Latent, names: list[str], detected: bool, labelled: bool) -> list[str]:
+def _summary_row(latent: Latent, names: list[str], detected: bool, labelled: bool) -> list[str]:
     promotes = " ".join(_spell(piece).strip() or _spell(piece) for piece, _ in latent.promoted[:5])
     cells = [latent.label or MISSING] if labelled else []
     cells += [
@@ -150,19 +150,19 @@ def _context(context: Context, highest: float) -> dict[str, Any]:
 
 
 def _level(value: float, highest: float) -> int:
-    """1 to `LEVELS`; of no pair of numbers does it overflow."""
+    """1 to `LEVELS`. It does not overflow for any pair of numbers."""
     return LEVELS if value >= highest else max(1, math.ceil(LEVELS * (value / highest)))
 
 
 def _histogram(latent: Latent, key: str) -> Panel | None:
-    """Bars over the activations that are not 0, the fullest as high as the plot."""
+    """Bars over the activations that are not 0. The fullest bar is as high as the plot."""
     if not latent.counts or max(latent.counts) <= 0:
         return None
     edges, counts = latent.edges, latent.counts
     low, high, top = edges[0], edges[-1], max(counts)
 
     def across(edge: float) -> float:
-        return _WIDTH * ((edge - low) / (high - low))
+        return _BARS_WIDTH * ((edge - low) / (high - low))
 
     bars = "".join(
         f'<rect x="{across(edges[i]):.2f}" y="{14 + 64 * (1 - count / top):.2f}" '
@@ -178,16 +178,16 @@ def _histogram(latent: Latent, key: str) -> Panel | None:
         f"{show(edges[fullest + 1])}, holds {show(top)}."
     )
     svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"><g fill="{COLOURS[0]}">{bars}</g>'
-        f'<line x1="0" y1="78.5" x2="{_WIDTH}" y2="78.5" stroke="#8a8f98"/><g fill="#3d434d" font-size="11">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_BARS_WIDTH} {_BARS_HEIGHT}"><g fill="{COLOURS[0]}">{bars}</g>'
+        f'<line x1="0" y1="78.5" x2="{_BARS_WIDTH}" y2="78.5" stroke="#8a8f98"/><g fill="#3d434d" font-size="11">'
         f'<text x="0" y="10">{show(top)} tokens</text><text x="0" y="92">{show(low)}</text>'
-        f'<text x="{_WIDTH}" y="92" text-anchor="end">{show(high)}</text></g></svg>'
+        f'<text x="{_BARS_WIDTH}" y="92" text-anchor="end">{show(high)}</text></g></svg>'
     )
     return Panel(f"latent {latent.index}", svg, alt, ["activations that are not zero"], f"{key}.svg")
 
 
 def _spell(piece: str) -> str:
-    """A token's text, in which a line break can be seen and does not break the line."""
+    """A token's text with line breaks and tabs as visible characters."""
     return piece.replace("\n", "↵").replace("\t", "⇥")
 
 
@@ -195,5 +195,5 @@ def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.3g} %"
 
 
-def _whole(number: float | None) -> str:
+def _whole_number(number: float | None) -> str:
     return MISSING if number is None else show(int(number))

@@ -1,7 +1,7 @@
 """Loaded runs → the HTML page, the Markdown page and the plot files.
 
-In: run logs. Out: files beside each other, written all together or not at all. Both pages are filled from the same
-content, so they never disagree.
+In: run logs. Out: files in one folder, written all together or not at all. Both pages are filled from the same content, so they
+agree.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from . import text
-from .content import as_json, page_content
+from .content import page_content
 from .load import load_runs
+from .summary import as_json
 from .write import write_all
 
 if TYPE_CHECKING:
@@ -37,20 +38,30 @@ def write_report(
     """Write run logs as one self-contained HTML page, one Markdown page, one JSON file and one SVG file per plot.
 
     Args:
-        runs (`Sequence[str | Path]`): run logs, or folders: a folder means every `interp.jsonl` below it, sorted. Arms
-            are laid over each other in the plots.
-        out (`str | Path`): the HTML page, such as `runs/demo/report.html`. Beside it are written `report.md`, `report.json` and
-            the folder `report_plots`, named after the page.
+        runs (`Sequence[str | Path]`): run logs, or folders. A folder means every `interp.jsonl` below it, sorted. The plots show
+            all arms over each other.
+        out (`str | Path`): the HTML page, such as `runs/demo/report.html`. `report.md`, `report.json` and the folder
+            `report_plots` are written next to it, named after the page.
         title (`str`, *optional*): heading of the page. Defaults to the title that the runs share.
 
     Returns:
-        `list[Path]`: the files written: plots, Markdown, HTML. The same logs give the same bytes.
+        `list[Path]`: the files written: plots, JSON, Markdown, HTML. The same logs give the same bytes.
 
     Raises:
         `ValueError`: no run, a log without a complete event, an `out` that does not end in `.html`, or one next to which a
             Markdown or JSON file of that name is not of an earlier report.
         `FileNotFoundError`: a path that does not exist, or a folder without a run log.
         `OSError`: the files cannot be written (a full disk). No temporary file is left, an earlier report stays.
+
+    Example:
+        >>> from interp_rlhf import write_report
+        >>> from interp_rlhf.runlog.log import RunLog
+        >>> log = RunLog("run/interp.jsonl")
+        >>> log.append("run", 0, title="Warmth", arm="probe", model="tiny", trainer="GRPOTrainer")
+        >>> for step in (1, 2):
+        ...     log.append("metric", step, metrics={"reward": step / 2})
+        >>> [path.name for path in write_report("run", "page.html")]
+        ['reward-01-reward.svg', 'page.json', 'page.md', 'page.html']
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
@@ -62,7 +73,7 @@ def write_report(
     panels = [panel for figure in content["figures"] + content["drift_figures"] for panel in figure.panels]
     files = {folder / panel.file: panel.svg for panel in panels}
     content["plots"] = quote(folder.name)
-    content["script"] = _read("page.js")
+    content["script"] = _shipped_text("page.js")
     content["script_hash"] = base64.b64encode(hashlib.sha256(content["script"].encode()).digest()).decode()
     files[out.with_suffix(".json")] = (
         json.dumps(as_json(loaded, content["title"]), indent=1, ensure_ascii=False) + "\n"
@@ -73,7 +84,7 @@ def write_report(
 
 
 def require_own_pages(out: Path) -> None:
-    """Refuse to replace files that are named after the page and are not of an earlier report.
+    """Check that no file of somebody else would be replaced: one that is named after the page and is not of an earlier report.
 
     Raises:
         `ValueError`: a Markdown or JSON file that somebody else wrote, a `README.md` next to `README.html` say.
@@ -101,14 +112,14 @@ def _own_json(path: Path) -> bool:
 def write_model_card(
     runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], card: str | os.PathLike[str]
 ) -> Path:
-    """Put what the runs' logs say into a model card, such as the `README.md` that TRL writes beside a trained model.
+    """Put what the runs' logs say into a model card, such as the `README.md` that TRL writes next to a trained model.
 
-    The section stands between two comments; there, it is replaced, otherwise it is added at the end. Everything else stays as it
-    is.
+    The section stands between two comments. An earlier section is replaced; otherwise the section is added at the end. The rest
+    of the card does not change.
 
     Args:
         runs (`Sequence[str | Path]`): run logs or folders, as for `write_report`.
-        card (`str | Path`): the Markdown file; it is made where there is none.
+        card (`str | Path`): the Markdown file. It is made if there is none.
 
     Raises:
         `ValueError`: a card in which the section begins and does not end.
@@ -127,7 +138,7 @@ def write_model_card(
     return path
 
 
-def _read(name: str) -> str:
+def _shipped_text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -136,7 +147,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read),
+        loader=jinja2.FunctionLoader(_shipped_text),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -154,7 +165,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
 
 
 def _ticks(value: str) -> Any:
-    """Text in which what stands between backticks is code."""
+    """Text with everything between backticks as code."""
     from markupsafe import Markup, escape
 
     parts = value.split("`")
@@ -164,7 +175,7 @@ def _ticks(value: str) -> Any:
 
 
 def _inline_svg(panel: Panel) -> str:
-    """The plot as an element of a page: no XML head, no style that leaks, ids that no other plot has."""
+    """The plot as an element of a page: without XML head and style sheet, and with ids that no other plot has."""
     from markupsafe import escape
 
     key = panel.file.removesuffix(".svg")

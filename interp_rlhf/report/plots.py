@@ -1,7 +1,7 @@
 """Lines and heat maps as SVG text.
 
 In: numbers over steps. Out: one SVG document per plot, the same bytes for the same numbers. Text stays text, so that
-it is read aloud, searched and set in the reader's font. Knows nothing of run logs or pages.
+it can be read aloud, searched and set in the reader's font. It must not know run logs or pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-_WIDTH = 4.2  # inches; at 72 units per inch 302 units, about the width of a phone: text is readable there unscaled
+_PLOT_WIDTH = (
+    4.2  # inches; at 72 units per inch 302 units, about the width of a phone: text is readable there unscaled
+)
 _MARKED = 40  # a line of at most so many points has a marker on each
 _RC: dict[str, Any] = {
     "svg.hashsalt": "interp_rlhf",
@@ -57,7 +59,7 @@ _RC: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How one line is told apart from the others."""
+    """The look of one line, which no other line of the plot has."""
 
     colour: str
     dashes: Any
@@ -106,7 +108,7 @@ def line_plot(
     """
     from matplotlib.ticker import MaxNLocator
 
-    rows = math.ceil(len(_named(lines)) / _legend_columns(lines)) if len(lines) > 1 else 0
+    rows = math.ceil(len(_in_legend(lines)) / _legend_columns(lines)) if len(lines) > 1 else 0
     with _Drawing(legend_rows=rows) as (figure, axes):
         for line in lines:
             _draw(axes, line)
@@ -122,7 +124,7 @@ def line_plot(
         if all(value is None for line in lines for value in line.values):
             axes.text(0.5, 0.5, "no finite value was logged", ha="center", transform=axes.transAxes, color="#a40000")
         if len(lines) > 1:
-            _legend(figure, axes, _named(lines))
+            _legend(figure, axes, _in_legend(lines))
         return _svg(figure)
 
 
@@ -154,9 +156,9 @@ def heat_map(
         bar.outline.set_visible(False)
         axes.set_title(shorten(title, 38))
         axes.set_xlabel("step of evaluation")
-        columns = _spread(len(steps), 6)
+        columns = _evenly(len(steps), 6)
         axes.set_xticks([column + 0.5 for column in columns], [show(steps[column]) for column in columns])
-        shown = _spread(len(rows), 12)
+        shown = _evenly(len(rows), 12)
         axes.set_yticks([row + 0.5 for row in shown], [shorten(rows[row], 20) for row in shown])
         return _svg(figure)
 
@@ -174,7 +176,7 @@ class _Drawing:
 
         self._style = style.context(["default", _RC])
         self._style.__enter__()
-        figure = Figure(figsize=(_WIDTH, self._height), layout="constrained")
+        figure = Figure(figsize=(_PLOT_WIDTH, self._height), layout="constrained")
         FigureCanvasSVG(figure)
         return figure, figure.add_subplot()
 
@@ -197,8 +199,8 @@ def _draw(axes: Axes, line: Line) -> None:
     )
 
 
-def _named(lines: Sequence[Line]) -> list[Line]:
-    return [lines[index] for index in _spread(len(lines), 6)]
+def _in_legend(lines: Sequence[Line]) -> list[Line]:
+    return [lines[index] for index in _evenly(len(lines), 6)]
 
 
 def _legend_columns(lines: Sequence[Line]) -> int:
@@ -219,7 +221,7 @@ def _legend(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
         text.set_text(shorten(line.label, 48))
 
 
-def _spread(count: int, at_most: int) -> list[int]:
+def _evenly(count: int, at_most: int) -> list[int]:
     """Up to `at_most` of `count` positions, evenly spread, the first and the last among them."""
     if count <= at_most:
         return list(range(count))

@@ -1,6 +1,6 @@
 """Samples before and after training, side by side per prompt.
 
-In: loaded runs. Out: one comparison per prompt, with the completions of every arm. Knows nothing of HTML or Markdown.
+In: loaded runs. Out: one comparison per prompt, with the completions of every arm. It must not know HTML or Markdown.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
-from .load import Samples
+from .runs import Samples
 from .text import show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .load import Run, Sample
+    from .runs import Run, Sample
 
 
 @dataclass
@@ -31,14 +31,14 @@ class Cell:
 
 @dataclass
 class Comparison:
-    """All that the arms answered to one prompt, the earlier completion first."""
+    """All answers of the arms to one prompt, the earlier completion first."""
 
     prompt: str
     arms: list[tuple[str, list[Cell]]] = field(default_factory=list)
 
 
 def token_readout(runs: Sequence[Run]) -> str | None:
-    """Readout by whose scores tokens are coloured: the first that was logged."""
+    """The readout whose scores colour the tokens: the first that was logged."""
     return next((name for run in runs for one in run.samples for row in one.rows for name in row.token_scores), None)
 
 
@@ -48,22 +48,22 @@ def compare_samples(runs: Sequence[Run], readout: str | None = None) -> list[Com
     A prompt that was sampled several times is compared several times: its first completion before with its first
     completion after, and so on.
     """
-    found: dict[tuple[str, int], Comparison] = {}
+    comparisons: dict[tuple[str, int], Comparison] = {}
     level = _levels(runs, readout)
     for run in runs:
         cells: dict[tuple[str, int], list[Cell]] = {}
         for samples in _ends(run.samples):
             seen: Counter[str] = Counter()
             for row in samples.rows:
-                cells.setdefault((row.prompt, seen[row.prompt]), []).append(_cell(samples, row, readout, level))
+                cells.setdefault((row.prompt, seen[row.prompt]), []).append(_answer(samples, row, readout, level))
                 seen[row.prompt] += 1
         for key, answers in cells.items():
-            found.setdefault(key, Comparison(key[0])).arms.append((run.label, answers))
-    return list(found.values())
+            comparisons.setdefault(key, Comparison(key[0])).arms.append((run.label, answers))
+    return list(comparisons.values())
 
 
 def _ends(samples: Sequence[Samples]) -> list[Samples]:
-    """The earliest and the latest moment: `before` and `after`, in place of either the first or last `train`."""
+    """The earliest and the latest moment: `before` and `after`. A missing one is replaced by the first or last `train`."""
     moments: dict[str, dict[int, Samples]] = {"before": {}, "train": {}, "after": {}}
     for one in samples:
         by_step = moments.setdefault(one.when, {})
@@ -77,7 +77,9 @@ def _ends(samples: Sequence[Samples]) -> list[Samples]:
 
 
 def _levels(runs: Sequence[Run], readout: str | None) -> Callable[[float | None], int]:
-    """Score to level: distance from the mean over all tokens, in two thirds of a standard deviation, at most 3 either way."""
+    """A function from score to level: distance from the mean over all tokens, in steps of two thirds of a standard deviation,
+    from −3 to 3.
+    """
     values = [
         v
         for run in runs
@@ -91,7 +93,7 @@ def _levels(runs: Sequence[Run], readout: str | None) -> Callable[[float | None]
     return lambda value: 0 if value is None or step == 0 else max(-3, min(3, round((value - mean) / step)))
 
 
-def _cell(samples: Samples, row: Sample, readout: str | None, level: Callable[[float | None], int]) -> Cell:
+def _answer(samples: Samples, row: Sample, readout: str | None, level: Callable[[float | None], int]) -> Cell:
     when = {"before": "before training", "after": "after training"}.get(samples.when, "during training")
     scores = [(name, show(value)) for name, value in row.scores.items()]
     own = row.token_scores.get(readout or "", [])

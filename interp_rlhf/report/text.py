@@ -1,4 +1,4 @@
-"""How values and foreign text become characters of a page.
+"""Values and foreign text → characters of a page.
 
 In: numbers of a run log and text that a model or a user wrote. Out: strings that are safe to encode, to show and to
 put into Markdown. HTML escaping is the template engine's job, not done here.
@@ -23,7 +23,7 @@ _NONCHARACTERS = {code + plane for plane in range(0, 0x110000, 0x10000) for code
 
 
 def visible(value: Any) -> str:
-    """Text with every character shown: control, bidirectional and unpaired surrogate characters become `<U+202E>`.
+    """Text with every character visible: control, bidirectional and unpaired surrogate characters become `<U+202E>`.
 
     Such characters can break the encoding (surrogates), the parser (NUL) or the reader's eye (right-to-left
     overrides). Line feeds and tabs stay, `\\r\\n` becomes a line feed.
@@ -45,16 +45,6 @@ def model_text(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
         return "\n\n".join(f"{visible(item.get('role', '?'))}: {visible(item['content'])}" for item in value)
     return "" if value is None else visible(value)
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    """A dictionary; an empty one in the place of everything else."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list; an empty one in the place of everything else."""
-    return value if isinstance(value, list) else []
 
 
 def as_number(value: Any) -> float | None:

@@ -1,7 +1,7 @@
 """Files that appear all together or not at all.
 
-In: file contents. Out: the files. A full disk never leaves half a report in the place of a whole one. Knows nothing of
-what is in the files.
+In: file contents. Out: the files. A full disk never replaces a whole report by half a one. It must not know what is in the
+files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def write_all(contents: Mapping[Path, str]) -> list[Path]:
-    """Write every file beside its destination first, and move them there only when all are on the disk.
+    """Write every file next to its destination first, and move all of them there once all are on the disk.
 
     Args:
         contents (`Mapping[Path, str]`): destination to text, written as UTF-8. The last one is moved last: the page
@@ -74,5 +74,5 @@ def _remove(files: Iterable[Path], folders: list[Path]) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     for folder in reversed(folders):
-        with contextlib.suppress(OSError):  # not empty: somebody else's
+        with contextlib.suppress(OSError):  # not empty: it holds files of others
             folder.rmdir()

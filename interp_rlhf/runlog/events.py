@@ -34,6 +34,10 @@ class Event(Record):
         """The event as a JSON object that begins with its name."""
         return {"event": self.event, **super().to_json()}
 
+    def fields(self) -> dict[str, Any]:
+        """The keys of the JSON object without name, time and step: what happened."""
+        return {key: value for key, value in self.to_json().items() if key not in ("event", "time", "step")}
+
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Any:
         """The event of a line of its name."""
@@ -80,8 +84,10 @@ class MetricEvent(Event):
 class MonitorEntry(Record):
     """One monitor at one evaluation of drift. The AUROCs need labelled examples."""
 
-    mean_score: float | None = fact("mean score, frozen", unit="logits")
-    shift: float | None = fact("movement of the frozen score since the start", unit="standard deviations of the start")
+    mean_score: float | None = fact("mean score, frozen", unit="logits", optional=True)
+    shift: float | None = fact(
+        "movement of the frozen score since the start", unit="standard deviations of the start", optional=True
+    )
     direction_cosine: float | None = fact("refitted direction now and at the start", unit="[−1, 1]", optional=True)
     examples: int | None = fact("labelled examples", optional=True)
     frozen_auroc: float | None = fact("AUROC of the readout as it is", unit="[0, 1]", optional=True)
@@ -104,7 +110,7 @@ class MonitorEntry(Record):
         unit="[0, 1]",
         optional=True,
     )
-    hook_point: str = fact("where it reads", "")
+    hook_point: str = fact("where it reads", "", optional=True)
     pressure: int | None = fact("direction in which training pushes it", unit="+1 or −1", optional=True)
     holdout: int | None = fact(
         "direction in which it follows an honest reward, for a holdout", unit="+1 or −1", optional=True

@@ -54,7 +54,7 @@ class RunLog:
         """
         if isinstance(event, Event):
             name, step = event.event, event.step if step is None else step
-            fields = {key: value for key, value in event.to_json().items() if key not in ("event", "time", "step")}
+            fields = event.fields()
         else:
             name = event
         if name not in EVENTS:

@@ -51,9 +51,9 @@ from interp_rlhf import (
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.demo.prompts import prompts
-from interp_rlhf.drift.verdicts import gather, judge
+from interp_rlhf.drift.verdicts import evidence_of, judge
 from interp_rlhf.embedded import default_model
-from interp_rlhf.runlog.log import read_run_log
+from interp_rlhf.runlog.log import parse, read_run_log
 from interp_rlhf.validation.measures import vader
 
 HOOK_POINT, HOLDOUT_POINT = "model.layers.15", "model.layers.21"
@@ -230,7 +230,8 @@ def judged(events: list[dict], baseline: dict[str, float], pressure: int | None 
         if pressure is not None:
             monitors["sentiment"]["pressure"] = pressure
         known = [row for row in logs if row["step"] <= event["step"]]
-        verdict = judge(gather({**event, "monitors": monitors}, drift[0], known, since, baseline))
+        again = parse({**event, "monitors": monitors})
+        verdict = judge(evidence_of(again, parse(drift[0]), known, since, baseline))
         found.append({"step": event["step"], "verdict": verdict.name, "because": verdict.because})
         since = event["step"]
     return found

@@ -135,7 +135,7 @@ def main() -> None:
                 folder, str(place / name), monitors=[str(card)], labelled=test, hook_points=[HOOK_POINT]
             )
             found[name] = {"verdict": verdict.name, "because": verdict.because} | {
-                key: event[key] for key in ("hook_points", "output", "monitors")
+                key: event.to_json()[key] for key in ("hook_points", "output", "monitors")
             }
 
     def auroc(weight: torch.Tensor) -> float:

@@ -1,0 +1,214 @@
+"""One evaluation of drift: what is read of a model, and how two models compare. The callback and `compare` both use it.
+
+In: texts, labelled examples, monitors, prompts, an autoencoder; then models. Out: an `Observation` of each, and from two of
+them a `drift` event. It must not know when an evaluation happens, nor log files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..activations.batch import tokenize_examples
+from ..activations.hook_points import decoder_layers, layers_or_none, resolve
+from ..activations.noise import require_positions
+from ..runlog.events import DriftEvent, MonitorEntry
+from .battery import Battery, spread
+from .latent_drift import changed_latents
+from .metrics import DRIFT_METRICS
+from .monitors import LabelledSet, scores_of
+from .own_text import moved_most, own_text_entry, per_prompt
+from .start import Observation, load_start, save_start
+from .texts import NEUTRAL_TEXTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from ..concepts.examples import Examples
+    from ..concepts.readout import Readout
+    from ..sae.autoencoder import SparseAutoencoder
+    from .battery import Snapshot
+    from .own_text import OwnText, Sampled
+
+
+@dataclass(frozen=True)
+class RawReading:
+    """What the forwards of one evaluation give, before anything is fitted on it.
+
+    Attributes:
+        snapshot (`Snapshot`): on the fixed texts.
+        labelled (`dict[str, torch.Tensor]`): hook point to activations (N, D) of the labelled examples.
+        sampled (`Sampled`, *optional*): the policy's own text.
+    """
+
+    snapshot: Snapshot
+    labelled: dict[str, torch.Tensor]
+    sampled: Sampled | None
+
+
+class Evaluation:
+    """What is read at every evaluation.
+
+    Args:
+        model (`nn.Module`), tokenizer: the first model that is read.
+        monitors (`Sequence[Readout]`): read frozen, and in three ways on `labelled`.
+        texts (`Sequence`, *optional*): texts of the battery; 24 neutral ones by default.
+        hook_points (`Sequence[str]`, *optional*): four layers over the depth by default. Those of the monitors and of `sae` are
+            added.
+        labelled (`Examples`, *optional*): labelled examples.
+        sae (`SparseAutoencoder`, *optional*): its latents on the battery are compared.
+        seed (`int`): seed of folds and bootstraps.
+        end_of_turn_ids (`set[int]`): tokens that end a completion.
+        chat (`dict`): `chat_template` and `chat_template_kwargs`, as the trainer has them.
+        pressure, holdouts (`dict[str, int]`): monitor to direction, written next to its readings.
+
+    Attributes:
+        own_text (`OwnText`, *optional*): samples the policy; set by the callback, which has a trainer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        monitors: Sequence[Readout] = (),
+        *,
+        texts: Sequence[Any] | None = None,
+        hook_points: Sequence[str] | None = None,
+        labelled: Examples | None = None,
+        sae: SparseAutoencoder | None = None,
+        seed: int = 0,
+        end_of_turn_ids: set[int],
+        chat: Mapping[str, Any] | None = None,
+        pressure: Mapping[str, int] | None = None,
+        holdouts: Mapping[str, int] | None = None,
+    ):
+        self.monitors, self.sae, self.seed = list(monitors), sae, seed
+        self.pressure, self.holdouts = dict(pressure or {}), dict(holdouts or {})
+        self.own_text: OwnText | None = None
+
+        def tokenized(rows: Sequence[Any]) -> Any:
+            return tokenize_examples(list(rows), tokenizer, **(chat or {}), end_of_turn_ids=end_of_turn_ids)
+
+        points = _in_order(model, hook_points, [*(m.hook_point for m in self.monitors), *_hook_points_of(sae)])
+        self.battery = Battery(tokenized(NEUTRAL_TEXTS if texts is None else texts), points)
+        self.labelled = LabelledSet(labelled, tokenized(labelled.rows), seed) if labelled is not None else None
+
+    def check(self, model: Any) -> None:
+        """Check that a model has the hook points and as many positions as the texts need.
+
+        Raises:
+            `ValueError`: it has not.
+        """
+        for point in self.battery.hook_points:
+            resolve(model, point)
+        require_positions(model, self.battery.batch)
+        if self.labelled is not None:
+            require_positions(model, self.labelled.batch)
+
+    def read(self, model: Any, snapshot: Snapshot | None = None) -> RawReading:
+        """The forwards of one evaluation. All ranks must call it together if the model is sharded.
+
+        Args:
+            snapshot (`Snapshot`, *optional*): of this model, if it was read already.
+        """
+        snapshot = self.battery.read(model) if snapshot is None else snapshot
+        labelled = self.labelled.activations(model, self.monitors) if self.labelled is not None else {}
+        return RawReading(snapshot, labelled, self.own_text.sample() if self.own_text is not None else None)
+
+    def observe(self, raw: RawReading, start: Observation | None = None) -> Observation:
+        """A reading with the monitors' scores on the labelled examples. It fits probes, so one rank is enough.
+
+        Args:
+            start (`Observation`, *optional*): the first observation of the run.
+        """
+        readings = {}
+        if self.labelled is not None:
+            readings = self.labelled.readings(
+                raw.labelled, self.monitors, start.readings if start is not None else None
+            )
+        return Observation(raw.snapshot, readings, raw.sampled)
+
+    def compare(
+        self, start: Observation, now: Observation, before: Mapping[str, Sequence[float | None]] | None = None
+    ) -> DriftEvent:
+        """The `drift` event of two observations.
+
+        Args:
+            before (`dict`, *optional*): monitor to the score of each answer at the evaluation before; of the start by default.
+        """
+        points, output = self.battery.compare(start.snapshot, now.snapshot)
+        sae = own_text = moved = None
+        if self.sae is not None:
+            sides = (side.snapshot.activations[self.sae.spec.hook_point] for side in (start, now))
+            sae = changed_latents(self.sae, *sides)
+        if self.own_text is not None and now.sampled is not None and start.sampled is not None:
+            own_text = own_text_entry(now.sampled, start.sampled, self.seed)
+            moved = moved_most(self.own_text.prompts, now.sampled, before or per_prompt(start.sampled))
+        return DriftEvent(
+            texts=len(self.battery), tokens=self.battery.tokens, hook_points=points, output=output,
+            monitors={monitor.name: self._monitor(monitor, start, now) for monitor in self.monitors}, sae=sae,
+            own_text=own_text, moved=moved,
+        )  # fmt: skip
+
+    def broken(self) -> DriftEvent:
+        """The `drift` event of a model whose numbers are not finite."""
+        return DriftEvent(texts=len(self.battery), tokens=self.battery.tokens, finite=False)
+
+    def _monitor(self, monitor: Readout, start: Observation, now: Observation) -> MonitorEntry:
+        name, point = monitor.name, monitor.hook_point
+        said: dict[str, Any] = {
+            "hook_point": point, "pressure": self.pressure.get(name), "holdout": self.holdouts.get(name),
+        }  # fmt: skip
+        if self.labelled is not None:
+            return self.labelled.summary(now.readings[name], start.readings[name], **said)
+        scores, first = (
+            scores_of(monitor, self.battery.batch, side.snapshot.activations[point]) for side in (now, start)
+        )
+        kept = np.isfinite(scores)
+        scale = max(float(first[kept].std()), 1e-12)
+        shift = float((scores - first)[kept].mean() / scale)
+        return MonitorEntry(mean_score=float(scores[kept].mean()), shift=shift, **said)
+
+    def save(self, start: Observation, path: Path) -> None:
+        """Write the start of a run."""
+        save_start(start, path, self.battery.fingerprint, self._note())
+
+    def load(self, path: Path) -> Observation | None:
+        """The start in a file; None if there is none, or one of other texts, hook points, monitors or prompts."""
+        labelled = [monitor.name for monitor in self.monitors] if self.labelled is not None else []
+        return load_start(path, self.battery.fingerprint, self._note(), labelled, self.own_text is not None)
+
+    def _note(self) -> str:
+        """Digest of what a start depends on besides the battery."""
+        own_text = self.own_text
+        said: dict[str, Any] = {
+            "labelled": self.labelled.examples.fingerprint if self.labelled is not None else None,
+            "prompts": [own_text.prompts, own_text.max_new_tokens, own_text.seed] if own_text is not None else None,
+            "measures": sorted(own_text.measures) if own_text is not None else [],
+            "monitors": [(monitor.name, monitor.digest()) for monitor in self.monitors],
+            "sae": self.sae.digest() if self.sae is not None else None,
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def metrics_in_words() -> dict[str, str]:
+    """Range and direction of every registered metric, for the log."""
+    return {name: str(metric) for name, metric in DRIFT_METRICS.items()}
+
+
+def _in_order(model: Any, hook_points: Sequence[str] | None, watched: Sequence[str]) -> list[str]:
+    """All hook points, each once: those that are not layers first, then layers from the first to the last."""
+    layers = layers_or_none(model) if hook_points else decoder_layers(model)
+    points = list(dict.fromkeys([*(hook_points or spread(layers)), *watched]))
+    return sorted(points, key=lambda point: layers.index(point) if point in layers else -1)
+
+
+def _hook_points_of(sae: SparseAutoencoder | None) -> list[str]:
+    return [] if sae is None else [sae.spec.hook_point]
