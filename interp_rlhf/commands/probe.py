@@ -43,7 +43,7 @@ def probe_fit(arguments: argparse.Namespace) -> int:
         arguments.out, name=arguments.name, role=arguments.role, version=arguments.version, weight=arguments.weight
     )
     examples = load_examples(arguments.data, arguments.positive)
-    fit = _fit(arguments, latents, examples)
+    fit = _fit_as_asked(arguments, latents, examples)
     path = publish(
         fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
         version=arguments.version, pooling=None if arguments.pooling == "best" else arguments.pooling, weight=arguments.weight,
@@ -75,7 +75,7 @@ def _require_options_that_fit(arguments: argparse.Namespace, latents: list[int] 
         raise ValueError(f"`--sweep` is {arguments.sweep} – expected every how many layers to look at, at least 1.")
 
 
-def _fit(arguments: argparse.Namespace, latents: list[int] | None, examples: Examples) -> Fit:
+def _fit_as_asked(arguments: argparse.Namespace, latents: list[int] | None, examples: Examples) -> Fit:
     model, tokenizer, model_id = load_or_embedded(arguments.model)
     every = 3 if arguments.sweep is None else arguments.sweep
     points = [arguments.hook_point] if arguments.hook_point is not None else sweep_points(model, every)

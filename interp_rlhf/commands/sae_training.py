@@ -42,7 +42,7 @@ def sae_train(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     check_folder(out, arguments.resume, arguments.cache)
     before = _earlier_result(out) if (out / "sae").exists() else {}
-    outcome = _train(arguments, settings, out)
+    outcome = _train_as_asked(arguments, settings, out)
     result = _result(arguments, outcome, out) | before | {"sae": str(out / "sae")}
     if outcome.held_out is not None:
         _add_evaluation(arguments, outcome, result)
@@ -85,7 +85,7 @@ def _settings_of_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings | {name: getattr(arguments, name) for name in _SAME_NAMES}
 
 
-def _train(arguments: argparse.Namespace, settings: dict[str, Any], out: Path) -> _Outcome:
+def _train_as_asked(arguments: argparse.Namespace, settings: dict[str, Any], out: Path) -> _Outcome:
     texts, other = load_corpus(arguments.data), load_corpus(arguments.eval) if arguments.eval else None
     if other is not None:
         check_other_texts(texts, other)
