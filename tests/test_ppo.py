@@ -22,6 +22,7 @@ from interp_rlhf.activations import TokenBatch, decoder_layers, read
 from interp_rlhf.runlog.log import read_run_log
 from interp_rlhf.training.ppo import advantages as adv
 from interp_rlhf.training.ppo.critic import VALUE_HEAD
+from interp_rlhf.training.ppo.estimates import truncated_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 END = 0  # the tiny tokenizer's end-of-turn token
@@ -898,7 +899,7 @@ def test_stop_tokens_of_the_generation_config_end_a_completion(load, tokenizer, 
     for ids in found:
         assert not set(ids[:-1]) & set(stops)
         assert ids[-1] in stops or len(ids) == 6
-    assert trainer._truncated().tolist() == [ids[-1] not in stops for ids in found]
+    assert truncated_rows(trainer, found).tolist() == [ids[-1] not in stops for ids in found]
 
 
 def test_the_processing_class_is_of_the_models_revision(model_folder, tokenizer, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checkpoints: which one a run may resume from, where a rollout trainer may save, and what of ours is saved with it.
+"""Checkpoints: which one a run may resume from, at which steps a rollout trainer may save, and which counters are saved too.
 
 In: a trainer and its output folder. Out: a complete checkpoint, or an error with the `save_steps` to use.
 """
@@ -21,7 +21,7 @@ STATE_KEY = "interp_rlhf"
 
 
 class Stateful(Protocol):
-    """A part that counts something which a resumed run must know."""
+    """A part with counters that a resumed run must know."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -29,9 +29,9 @@ class Stateful(Protocol):
 
 
 def last_complete_checkpoint(output_dir: str | Path, weights_only: bool = False) -> str | None:
-    """The checkpoint of the highest step in a folder that was written to its end; None where there is none.
+    """The complete checkpoint with the highest step in a folder; None if there is none.
 
-    transformers writes `trainer_state.json` last, so a kill inside a save leaves a folder without a whole one.
+    transformers writes `trainer_state.json` last, so a kill during a save leaves a folder without that whole file.
 
     Args:
         output_dir (`str` or `Path`): holds `checkpoint-<step>` folders.
@@ -41,7 +41,7 @@ def last_complete_checkpoint(output_dir: str | Path, weights_only: bool = False)
     for folder in sorted(folders, key=lambda f: int(f.name.split("-")[-1]), reverse=True):
         if (lacking := _lacks(folder, weights_only)) is None:
             return str(folder)
-        logger.warning("`%s` is not complete (%s): the one before it is taken.", folder, lacking)
+        logger.warning("`%s` is not complete (%s): the checkpoint before it is used.", folder, lacking)
     logger.warning("`%s` holds no complete checkpoint: the run starts at step 0.", output_dir)
     return None
 
@@ -83,11 +83,11 @@ def _lacks(folder: Path, weights_only: bool) -> str | None:
 
 
 def _absent_state(folder: Path, state: Mapping[str, Any], deepspeed: bool) -> str | None:
-    """A file of optimizer, schedule or random state that is not there; every rank writes its own, rank 0 perhaps first."""
-    own = (state.get("stateful_callbacks") or {}).get(STATE_KEY) or {}
-    ranks = int(own.get("processes", 1))
+    """A missing file of optimizer, schedule or random state; None if all exist. Each rank writes its own, in any order."""
+    counters = (state.get("stateful_callbacks") or {}).get(STATE_KEY) or {}
+    ranks = int(counters.get("processes", 1))
     needed = ["rng_state*.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    if deepspeed:  # it keeps the schedule itself where its configuration has one, and says last that all is written
+    if deepspeed:  # it may keep the schedule itself; it writes `latest` at the end
         needed += ["latest"] + [f"global_step*/*_rank_{rank}_mp_rank_*_optim_states.pt" for rank in range(ranks)]
     else:
         needed.append("scheduler.pt")
@@ -95,7 +95,7 @@ def _absent_state(folder: Path, state: Mapping[str, Any], deepspeed: bool) -> st
 
 
 def prompts_of(trainer: Any) -> int | None:
-    """Rows of a trainer's data set; None of one that does not know."""
+    """Rows of a trainer's data set; None if it has no length."""
     try:
         return len(trainer.train_dataset)
     except TypeError:
@@ -113,9 +113,9 @@ def _steps_per_epoch(args: Any, prompts: int | None) -> int | None:
 
 
 def is_aligned(args: Any, step: int, prompts: int | None = None) -> bool:
-    """Whether a rollout trainer holds no generated batch that it has still to use after an optimizer step.
+    """True if, after an optimizer step, a rollout trainer has used up its generated batch.
 
-    An epoch ends with a generated batch that is used up, also where that leaves the last step short of micro-batches.
+    An epoch ends with a used-up batch, even if its last step has fewer micro-batches.
     """
     epoch = _steps_per_epoch(args, prompts)
     inside = step if epoch is None else step % epoch
@@ -123,7 +123,7 @@ def is_aligned(args: Any, step: int, prompts: int | None = None) -> bool:
 
 
 def save_multiple(args: Any, prompts: int | None = None) -> int:
-    """Optimizer steps between two points at which `is_aligned` holds, such that it holds at all multiples."""
+    """Optimizer steps of which every multiple is aligned (`is_aligned`)."""
     every = args.steps_per_generation * args.num_iterations  # micro-steps
     within = int(every // math.gcd(args.gradient_accumulation_steps, every))
     epoch = _steps_per_epoch(args, prompts)
@@ -131,15 +131,15 @@ def save_multiple(args: Any, prompts: int | None = None) -> int:
 
 
 def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | None = None) -> None:
-    """Refuse saves in the middle of a generated batch: a run resumed there draws others (TRL 1.16).
+    """Refuse saves in the middle of a generated batch: a run that resumes there draws other batches (TRL 1.16).
 
     Args:
         args (`GRPOConfig` or `RLOOConfig`): the trainer's.
-        save_steps (`int`, *optional*): steps between saves, a share below 1 counts as not known yet.
+        save_steps (`int`, *optional*): steps between saves; a share below 1 counts as unknown.
         prompts (`int`, *optional*): rows of the data set.
 
     Raises:
-        `ValueError`: they are not aligned; the message has the number to use.
+        `ValueError`: a save is not aligned. The message has the number to use.
     """
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     multiple = save_multiple(args, prompts)
@@ -148,7 +148,9 @@ def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | No
     if strategy == "steps" and int(save_steps or 0) % multiple == 0:
         return
     saves = range(int(save_steps or 0), args.max_steps + 1, int(save_steps or 0)) if strategy == "steps" else ()
-    if saves and all(is_aligned(args, step, prompts) for step in saves):  # before the epoch's end it may be less
+    if saves and all(
+        is_aligned(args, step, prompts) for step in saves
+    ):  # before the end of the epoch fewer steps may do
         return
     if strategy == "epoch" and prompts is not None:
         return
@@ -165,9 +167,9 @@ def require_aligned_saves(args: Any, save_steps: float | None, prompts: int | No
 
 
 class ResumeCallback(TrainerCallback):
-    """Keeps the counters of attached parts in the trainer's state, which `trainer_state.json` holds, and restores them.
+    """Keeps the counters of attached parts in `trainer_state.json`, and restores them.
 
-    Not by `ExportableState`: transformers would rebuild the callback from its numbers alone, without the parts.
+    It does not use `ExportableState`: transformers would rebuild the callback from its numbers alone, without the parts.
 
     Args:
         parts (`dict[str, Stateful]`): by name.
@@ -204,7 +206,7 @@ class ResumeCallback(TrainerCallback):
             )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        known = state.stateful_callbacks.get(STATE_KEY, {})  # of another such callback: PPO has one of its own
+        known = state.stateful_callbacks.get(STATE_KEY, {})  # PPO has another such callback
         state.stateful_callbacks[STATE_KEY] = {
             **known, "processes": args.world_size, **{name: part.state() for name, part in self._parts.items()}
         }  # fmt: skip

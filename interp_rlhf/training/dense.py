@@ -1,7 +1,7 @@
-"""A readout's score at every completion token: what a dense concept reward pays, and where.
+"""A readout's score at every completion token, for dense concept rewards.
 
 In: scores per token of a rollout batch. Out: one list per completion, aligned with its ids. It knows neither trainers nor
-weights. The score at y_t is read at y_t's own position: it is of the text up to and including y_t.
+weights. The score at y_t is read at the position of y_t: it is about the text up to and including y_t.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from ..activations.batch import ConceptScores
     from ..concepts.readout import Readout
 
-KINDS = ("score", "share", "ema")
+DENSE_KINDS = ("score", "share", "ema")
 
 
 def kind_of(dense: bool | str, shaping: bool) -> str | None:
-    """What is paid per token: one of `KINDS`, `potential`, or None: the completion as a whole.
+    """How tokens are paid: one of `DENSE_KINDS`, `potential`, or None for one reward per completion.
 
     Raises:
         `ValueError`: another kind, or both at once.
     """
-    if not isinstance(dense, bool) and dense not in KINDS:
+    if not isinstance(dense, bool) and dense not in DENSE_KINDS:
         raise ValueError(
-            f"`dense` is {dense!r} – expected True, False or one of {', '.join(f'`{k}`' for k in KINDS)}."
+            f"`dense` is {dense!r} – expected True, False or one of {', '.join(f'`{k}`' for k in DENSE_KINDS)}."
         )
     if shaping:
         if dense not in (True, False):
@@ -45,7 +45,7 @@ def kind_of(dense: bool | str, shaping: bool) -> str | None:
 def per_token(
     readout: Readout, scores: ConceptScores, attention_mask: torch.Tensor, lengths: Sequence[int], kind: str
 ) -> list[list[float] | None]:
-    """Lists of what each completion's tokens are paid.
+    """Rewards of each completion's tokens.
 
     Args:
         readout (`Readout`): its calibration and transform are applied to each token's score.
@@ -55,14 +55,13 @@ def per_token(
         kind (`str`): `score`: the token's score. `share`: that over the number of tokens that count, so that the sum is the mean;
             with the pooling `attention`, the token's weight times it, and the sink's part shared out. `ema`: e_t − e_{t−1} of
             the score's moving average over 16 tokens, so that the sum is where it ends. `potential`:
-            L + 1 scores, the first at the prompt's last token (0 where that is the
-            row's first).
+            L + 1 scores, the first at the prompt's last token (0 if that is the row's first token).
 
     Returns:
-        `list[list[float] | None]`: 0 at tokens that do not count; None where none does, but for potentials.
+        `list[list[float] | None]`: 0 at tokens that do not count. None if none counts, except for potentials.
 
     Raises:
-        `ValueError`: a score of a token that counts is not finite.
+        `ValueError`: the score of a counted token is not finite.
     """
     scores.require_finite()
     values = readout.calibrated(scores.scores[..., 0])  # (B, T)
@@ -80,26 +79,31 @@ def per_token(
         values = values / mask.sum(1, keepdim=True).clamp(min=1)
     ends = attention_mask.sum(1).tolist()
     counted = values.masked_fill(~mask, 0)
-    found: list[list[float] | None] = []
+    paid: list[list[float] | None] = []
     for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
-        own = counted[row, end - length : end].tolist()
+        of_row = counted[row, end - length : end].tolist()
         if kind == "potential":
-            # The first token of a row never counts, also where it is the whole prompt.
-            found.append([float(values[row, end - length - 1]) if end - length > 1 else 0.0, *own])
+            # The first token of a row never counts, also if it is the whole prompt.
+            paid.append([float(values[row, end - length - 1]) if end - length > 1 else 0.0, *of_row])
         else:
-            found.append(own if bool(mask[row].any()) else None)
-    return found
+            paid.append(of_row if bool(mask[row].any()) else None)
+    return paid
 
 
 def negated(values: Sequence[list[float] | None]) -> list[list[float] | None]:
-    """A penalty's."""
-    return [None if own is None else [-value for value in own] for own in values]
+    """Token rewards with the sign flipped."""
+    return [None if row is None else [-value for value in row] for row in values]
 
 
-def dealt(values: Sequence[list[float] | None], seed: str) -> list[list[float] | None]:
-    """The same numbers, each at a token drawn at random among those of all ranks' completions: the control arm."""
-    everywhere, first = of_all_ranks(list(values))
-    pool = [value for own in everywhere if own is not None for value in own]
+def shuffled(rewards: Sequence[list[float] | None], seed: str) -> list[list[float] | None]:
+    """The same numbers at random places among the completions of all ranks: the control arm.
+
+    Args:
+        rewards (`Sequence[list[float]]`): numbers per completion of this rank: one per token, or one in all; None stays None.
+        seed (`str`): one per step, so that a resumed run repeats it. All ranks must pass the same.
+    """
+    everywhere, first = of_all_ranks(list(rewards))
+    pool = [value for row in everywhere if row is not None for value in row]
     drawn = iter(random.Random(seed).sample(pool, len(pool)))
-    dealt_out = [None if own is None else [next(drawn) for _ in own] for own in everywhere]
-    return dealt_out[first : first + len(values)]
+    dealt = [None if row is None else [next(drawn) for _ in row] for row in everywhere]
+    return dealt[first : first + len(rewards)]

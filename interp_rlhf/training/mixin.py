@@ -1,7 +1,7 @@
-"""The mixin: where a trainer of TRL is listened to, and where terms join its loss.
+"""The mixin: it follows the steps of a TRL trainer, and adds terms to its loss.
 
-It overrides `get_batch_samples`, `compute_loss` and `train`, and of `GRPOTrainer` and `RLOOTrainer` three private methods, all of
-them as pass-throughs; a test pins the private ones' signatures. Without terms, results are returned untouched.
+In: a trainer's class. Out: a subclass that overrides `get_batch_samples`, `compute_loss` and `train`, and for rollout trainers
+the three steps of `trl.RolloutSteps`, as pass-throughs. Without terms, results are returned untouched.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class LossMixin:
     """Put before a trainer in the bases of its class; `attach` does it.
 
     Attributes:
-        interp_terms (`LossTerms`, *optional*): what joins the loss.
+        interp_terms (`LossTerms`, *optional*): what is added to the loss.
     """
 
     interp_terms: LossTerms | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *more: Any, **kwargs: Any) -> Any:
-        """As the trainer's own, but `resume_from_checkpoint=True` means the last checkpoint that is complete.
+        """As the trainer's own, but `resume_from_checkpoint=True` means the last complete checkpoint.
 
-        Where there is none, a run that was killed before its first one say, it begins at step 0, with a warning.
+        If there is none, for example because the run was killed before its first save, it starts at step 0 with a warning.
         """
         if resume_from_checkpoint is True:
             args: Any = self.args  # type: ignore[attr-defined]
@@ -52,30 +52,34 @@ class LossMixin:
         terms = self.interp_terms
         if terms is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        with terms.passes(inputs) as own:
-            found = super().compute_loss(model, own, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        added = terms.added(inputs, own, num_items_in_batch)
+        with terms.passes(inputs) as changed:
+            result = super().compute_loss(model, changed, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        added = terms.added(inputs, changed, num_items_in_batch)
         if added is None:
-            return found
+            return result
         if return_outputs:
-            return found[0] + added.to(found[0].device), found[1]
-        return found + added.to(found.device)
+            return result[0] + added.to(result[0].device), result[1]
+        return result + added.to(result.device)
 
 
 class RolloutMixin(LossMixin, RolloutSteps):
-    """The same before `GRPOTrainer` or `RLOOTrainer`, whose rollouts are read too.
+    """The mixin for `GRPOTrainer` and `RLOOTrainer`, whose rollouts are read too.
 
     Attributes:
         interp_rollout (`Rollout`, *optional*): reads the batches.
         interp_abstaining (`list[int]`): which reward functions are concept rewards.
         interp_watchers (`list`): called after the rewards with (prompts, completions, rewards as TRL gathered them, rewards as it
             trains on them).
+        writes_samples (`bool`): the trainer writes samples to the run log itself, token by token (PPO).
+        sample_scores (`dict`, *optional*): for such a trainer: what the watchers measured on the present rollout.
     """
 
     interp_terms: RolloutTerms | None = None
     interp_rollout: Rollout | None = None
     interp_watchers: list[Any]
     interp_abstaining: list[int] = []  # noqa: RUF012
+    writes_samples = False
+    sample_scores: dict[str, Any] | None = None
     _interp_prompt_ids: list[list[int]]
 
     def tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -97,13 +101,13 @@ class RolloutMixin(LossMixin, RolloutSteps):
         return filled
 
     def _with_neutral_abstentions(self, rewards: Any) -> Any:
-        """Rewards (N, F) in which a `ConceptReward` that said nothing of a completion counts as its group's mean.
+        """Rewards (N, F) in which a `ConceptReward` that returned `None` for a completion counts as its group's mean.
 
-        TRL 1.16 adds functions up with 0 in the place of what was not said, which is a penalty wherever the mean is positive.
-        Where a completion was judged by no function, it stays left out; with `normalize_then_sum` TRL is neutral by itself.
+        TRL 1.16 counts a missing reward as 0 when it adds functions up. That is a penalty if the mean is positive. A completion
+        that no function judged stays left out. With `normalize_then_sum`, TRL is neutral by itself.
         """
         trainer: Any = self
-        own = trainer.interp_abstaining
+        may_abstain = trainer.interp_abstaining
         if getattr(trainer, "multi_objective_aggregation", "") == "normalize_then_sum" or rewards.shape[1] < 2:
             return rewards
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
@@ -112,7 +116,7 @@ class RolloutMixin(LossMixin, RolloutSteps):
         silent = torch.isnan(rewards) & ~torch.isnan(rewards).all(1, keepdim=True)
         means = rewards.view(-1, size, rewards.shape[1]).nanmean(1).repeat_interleave(size, dim=0)
         filled = rewards.clone()
-        for index in own:
+        for index in may_abstain:
             filled[:, index] = torch.where(silent[:, index], means[:, index], rewards[:, index])
         return filled
 
@@ -126,6 +130,6 @@ class RolloutMixin(LossMixin, RolloutSteps):
 
 
 def with_mixin(trainer_class: type, rollouts: bool) -> type:
-    """Subclass of a trainer's class that is listened to: `InterpGRPOTrainer` for `GRPOTrainer`."""
+    """Subclass of a trainer's class with the mixin: `InterpGRPOTrainer` for `GRPOTrainer`."""
     mixin = RolloutMixin if rollouts else LossMixin
     return type(f"Interp{trainer_class.__name__}", (mixin, trainer_class), {"__module__": __name__})

@@ -1,20 +1,18 @@
 """Concept rewards: a card's readout as a TRL reward function.
 
-In: what TRL passes to reward functions. Out: one float or `None` per completion. It runs no model itself: the rollout does,
-or, where a pass of the trainer can be used, nobody.
+In: what TRL passes to reward functions. Out: one float or `None` per completion. It runs no model itself. The rollout does,
+unless a pass of the trainer can be used.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..activations.ranks import of_all_ranks
 from ..concepts.card import load_card
 from ..concepts.readout import Readout
 from ..validation.gate import require_passed
-from .dense import dealt, kind_of, negated, per_token
+from .dense import kind_of, negated, per_token, shuffled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,27 +24,38 @@ SHAMS = ("shuffle",)
 
 
 class ConceptReward:
-    """A concept score as a TRL reward function; works once `attach` has bound it to its trainer.
+    """A concept score as a TRL reward function. `attach` binds it to its trainer.
 
-    The score is read on the frozen reference model over the policy's text (Features as Rewards, arXiv 2602.10067):
-    activations of the policy cannot move it, its text can. That text can still be written to please the probe, so watch
-    a holdout monitor and an independent measure beside it.
+    The score is read on the frozen reference model over the policy's text (Features as Rewards, arXiv 2602.10067). The policy's
+    activations cannot move it; its text can. A policy can still learn to write text that pleases the probe, so watch a holdout
+    monitor and an independent measure too.
 
     Args:
-        readout (`Readout`): what is read.
-        role (`str`, defaults to `"reward"`): or `penalty`: the score is subtracted.
-        reader (`str`, defaults to `"reference"`): which model is read: `reference`, `policy`, or `both`: rewarded as read
-            on the reference, and the difference policy − reference is logged as `interp/<name>/drift`.
-        weight (`float`, defaults to 1): applied by `attach` where the trainer's `reward_weights` are not set.
-        sham (`str`, *optional*): `shuffle` deals the scores of a batch out to its completions at random: the control
-            arm, whose reward has the same distribution and no meaning.
+        readout (`Readout`): the concept.
+        role (`str`, defaults to `"reward"`): `reward`, or `penalty`: the score is subtracted.
+        reader (`str`, defaults to `"reference"`): which model is read: `reference`, `policy`, or `both`: the
+            reward is read on the reference, and the difference policy − reference is logged as `interp/<name>/drift`.
+        weight (`float`, defaults to 1): `attach` applies it if the trainer's `reward_weights` are not set.
+        sham (`str`, *optional*): `shuffle` gives the scores of a batch to its completions at random. This control arm
+            has a reward of the same distribution without meaning.
         seed (`int`, defaults to 0): of the sham.
-        card (`LoadedCard`, *optional*): where it comes from.
-        dense (`bool` or `str`, defaults to `False`): for `PPOTrainer`: a reward at each completion token, at that token's own
-            position. `True` or `score`: the token's score, by the readout's calibration and transform. `share`: that over the
-            number of tokens that count, so that a completion's total is the mean. `ema`: the difference of a moving average.
-        shaping (`bool`, defaults to `False`): for `PPOTrainer`: the score is a potential Φ, and γ Φ(s') − Φ(s) is paid, with
-            Φ = 0 where the completion ends: no optimal policy changes by it.
+        card (`LoadedCard`, *optional*): the card of the readout.
+        dense (`bool` or `str`, defaults to `False`): for `PPOTrainer`: a reward at each completion token, read at that token's
+            position. `True` or `score`: the token's score, by the readout's calibration and transform. `share`: this score
+            divided by the number of counted tokens, so that a completion's total is the mean. `ema`: the difference of a moving
+            average.
+        shaping (`bool`, defaults to `False`): for `PPOTrainer`: the score is a potential Φ. The reward is γ Φ(s') − Φ(s), with
+            Φ = 0 at the end of the completion, so no optimal policy changes.
+
+    Raises:
+        `ValueError`: an unknown option, or a `weight` that is not a finite number.
+
+    Example:
+        >>> from interp_rlhf import ConceptReward, attach
+        >>> reward = ConceptReward.from_card("warmth.yaml")
+        >>> grpo_trainer.reward_funcs.append(reward)  # usually passed to the constructor
+        >>> reward.role, reward.reader, reward.readout.hook_point
+        ('reward', 'reference', 'model.layers.1')
     """
 
     def __init__(
@@ -94,7 +103,7 @@ class ConceptReward:
         dense: bool | str = False,
         shaping: bool = False,
     ) -> ConceptReward:
-        """Reward of a card.
+        """The reward that a card describes.
 
         Args:
             path (`str` or `Path`): a card with the role `reward` or `penalty` and evidence that passes the gate.
@@ -114,9 +123,8 @@ class ConceptReward:
         readout = Readout.from_card(loaded)
         if readout.canaries is None:
             raise ValueError(
-                f"The artifact of `{path}` has no canaries, by which the reference shows that it is the model that the card "
-                "was fitted "
-                f"on – expected them in a {card.role}. Run `interp-rlhf probe canaries {path}`, or watch it as a monitor."
+                f"The artifact of `{path}` has no canaries, which prove that the reference is the model that the card was fitted "
+                f"on – expected them in a {card.role}. Run `interp-rlhf probe canaries {path}`, or use it as a monitor."
             )
         return cls(
             readout, role=card.role, reader=card.reader, weight=card.weight, sham=sham, seed=seed, card=loaded, dense=dense,
@@ -125,15 +133,15 @@ class ConceptReward:
 
     @property
     def readers(self) -> list[Reader]:
-        """Models that have to be read."""
+        """The models to read: `reference`, `policy` or both."""
         return ["reference", "policy"] if self.reader == "both" else [self.reader]
 
     def bind(self, rollout: Rollout | None) -> None:
-        """Called by `attach`."""
+        """Set the rollout that is read. `attach` calls it; None takes it off."""
         self._rollout = rollout
 
     def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
-        """One score per completion; `None` for a completion without a token that counts. Per token, a list of them.
+        """One score per completion, or a list with one per token; `None` for a completion without a counted token.
 
         Raises:
             `RuntimeError`: not attached, or asked about other completions than those that were generated.
@@ -155,12 +163,19 @@ class ConceptReward:
         if self.reader == "both":
             self._log_drift(rollout, values, kwargs["log_metric"])
         if self.per_token is not None:
-            return self._per_token(rollout, kwargs["trainer_state"].global_step)
+            return self._per_token(rollout, kwargs)
         if self.role == "penalty":
             values = [None if value is None else -value for value in values]
-        return self._shuffled(values, kwargs["trainer_state"].global_step) if self.sham else values
+        if not self.sham:
+            return values
+        rows = shuffled([None if value is None else [value] for value in values], self._seed_of(kwargs))
+        return [None if row is None else row[0] for row in rows]
 
-    def _per_token(self, rollout: Rollout, step: int) -> list[list[float] | None]:
+    def _seed_of(self, kwargs: dict[str, Any]) -> str:
+        """Seed of the sham at this step, the same on all ranks and in a resumed run."""
+        return f"{self.seed}-{kwargs['trainer_state'].global_step}"
+
+    def _per_token(self, rollout: Rollout, kwargs: dict[str, Any]) -> list[list[float] | None]:
         assert self.per_token is not None
         assert rollout.completion_ids is not None
         scores = rollout.scores(self.readout, self.readers[0])
@@ -168,23 +183,13 @@ class ConceptReward:
         values = per_token(self.readout, scores, rollout.attention_mask, lengths, self.per_token)
         if self.role == "penalty":
             values = negated(values)
-        return dealt(values, f"{self.seed}-{step}") if self.sham else values
+        return shuffled(values, self._seed_of(kwargs)) if self.sham else values
 
     def _log_drift(self, rollout: Rollout, reference: list[float | None], log_metric: Any) -> None:
         policy = rollout.values(self.readout, "policy")
         pairs = [(p, r) for p, r in zip(policy, reference, strict=True) if p is not None and r is not None]
         for p, r in pairs:  # one by one: TRL averages over what all ranks have logged
             log_metric(f"interp/{self.__name__}/drift", p - r)
-
-    def _shuffled(self, values: list[float | None], step: int) -> list[float | None]:
-        """Drawn from the seed and the step, so that a resumed run repeats it; among the completions of all ranks."""
-        everywhere, first = of_all_ranks(values)
-        rows = [i for i, value in enumerate(everywhere) if value is not None]
-        drawn = random.Random(f"{self.seed}-{step}").sample(rows, len(rows))
-        shuffled = list(everywhere)
-        for row, source in zip(rows, drawn, strict=True):
-            shuffled[row] = everywhere[source]
-        return shuffled[first : first + len(values)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rollout": None}  # a trainer does not pickle

@@ -1,9 +1,9 @@
 """The current rollout batch, read once for every reward and monitor.
 
 In: prompt and completion ids of a batch, and the passes that a tap recorded while TRL computed log-probs on it. Out: scores
-per completion. Scores are taken from a recorded pass only where its tokens are, row by row, exactly those of the batch, and
-where nothing is known that makes the pass another reading; otherwise the model is read again. Now and then a row of what was
-taken is read again too. It must not know how rewards are weighted.
+per completion. Scores are taken from a recorded pass if its tokens are, row by row, exactly those of the batch, and if no known
+cause makes the pass differ from a reading. Otherwise the model is read again. Now and then a row of the taken scores is read
+again as a check. It must not know how rewards are weighted.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Rollout:
     Args:
         trainer (`GRPOTrainer` or `RLOOTrainer`): whose batches these are.
         readouts (`dict[str, list[Readout]]`): what to read on the `reference` and on the `policy`.
-        reference (`nn.Module`, *optional*): the frozen reference where it is a model of its own; with PEFT it is the
-            policy with its adapters off.
+        reference (`nn.Module`, *optional*): the frozen reference, if it is a separate model. With PEFT it is the policy with
+            its adapters off.
 
     Attributes:
-        own_forwards (`int`): readings that needed forward passes of our own, counted per batch and model.
+        own_forwards (`int`): readings that needed extra forward passes, counted per batch and model.
         taken (`int`): readings that were taken from a pass that TRL made anyway.
         causes (`dict[str, Causes]`): of the `reference` and the `policy`: what is known that makes a pass another reading.
     """
@@ -78,13 +78,13 @@ class Rollout:
             reader: Recheck(readouts[reader], reader == "reference", reader) for reader in models if readouts[reader]
         }
         self._opened = 0
-        # Then an adapter runs in the reference pass too, with its dropout.
+        # If True, an adapter runs in the reference pass too, with its dropout.
         self._reference_is_adapter = has_ref_adapter(trainer)
-        # What an engine had in pieces when `attach` looked is looked at in the first rollout.
+        # `attach` cannot read a model that an engine holds in pieces: its canaries are read in the first rollout.
         later = not runs_here(models["reference"]) and not self._reference_is_adapter
         self._pending = [readout for readout in readouts["reference"] if later and readout.canaries is not None]
         everything = list({id(readout): readout for part in readouts.values() for readout in part}.values())
-        # On the policy: all hook points, so that one which never fires is noticed, and the passes that can be taken.
+        # On the policy: all hook points, so that a hook that never fires is noticed, and the passes whose scores can be taken.
         kinds = {"policy_no_grad": bool(readouts["policy"]), "reference": reference is None}
         self.policy_tap = Tap(trainer.model, everything, [kind for kind, wanted in kinds.items() if wanted])
         self._taps: dict[Reader, Tap] = {"policy": self.policy_tap, "reference": self.policy_tap}
@@ -98,12 +98,12 @@ class Rollout:
             tap.remove()
 
     def start(self) -> None:
-        """A new generation begins: nothing recorded before belongs to it."""
+        """A new generation begins: forget the passes recorded before it."""
         for tap in self._taps.values():
             tap.clear()
 
     def open(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
-        """The batch that rewards are about to be asked for."""
+        """Set the batch for which TRL is about to call the reward functions."""
         self.completion_ids = completion_ids
         self._batch = TokenBatch.from_ids(prompt_ids, completion_ids, self._end_of_turn_ids)
         self._scores = {}
@@ -122,12 +122,12 @@ class Rollout:
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        """Of the open batch, (B, T): prompts and completions, right-padded."""
+        """Attention mask (B, T) of the open batch: prompts and completions, right-padded."""
         assert self._batch is not None, "no batch is open"
         return self._batch.attention_mask
 
     def values(self, readout: Readout, reader: Reader) -> list[float | None]:
-        """One score per completion of the open batch; `None` where no token counts."""
+        """One score per completion of the open batch; `None` if no token counts."""
         return readout.score(self.scores(readout, reader))
 
     def scores(self, readout: Readout, reader: Reader) -> ConceptScores:
@@ -148,20 +148,20 @@ class Rollout:
         return scores
 
     def _read(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores]:
-        """By all ranks together, and a score that is no number on one of them ends all."""
-        found = self._taken_or_read(batch, reader)
-        raise_on_all_ranks(next((p for scores in found.values() if (p := scores.problem()) is not None), None))
-        return found
+        """Scores of the batch; all ranks call it together, and all raise if one of them has a score that is not finite."""
+        scores = self._taken_or_read(batch, reader)
+        raise_on_all_ranks(next((p for one in scores.values() if (p := one.problem()) is not None), None))
+        return scores
 
     def _taken_or_read(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores]:
         readouts = self.readouts[reader]
-        found = self._take(batch, reader)
-        if self._all_ranks(found is not None):
-            assert found is not None
+        taken = self._take(batch, reader)
+        if self._all_ranks(taken is not None):
+            assert taken is not None
             self.taken += 1
             if self._opened % EVERY == 1 % EVERY:
-                self.check(reader, batch, found)
-            return found
+                self.check(reader, batch, taken)
+            return taken
         self.own_forwards += 1
         if reader == "reference" and self._opened % EVERY == 1 % EVERY:
             self.check(reader, batch, None)
@@ -176,10 +176,10 @@ class Rollout:
     def check(self, reader: Reader, batch: TokenBatch, taken: dict[str, ConceptScores] | None) -> None:
         """Read one row of a batch again, alone; by all ranks together.
 
-        It is the row with most padding beside it at the first time, then each one in turn.
+        The first time it is the row with most padding; later each row in turn.
 
         Raises:
-            `ValueError`: it does not read as it was taken, or the reference does not read as it did.
+            `ValueError`: the row reads differently from what was taken, or the reference reads differently than before.
         """
         lengths = batch.attention_mask.sum(1)
         place = int(lengths.argmin()) if self._opened == 1 else self._opened // EVERY % len(batch)
@@ -188,7 +188,7 @@ class Rollout:
         row = TokenBatch(one.input_ids[every][None], every[every][None], every[every][None])
         scores, spread = None, None
         if taken is not None:
-            scores = {name: found.scores[place][one.attention_mask[0]][1:] for name, found in taken.items()}
+            scores = {name: whole.scores[place][one.attention_mask[0]][1:] for name, whole in taken.items()}
             spread = {name: f.scores[batch.attention_mask].double().std(0, correction=0) for name, f in taken.items()}
         with self._model(reader) as model, self.trainer.accelerator.autocast():
             if reader == "reference":
@@ -198,17 +198,17 @@ class Rollout:
             self._recheck[reader](model, row, scores, spread, self.trainer.args)
 
     def recheck(self) -> None:
-        """Whether the reference still reads as it did; by all ranks together.
+        """Check that the reference still reads as before. All ranks call it together.
 
         Raises:
-            `ValueError`: it does not.
+            `ValueError`: it reads differently.
         """
         if "reference" in self._recheck:
             with self._model("reference") as model, self.trainer.accelerator.autocast():
                 self._recheck["reference"].still(model)
 
     def _take(self, batch: TokenBatch, reader: Reader) -> dict[str, ConceptScores] | None:
-        """Scores of the recorded passes, if they ran over exactly the tokens of the batch at the right positions."""
+        """Scores of the recorded passes, if these ran over exactly the batch's tokens at the right positions; None otherwise."""
         passes = self._passes[reader]
         if not passes or any(p.input_ids is None or p.attention_mask is None for p in passes):
             return None
@@ -230,18 +230,18 @@ class Rollout:
             return None
         if known.reach is not None and max(mask.shape[1] for mask in masks) >= known.reach:
             return None
-        found = {}
+        taken = {}
         for readout in self.readouts[reader]:
             if any(readout.name not in p.scores for p in passes):
                 return None
             flat = torch.cat([p.scores[readout.name][mask] for p, mask in zip(passes, masks, strict=True)]).cpu()
             scores = torch.zeros(*batch.input_ids.shape, flat.shape[-1])
             scores[batch.attention_mask] = flat  # both run over the rows' tokens in order
-            found[readout.name] = ConceptScores(scores, batch.completion_mask, batch.input_ids, readout.name, reader)
-        return found
+            taken[readout.name] = ConceptScores(scores, batch.completion_mask, batch.input_ids, readout.name, reader)
+        return taken
 
     def _all_ranks(self, here: bool) -> bool:
-        """Whether it is so on every rank: under a sharded model either all ranks run a forward or none does."""
+        """True if it is True on every rank: with a sharded model either all ranks run a forward or none does."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1:
             return here

@@ -1,7 +1,7 @@
 """From rewards and values to advantages: pure functions on one rollout.
 
-In: rewards and values per token. Out: advantages, returns, and what is logged of them. Nothing here knows a trainer, a model or
-a reward function; where a number is over all ranks, the sum over them comes in as an argument.
+In: rewards and values per token. Out: advantages, returns, and the figures that are logged of them. Nothing here knows a
+trainer, a model or a reward function. If a number is over all ranks, the sum over ranks is an argument.
 
 Throughout, a completion has tokens y_0 … y_{L−1}; s_t is what the model has read before it writes y_t, so that s_0 is the prompt
 and s_L the prompt with the whole completion. Masks are 1 on y_0 … y_{L−1} and 0 on the padding to their right.
@@ -22,12 +22,12 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 def alone(sums: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks where there is one."""
+    """The sum over ranks if there is only one."""
     return sums
 
 
 def is_last(mask: torch.Tensor) -> torch.Tensor:
-    """True on each row's last counted token, (B, T); nowhere in rows without one."""
+    """True on each row's last counted token, (B, T); False in rows without one."""
     following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     return mask.bool() & ~following.bool()
 
@@ -58,9 +58,9 @@ def shaping(potentials: torch.Tensor, mask: torch.Tensor, ended: torch.Tensor, g
     *advantages* does not: they are the same to begin with.
 
     Args:
-        potentials (`torch.Tensor` of shape (B, T + 1)): Φ(s_0) … Φ(s_T); what stands beyond s_L is not used.
-        ended (`torch.BoolTensor` of shape (B,)): the completion is over at s_L. Where it is not, because it was cut off and
-            V(s_L) is bootstrapped, Φ(s_L) stays: V(s_L) − Φ(s_L) is then what follows.
+        potentials (`torch.Tensor` of shape (B, T + 1)): Φ(s_0) … Φ(s_T); values beyond s_L are not used.
+        ended (`torch.BoolTensor` of shape (B,)): the completion is over at s_L. If it was truncated and V(s_L) is
+            bootstrapped, Φ(s_L) stays: V(s_L) − Φ(s_L) then stands for the rest.
         gamma (`float`): discount per token.
 
     Source: Ng, Harada and Russell 1999.
@@ -74,12 +74,12 @@ def gae(
 ) -> torch.Tensor:
     """Generalized advantage estimates (B, T), 0 on padding.
 
-    δ_t = r_t + γ V(s_{t+1}) − V(s_t) and A_t = δ_t + γλ A_{t+1}, with A_L = 0 and V(s_L) = 0 where the completion is over, V(s_L)
-    as it is where it was cut off. The return that the value function learns is A_t + V(s_t).
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t) and A_t = δ_t + γλ A_{t+1}, with A_L = 0. V(s_L) is 0 if the completion is over; it stays
+    as it is if the completion was truncated. The value function learns the return A_t + V(s_t).
 
     Args:
         rewards (`torch.Tensor` of shape (B, T)): r_t, given for y_t.
-        values (`torch.Tensor` of shape (B, T + 1)): V(s_0) … V(s_T); what stands beyond s_L is not used.
+        values (`torch.Tensor` of shape (B, T + 1)): V(s_0) … V(s_T); values beyond s_L are not used.
         mask (`torch.Tensor` of shape (B, T)), ended (`torch.BoolTensor` of shape (B,)): see above.
 
     Source: Schulman et al., arXiv 1506.02438, eq. 16.
@@ -87,17 +87,17 @@ def gae(
     counted, last = mask.bool(), is_last(mask)
     following = values[:, 1:].masked_fill(last & ended[:, None], 0)
     deltas = (rewards + gamma * following - values[:, :-1]).masked_fill(~counted, 0)
-    return returns_to_go(deltas, gamma * lam)  # padding's deltas are 0, so nothing comes from it
+    return returns_to_go(deltas, gamma * lam)  # the deltas of padding are 0
 
 
 def returns_to_go(rewards: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Σ_k γ^k r_{t+k}, (B, T), of rewards that are 0 on padding: what was really paid from y_t on."""
-    found = torch.zeros_like(rewards)
+    """Σ_k γ^k r_{t+k}, (B, T), of rewards that are 0 on padding: what was paid from y_t on."""
+    returns = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in range(rewards.shape[1] - 1, -1, -1):
         running = rewards[:, t] + gamma * running
-        found[:, t] = running
-    return found
+        returns[:, t] = running
+    return returns
 
 
 def moments(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = alone) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ def moments(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = alone) ->
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce: Reduce = alone) -> torch.Tensor:
-    """Counted values over their standard deviation on all ranks, (B, T), less their mean where `shift_mean`; 0 on padding."""
+    """Counted values over their standard deviation on all ranks, (B, T), minus their mean if `shift_mean`; 0 on padding."""
     mean, variance = moments(values, mask, reduce)
     shifted = values - mean if shift_mean else values
     return (shifted * torch.rsqrt(variance + 1e-8)).masked_fill(~mask.bool(), 0)
@@ -119,8 +119,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, re
 def explained_variance(
     returns: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = alone
 ) -> torch.Tensor:
-    """1 − Var(returns − values) / Var(returns) over counted tokens on all ranks: 1 is a perfect critic, 0 one that says nothing,
-    below 0 one that misleads. NaN where returns do not vary."""
+    """1 − Var(returns − values) / Var(returns) over counted tokens on all ranks: 1 is a perfect critic, 0 an
+    uninformative one, below 0 a misleading one. NaN if returns do not vary."""
     _, left = moments(returns - values, mask, reduce)
     _, whole = moments(returns, mask, reduce)
     return torch.where(whole > 1e-12, 1 - left / whole.clamp(min=1e-12), torch.nan)
@@ -131,8 +131,8 @@ def shares_of_variance(
 ) -> dict[str, torch.Tensor]:
     """Each component's share of the return's variance: Cov(G_c, G) / Var(G).
 
-    G_c is what a component paid from each token on, G the sum of all. Shares add up to 1; a negative one moves against the
-    whole. NaN where G does not vary.
+    G_c is what a component paid from each token on, G the sum of all. Shares add up to 1. A negative share moves against the
+    sum. NaN if G does not vary.
 
     Args:
         components (`dict[str, torch.Tensor]`): rewards (B, T) by their source, 0 on padding.
@@ -144,12 +144,12 @@ def shares_of_variance(
     centred = (stacked - (sums[:-1] / sums[-1].clamp(min=1))[:, None, None]) * weights
     products = reduce((centred * centred.sum(0)).sum((1, 2)))  # (C,): Cov(G_c, G), up to the count
     whole = products.sum()
-    found = torch.where(whole > 1e-12, products / whole.clamp(min=1e-12), torch.nan)
-    return dict(zip(returns, found.unbind(), strict=True))
+    shares = torch.where(whole > 1e-12, products / whole.clamp(min=1e-12), torch.nan)
+    return dict(zip(returns, shares.unbind(), strict=True))
 
 
 def group_means(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean of each group of `size` neighbours, repeated for each of them, (N,): over those that are not NaN, 0 where all are."""
+    """Mean of each group of `size` neighbours, repeated for each of them, (N,): over values that are not NaN, 0 if all are."""
     return values.view(-1, size).nanmean(1).nan_to_num(0.0).repeat_interleave(size)
 
 
@@ -172,7 +172,7 @@ def policy_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped policy loss per token, −min(ρ A, clip(ρ, 1 − low, 1 + high) A), (B, T), and where it was clipped.
 
-    For metrics: the loss that is trained on is TRL's own, which is this one. Source: Schulman et al., arXiv 1707.06347, eq. 7.
+    For metrics. Training uses TRL's own loss, which has the same formula. Source: Schulman et al., arXiv 1707.06347, eq. 7.
     """
     plain, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
     return -torch.minimum(plain, clipped), clipped < plain
@@ -191,7 +191,7 @@ class RunningStd:
     squares: float = field(default=0.0)
 
     def update(self, values: torch.Tensor, reduce: Reduce = alone) -> None:
-        """Take in values (N,) of this rank; all ranks together. Source: Chan et al. 1983, the parallel form of Welford's."""
+        """Add values (N,) of this rank; all ranks call it together. Source: Chan et al. 1983, the parallel form of Welford's."""
         ones = torch.ones_like(values)
         mean, variance = moments(values, ones, reduce)
         count = float(reduce(ones.sum()[None])[0])
@@ -203,7 +203,7 @@ class RunningStd:
 
     @property
     def std(self) -> float:
-        """The standard deviation; 1 before there are two values, and where they do not differ."""
+        """The standard deviation; 1 before there are two values, and if they do not differ."""
         variance = self.squares / (self.count - 1) if self.count > 1 else 1.0
         return variance**0.5 if variance > 1e-12 else 1.0
 

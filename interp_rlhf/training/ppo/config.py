@@ -1,7 +1,7 @@
 """Configuration of PPO: the names of TRL 1.12's `PPOConfig` and of the literature, on top of `GRPOConfig`.
 
-In: what a user says. Out: the same, and `GRPOConfig`'s own fields set to what they mean for PPO. This is the one place where
-GRPO's rules that do not hold here are lifted, and where its options that would do something twice, or nothing, are refused.
+In: the fields that a user sets. Out: the same, and `GRPOConfig`'s fields with their meaning for PPO. Only here are GRPO's rules
+lifted that do not hold for PPO, and options refused that would act twice or not at all.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from trl import GRPOConfig
 from ..trl import showing_a_group
 
 CRITICS = ("head", "model", "none")
-# Two names of one thing: ours, and the field of `GRPOConfig` that follows it.
+# PPO's name, and the field of `GRPOConfig` that is set to it.
 ALIASES = {"num_ppo_epochs": "num_iterations", "cliprange": "epsilon", "kl_coef": "beta"}
-# Ours that say something about a critic that is not there, or about a trunk that it does not share.
+# PPO options that are meaningless without a critic.
 OF_A_CRITIC = ("vf_coef", "cliprange_value", "value_learning_rate", "detach_trunk")
 MAY_BE_NONE = (
     "num_mini_batches",
@@ -28,7 +28,7 @@ MAY_BE_NONE = (
     "reward_clip",
     "value_learning_rate",
 )
-# Options of GRPO that make its advantages, or change its loss per sequence: here the advantages are made otherwise.
+# Options of GRPO about group advantages or about a loss per sequence, which PPO does not have: the allowed values, and why.
 WITHOUT_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
     "scale_rewards": (("group", "none", True, False), "there are no groups. Use `normalize_rewards` or `whiten_rewards`"),
     "multi_objective_aggregation": (("sum_then_normalize",), "rewards are added up where they fall. Use `reward_weights`"),
@@ -42,43 +42,50 @@ WITHOUT_MEANING: dict[str, tuple[tuple[Any, ...], str]] = {
 class PPOConfig(GRPOConfig):
     r"""Configuration of `PPOTrainer`: everything of `GRPOConfig`, and the fields below.
 
-    One rollout is `per_device_train_batch_size` × `gradient_accumulation_steps` × `num_mini_batches` × processes completions. It
-    is gone through `num_ppo_epochs` times, in `num_mini_batches` optimizer steps each.
+    One rollout is `per_device_train_batch_size` × `gradient_accumulation_steps` × `num_mini_batches` × processes completions. The
+    trainer passes over it `num_ppo_epochs` times, in `num_mini_batches` optimizer steps each. Changed defaults of `GRPOConfig`:
+    `learning_rate` 3e-6, `num_generations` 1, `disable_dropout` True.
 
     Args:
         num_ppo_epochs (`int`, defaults to 4): passes over each rollout; sets `num_iterations`.
         num_mini_batches (`int`, *optional*, defaults to 1): optimizer steps per pass; sets `steps_per_generation`, or follows
-            from it or from `generation_batch_size` where one of these is given.
+            from it or from `generation_batch_size` if one of them is set.
         gamma (`float`, defaults to 1.0): discount per token, in [0, 1].
         lam (`float`, defaults to 0.95): λ of generalized advantage estimation, in [0, 1].
         cliprange (`float`, defaults to 0.2): of the policy's ratio; sets `epsilon`. `epsilon_high` and `delta` stay available.
-        cliprange_value (`float`, *optional*, defaults to 0.2): how far a value may move from the rollout's before its loss is
-            clipped, in units of reward; None does not clip.
+        cliprange_value (`float`, *optional*, defaults to 0.2): how far a value may move from the rollout's value before its
+            loss is clipped, in units of reward. None does not clip.
         vf_coef (`float`, defaults to 0.1): weight of the value loss.
-        kl_coef (`float`, defaults to 0.05): price of a nat of KL to the reference, k1 per token, in the reward; sets `beta`,
-            which is what makes TRL keep a reference. 0 keeps none.
-        missing_eos_penalty (`float`, *optional*): taken off the reward of a completion that was cut off; positive.
+        kl_coef (`float`, defaults to 0.05): price of a nat of KL to the reference, k1 per token, in the reward. It sets
+            `beta`, so TRL keeps a reference. At 0 there is none.
+        missing_eos_penalty (`float`, *optional*): subtracted from the reward of a truncated completion; positive.
         whiten_rewards (`bool`, defaults to `False`): divide rewards by their standard deviation over the rollout's tokens.
         whiten_advantages (`bool`, defaults to `True`): mean 0 and standard deviation 1 over the rollout's tokens, on all ranks.
         normalize_rewards (`bool`, defaults to `False`): divide rewards by the running standard deviation of a completion's total.
-        reward_clip (`float`, *optional*): each reward of each token, after normalization and before the KL, is cut to ± this.
-        bootstrap_truncated (`bool`, defaults to `True`): a completion that was cut off at `max_completion_length` and is paid per
-            token only goes on in expectation: V(s_T) stands for what would have followed. One that a sequence-level reward
-            function, or `missing_eos_penalty`, has judged ends there. With `False` every completion ends where it was cut off,
-            as in TRL 1.12. At `gamma` 1 nothing bounds V where completions never end: set `gamma` below 1, or this to `False`.
+        reward_clip (`float`, *optional*): clips each token's reward to ± this, after normalization and before the KL.
+        bootstrap_truncated (`bool`, defaults to `True`): if a completion was truncated at `max_completion_length` and only token
+            rewards apply to it, V(s_T) stands for the rest. If a sequence-level reward function or `missing_eos_penalty` judged
+            it, it ends there. With `False` every completion ends where it was truncated, as in TRL 1.12. At `gamma` 1 nothing
+            bounds V if completions never end: set `gamma` below 1, or this to `False`.
         critic (`str`, defaults to `"head"`): `head`: a linear value head on the policy's last block. `model`: a second copy of
-            the policy's backbone with a head of its own, which costs a model in memory and its passes. `none`: no value
-            function; with `gamma` = `lam` = 1 and `group_baseline` that is GRPO's advantage without its scaling.
+            the policy's backbone with its own head, which costs the memory and the passes of a model. `none`: no value function.
+            With `gamma` = `lam` = 1 and `group_baseline`, that is GRPO's advantage without its scaling.
         detach_trunk (`bool`, defaults to `False`): the value loss does not reach the policy's own weights.
-        value_learning_rate (`float`, *optional*): of the value function's own parameters; `learning_rate` without it.
-        group_baseline (`bool`, defaults to `False`): subtract the mean return of those of a prompt's completions that were
-            judged. Only without a critic, and at `lam` 1.
-        sample_rows (`int`, defaults to 4): completions of a rollout that leave their tokens' rewards, values and advantages in
-            the run log.
-        samples_every (`int`, defaults to 10): rollouts between two that do; that of `attach` is not used.
+        value_learning_rate (`float`, *optional*): of the value function's parameters; by default `learning_rate`.
+        group_baseline (`bool`, defaults to `False`): subtract the mean return of a prompt's judged completions. Only without
+            a critic, and at `lam` 1.
+        sample_rows (`int`, defaults to 4): completions of a rollout whose token rewards, values and advantages go into the
+            run log.
+        samples_every (`int`, defaults to 10): rollouts between two such samples; the one of `attach` is not used.
 
     Raises:
-        `ValueError`: a value out of range, an option of GRPO that contradicts PPO's or does nothing in it.
+        `ValueError`: a value out of range, or an option of GRPO that contradicts PPO's or has no effect in PPO.
+
+    Example:
+        >>> from interp_rlhf import PPOConfig
+        >>> args = PPOConfig("runs/ppo", per_device_train_batch_size=8, num_mini_batches=2, kl_coef=0.1, use_cpu=True, bf16=False)
+        >>> args.steps_per_generation, args.beta
+        (2, 0.1)
     """
 
     learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate for AdamW."})
@@ -95,7 +102,7 @@ class PPOConfig(GRPOConfig):
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     kl_coef: float = field(default=0.05, metadata={"help": "Price of the KL to the reference, in the reward."})
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the reward of a completion that was cut off; positive."}
+        default=None, metadata={"help": "Subtracted from the reward of a truncated completion; positive."}
     )
     whiten_rewards: bool = field(default=False, metadata={"help": "Whether to whiten the rewards."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Whether to whiten the advantages."})
@@ -103,15 +110,17 @@ class PPOConfig(GRPOConfig):
         default=False, metadata={"help": "Divide rewards by the running deviation of a completion's total."}
     )
     reward_clip: float | None = field(
-        default=None, metadata={"help": "Cut each token's reward to plus or minus this."}
+        default=None, metadata={"help": "Clip each token's reward to plus or minus this."}
     )
     bootstrap_truncated: bool = field(
-        default=True, metadata={"help": "V stands for what would have followed a cut-off completion paid per token."}
+        default=True, metadata={"help": "V stands for the rest of a truncated completion that only has token rewards."}
     )
     critic: str = field(default="head", metadata={"help": "`head`, `model` or `none`."})
-    detach_trunk: bool = field(default=False, metadata={"help": "Keep the value loss off the policy's own weights."})
+    detach_trunk: bool = field(
+        default=False, metadata={"help": "No gradient of the value loss in the policy's weights."}
+    )
     value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value function's own parameters."}
+        default=None, metadata={"help": "Learning rate of the value function's parameters."}
     )
     group_baseline: bool = field(
         default=False, metadata={"help": "Subtract the mean return of a prompt's completions."}
@@ -231,16 +240,16 @@ class PPOConfig(GRPOConfig):
 
     def _check_mini_batches(self) -> None:
         assert self.steps_per_generation is not None
-        found, rest = divmod(self.steps_per_generation, self.gradient_accumulation_steps)
-        if rest or not found:
+        mini_batches, rest = divmod(self.steps_per_generation, self.gradient_accumulation_steps)
+        if rest or not mini_batches:
             raise ValueError(
                 f"`steps_per_generation` is {self.steps_per_generation} and `gradient_accumulation_steps` "
                 f"{self.gradient_accumulation_steps} – expected a multiple of it, so that every optimizer step sees one "
                 "mini-batch of one rollout. Leave `steps_per_generation` out and set `num_mini_batches`."
             )
-        if self.num_mini_batches not in (None, found):
+        if self.num_mini_batches not in (None, mini_batches):
             raise ValueError(
-                f"`num_mini_batches` is {self.num_mini_batches} and the rollout is {found} times what an optimizer step takes – "
-                "expected the same number. Leave `steps_per_generation` and `generation_batch_size` out."
+                f"`num_mini_batches` is {self.num_mini_batches} and the rollout is {mini_batches} times what an optimizer step "
+                "takes – expected the same number. Leave `steps_per_generation` and `generation_batch_size` out."
             )
-        self.num_mini_batches = found
+        self.num_mini_batches = mini_batches

@@ -1,4 +1,4 @@
-"""Before and after TRL's own constructor: what is refused, the value head's place in the model, and the bare export.
+"""Construction of a `PPOTrainer`: what it refuses, how it loads the model, and how it exports the model without value head.
 
 In: arguments of `PPOTrainer`. Out: a model that TRL can wrap, or an error that says what to do. It knows nothing of rewards.
 """
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NOT_BUILT = {
-    "tools": "tool results would stand among the tokens that are rewarded",
+    "tools": "tool results would be among the rewarded tokens",
     "rollout_func": "its completions may hold tokens that the model did not write",
-    "environment_factory": "observations would stand among the tokens that are rewarded",
+    "environment_factory": "observations would be among the rewarded tokens",
 }
 
 
@@ -33,7 +33,7 @@ def name_of(model: Any) -> str:
 
 
 def refuse(model: Any, args: Any, train_dataset: Any, peft_config: Any, more: dict[str, Any]) -> None:
-    """What would train on nothing, or on the wrong tokens."""
+    """Refuse settings under which PPO would train on nothing, or on the wrong tokens."""
     if not isinstance(args, PPOConfig):
         raise ValueError(
             f"`args` is a `{type(args).__name__}` – expected a `PPOConfig`. Its fields are those of `GRPOConfig` and PPO's own."
@@ -64,8 +64,8 @@ def refuse(model: Any, args: Any, train_dataset: Any, peft_config: Any, more: di
             )
 
 
-def loaded(model: Any, args: PPOConfig, quantization_config: Any) -> Any:
-    """The model of a path, as `GRPOTrainer` loads it: the value head has to be on it before TRL wraps it."""
+def load_policy(model: Any, args: PPOConfig, quantization_config: Any) -> Any:
+    """Load the model of a path as `GRPOTrainer` does: the value head must exist before TRL wraps the model."""
     if not isinstance(model, str):
         return model
     set_seed(args.seed)
@@ -88,7 +88,7 @@ def with_value_head(peft_config: Any) -> Any:
 
 
 def processing_class_of(model: Any, args: PPOConfig) -> Any:
-    """The processing class of a path, as `GRPOTrainer` loads it where it loads the model too: of that revision."""
+    """Load the processing class of a path, of the model's revision, as `GRPOTrainer` does when it loads the model too."""
     given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     return AutoProcessor.from_pretrained(
         get_config_model_id(model.config), revision=given.get("revision"), truncation_side="left", padding_side="left",
@@ -98,7 +98,7 @@ def processing_class_of(model: Any, args: PPOConfig) -> Any:
 
 @contextmanager
 def bare(model: Any) -> Iterator[None]:
-    """The model without its value head, and without a word of it in the adapter's configuration."""
+    """Context in which the model has no value head and the adapter's configuration does not name one."""
     base = unwrap(model)
     head = getattr(base, VALUE_HEAD)
     delattr(base, VALUE_HEAD)

@@ -1,8 +1,8 @@
 """The critic: a value of every state, read in the policy's own forward.
 
-In: a causal LM, and passes of it that are asked for. Out: values (B, T) in float32, with their graph in a training pass. It
-never runs the policy, and knows neither rewards nor losses. The head is part of the model: engines shard it, checkpoints hold
-it, adapters save it.
+In: a causal LM, and scoring passes of it. Out: values (B, T) in float32, with their graph in a training pass. It never runs the
+policy, and knows neither rewards nor losses. The head is part of the model: engines shard it, checkpoints hold it, adapters
+save it.
 """
 
 from __future__ import annotations
@@ -15,36 +15,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...activations.hook_points import (
-    adapters_off,
-    backbone,
-    decoder_layers,
-    first_adapter_layer,
-    hidden_size,
-    output_tensor,
-    resolve,
-    unwrap,
-)
-from ...activations.own_passes import is_reading
+from ...activations.hook_points import backbone, decoder_layers, hidden_size, unwrap
 from ...activations.sharding import in_one_piece
+from ...activations.tap import Tap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ...activations.tap import Pass, PassKind
 
 VALUE_HEAD = "value_head"
 
 
 class ValueHead(nn.Module):
-    """V(s) = ⟨h / rms(h), w⟩ + b, in float32 whatever the model's precision.
+    """V(s) = ⟨h / rms(h), w⟩ + b, in float32 also if the model is in 16 bits.
 
-    A residual stream has no scale of its own (SmolLM2's last block: rms 44, largest entry 4,427), hence the division, which
-    has no parameters. The head begins at 0, so that the first rollout's advantages are its rewards'. It is not an `nn.Linear`:
-    PEFT's `all-linear` would take it for one to adapt.
+    The scale of a residual stream differs between models (SmolLM2's last block: rms 44, largest entry 4,427). The division
+    removes it and has no parameters. The head starts at 0, so the first rollout's advantages come from its rewards alone. It is
+    not an `nn.Linear`, because PEFT's `all-linear` would adapt it.
 
     Args:
         width (`int`): D.
-        dtype (`torch.dtype`): the policy's: ZeRO-3 wants one for all.
-        trunk (`nn.Module`, *optional*): a backbone of its own, which makes it a model of its own.
+        dtype (`torch.dtype`): the policy's; ZeRO-3 needs the same for all parameters.
+        trunk (`nn.Module`, *optional*): a separate backbone. The critic is then a separate model.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, trunk: nn.Module | None = None):
@@ -54,7 +47,7 @@ class ValueHead(nn.Module):
         self.trunk = trunk
 
     def forward(self, activation: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """Values (B, T) of an activation (B, T, D); with a trunk, of what the trunk makes of the tokens."""
+        """Values (B, T) of the policy's activation (B, T, D), or, with a trunk, of the trunk's last hidden state."""
         if self.trunk is not None:
             activation = self.trunk(**inputs, use_cache=False).last_hidden_state
         with torch.autocast(activation.device.type, enabled=False):
@@ -71,7 +64,7 @@ def add_value_head(model: Any, own_trunk: bool) -> None:
         own_trunk (`bool`): give it a copy of the backbone as it is now.
 
     Raises:
-        `ValueError`: the model has something of that name.
+        `ValueError`: the model has an attribute of that name already.
     """
     if hasattr(model, VALUE_HEAD):
         raise ValueError(
@@ -84,7 +77,7 @@ def add_value_head(model: Any, own_trunk: bool) -> None:
         with in_one_piece(list(source.parameters())):  # ZeRO-3 takes a model apart when it is loaded
             trunk = copy.deepcopy(source)
         trunk.requires_grad_(True)
-    # What a trunk gives out may be narrower than its stream: OPT-350M projects it down.
+    # The output of a trunk may be narrower than its stream: OPT-350M projects it down.
     width = getattr(model.get_output_embeddings(), "in_features", None) if own_trunk else None
     head = ValueHead(width or hidden_size(model), model.dtype, trunk)
     setattr(model, VALUE_HEAD, head.to(parameter.device) if parameter.device.type != "meta" else head)
@@ -92,12 +85,12 @@ def add_value_head(model: Any, own_trunk: bool) -> None:
 
 @dataclass
 class ValuePass:
-    """What one forward of the policy left.
+    """One scoring pass of the policy.
 
     Attributes:
-        values (`torch.FloatTensor` of shape (B, T)): V at every position, that of the token before y_t being V(s_t).
+        values (`torch.FloatTensor` of shape (B, T)): V at every position. V(s_t) is at the token before y_t.
         input_ids (`torch.LongTensor` of shape (B, T)): the tokens.
-        log_probs (`torch.Tensor` of shape (B, T − 1), *optional*): what TRL's fused head returned.
+        log_probs (`torch.Tensor` of shape (B, T − 1), *optional*): what TRL's fused head returned, without gradient.
     """
 
     values: torch.Tensor
@@ -106,45 +99,48 @@ class ValuePass:
 
 
 class Critic:
-    """Runs a model's value head where its last decoder layer has run, in the passes that are asked for.
+    """Runs a model's value head on the activation of its last decoder layer, at the end of each scoring pass.
 
     Args:
         model (`nn.Module`): the trainer's model, with adapters, without an engine around it.
         detach_trunk (`bool`): no gradient from values into the policy.
-        head (`bool`, defaults to `True`): without it, only log-probs are noted.
+        head (`bool`, defaults to `True`): without it, only log-probs are kept.
     """
 
     def __init__(self, model: nn.Module, detach_trunk: bool, head: bool = True):
         self._base = unwrap(model)
         self._detach, self._head = detach_trunk, head
-        self._adapter_layer = first_adapter_layer(model)
-        self._open = self._scoring = False
-        self._current: ValuePass | None = None
-        self._inputs: dict[str, Any] = {}
+        self._point = decoder_layers(model)[-1]
+        self._asked = False
         self._passes: list[ValuePass] = []
-        last = resolve(model, decoder_layers(model)[-1])
+        self._tap = Tap(model, [], record=(), keep=[self._point] if head else [], keep_log_probs=True)
+        self._tap.open = False
         self._handles = [
             model.register_forward_pre_hook(self._called, with_kwargs=True),
-            backbone(model).register_forward_pre_hook(self._begin, with_kwargs=True),
-            last.register_forward_hook(self._fire),
             model.register_forward_hook(self._returned),
         ]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
+        self._tap.remove()
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Open for the policy's scoring passes, which TRL gives `labels`: not for generation's, and not for the reference's."""
+    def reading(self, kind: PassKind) -> Iterator[None]:
+        """Open for the policy's scoring passes: those that TRL gives `labels`, not those of generation or of the reference.
+
+        Args:
+            kind (`str`): `policy` if the passes have a gradient, `policy_no_grad` otherwise.
+        """
         self._passes.clear()
-        self._open = True
+        self._tap.clear()
+        self._tap.keep_kind = kind
+        self._asked = True
         try:
             yield
         finally:
-            self._open = self._scoring = False
-            self._current = None
+            self._asked = self._tap.open = False
 
     def take(self) -> list[ValuePass]:
         """Passes since `reading` began, oldest first."""
@@ -153,33 +149,30 @@ class Critic:
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # `use_cache` does not tell: continuous batching generates without TRL's cache.
-        self._scoring = kwargs.get("labels") is not None
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._current = None
-        if not self._open or not self._scoring or is_reading() or adapters_off(self._adapter_layer):
-            return
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        self._current = ValuePass(torch.empty(0), input_ids)
-        self._inputs = {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
-        if not self._head:
-            self._passes.append(self._current)
-
-    def _fire(self, module: nn.Module, args: Any, output: Any) -> None:
-        current = self._current
-        if current is None or not self._head:
-            return
-        activation = output_tensor(output)
-        head = getattr(self._base, VALUE_HEAD)
-        inputs, self._inputs = self._inputs, {}
-        current.values = head(activation.detach() if self._detach else activation, **inputs)
-        self._passes.append(current)
+        self._tap.open = self._asked and kwargs.get("labels") is not None
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
-        current, self._current, self._scoring = self._current, None, False
-        if current is None or getattr(output, "log_probs", None) is None:
-            return
-        if current.values.requires_grad:
-            # DDP takes parameters for unused that do not reach the output, and would not wait for their gradient.
-            output["log_probs"] = output.log_probs + 0 * current.values.sum()
-        current.log_probs = output.log_probs.detach()
+        self._tap.open = False
+        for recorded in self._tap.take():
+            values = torch.empty(0)
+            if self._head:
+                if (
+                    self._point not in recorded.activations
+                ):  # a compiled model has no hooks; the trainer says what to do
+                    continue
+                values = self._values(recorded)
+            log_probs = recorded.log_probs
+            if log_probs is not None:
+                if values.requires_grad:
+                    # DDP takes parameters for unused that do not reach the output, and would not wait for their gradient.
+                    output["log_probs"] = log_probs + 0 * values.sum()
+                log_probs = log_probs.detach()
+            self._passes.append(ValuePass(values, recorded.input_ids, log_probs))
+
+    def _values(self, recorded: Pass) -> torch.Tensor:
+        activation = recorded.activations[self._point]
+        inputs = {"input_ids": recorded.input_ids, "attention_mask": recorded.attention_mask}
+        values: torch.Tensor = getattr(self._base, VALUE_HEAD)(
+            activation.detach() if self._detach else activation, **inputs
+        )
+        return values

@@ -1,4 +1,4 @@
-"""What people read PPO by: numbers of a rollout and of a loss, over all ranks, under TRL 1.12's names where it had one.
+"""Metrics of PPO: of a rollout and of a loss, over all ranks. They have the names of TRL 1.12 where it had them.
 
 In: a rollout's tensors (B, T), or those of a micro-batch. Out: metric name to number. Nothing here trains.
 """
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Worked:
-    """A rollout as it was worked out, on this rank.
+class Estimates:
+    """Rewards, values and advantages of a rollout, on this rank.
 
     Attributes:
         components (`dict[str, torch.Tensor]`): rewards (B, T) by their source, `kl` and `missing_eos` among them.
         log_probs (`torch.Tensor` of shape (B, T)): of the policy that sampled.
         reference (`torch.Tensor` of shape (B, T), *optional*): of the reference.
         values (`torch.Tensor` of shape (B, T + 1)), advantages, returns (`torch.Tensor` of shape (B, T)): before whitening.
-        counted (`torch.Tensor` of shape (B, T)): 1 on tokens that teach something.
+        counted (`torch.Tensor` of shape (B, T)): 1 on tokens of completions that a reward function judged.
         ended (`torch.BoolTensor` of shape (B,)): see `advantages.gae`.
     """
 
@@ -39,27 +39,27 @@ class Worked:
     ended: torch.Tensor
 
 
-def of_rollout(worked: Worked, gamma: float, has_critic: bool, reduce: adv.Reduce) -> dict[str, float]:
+def of_rollout(estimates: Estimates, gamma: float, has_critic: bool, reduce: adv.Reduce) -> dict[str, float]:
     """Metrics of a rollout.
 
     Per completion that was judged `objective/…`; per token returns, values and advantages; what the critic explains, and each
     component's share of the return's variance. `kl` is per token, by the estimate that TRL logs for GRPO (k3).
     """
-    mask, values = worked.counted, worked.values[:, :-1]
+    mask, values = estimates.counted, estimates.values[:, :-1]
     nothing = torch.zeros_like(values)
-    kl = worked.components.get("kl", nothing)
-    scores = sum((part for name, part in worked.components.items() if name != "kl"), nothing)
+    kl = estimates.components.get("kl", nothing)
+    scores = sum((part for name, part in estimates.components.items() if name != "kl"), nothing)
     per_completion = {
         "objective/scores": scores.sum(1),
         "objective/non_score_reward": kl.sum(1),
         "objective/rlhf_reward": (scores + kl).sum(1),
-        "objective/entropy": -(worked.log_probs * mask).sum(1),
-        "completions/bootstrapped_ratio": (~worked.ended).float(),
+        "objective/entropy": -(estimates.log_probs * mask).sum(1),
+        "completions/bootstrapped_ratio": (~estimates.ended).float(),
     }
-    tensors = {"returns": worked.returns, "values": values, "advantages": worked.advantages}
+    tensors = {"returns": estimates.returns, "values": values, "advantages": estimates.advantages}
     logged: dict[str, float] = {}
-    if worked.reference is not None:
-        change = worked.reference - worked.log_probs
+    if estimates.reference is not None:
+        change = estimates.reference - estimates.log_probs
         per_completion["objective/kl"] = -(change * mask).sum(1)
         logged["kl"] = float(adv.moments(change.exp() - change - 1, mask, reduce)[0])
     judged = mask.any(1)
@@ -69,8 +69,8 @@ def of_rollout(worked: Worked, gamma: float, has_critic: bool, reduce: adv.Reduc
         mean, variance = adv.moments(tensor, mask, reduce)
         logged |= {f"{name}/mean": float(mean), f"{name}/std": float(variance.sqrt())}
     if has_critic:
-        logged["val/explained_variance"] = float(adv.explained_variance(worked.returns, values, mask, reduce))
-    for name, share in adv.shares_of_variance(worked.components, mask, gamma, reduce).items():
+        logged["val/explained_variance"] = float(adv.explained_variance(estimates.returns, values, mask, reduce))
+    for name, share in adv.shares_of_variance(estimates.components, mask, gamma, reduce).items():
         logged[f"returns/share/{name}"] = float(share)
     return logged
 

@@ -1,7 +1,7 @@
-"""Token by token: what a few completions of a rollout were paid, valued and pushed by, in the run log.
+"""Samples in the run log: rewards, values and advantages of a few completions, token by token.
 
-In: a rollout as the trainer has worked it out. Out: a `samples` event, whose tokens the report colours, and a `table` of one
-completion. It computes nothing.
+In: a rollout with its estimates. Out: a `samples` event, whose tokens the report colours, and a `table` of one completion. It
+computes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOTE = (
 
 
 @dataclass
-class Rollout:
+class SampledRows:
     """Rows of this rank: prompts, completions, ids, and tensors (B, T) over the completion's tokens."""
 
     prompts: Sequence[Any]
@@ -38,19 +38,19 @@ class Rollout:
     advantages: torch.Tensor
 
 
-def write(log: RunLog, step: int, rollout: Rollout, rows: int, tokenizer: Any) -> None:
+def write(log: RunLog, step: int, rollout: SampledRows, rows: int, tokenizer: Any) -> None:
     """Append the first `rows` completions to the run log, and one of them as a table."""
-    found = [_row(rollout, i, tokenizer) for i in range(min(rows, len(rollout.prompts)))]
-    if not found:
+    written = [_sample(rollout, i, tokenizer) for i in range(min(rows, len(rollout.prompts)))]
+    if not written:
         return
-    log.append("samples", step, when="train", rows=found)
-    first = found[0]["tokens"]
+    log.append("samples", step, when="train", rows=written)
+    first = written[0]["tokens"]
     columns = ["token", *first["scores"]]
     cells = [list(row) for row in zip(first["pieces"], *first["scores"].values(), strict=True)]
     log.append("table", step, title=TITLE, columns=columns, rows=cells, note=NOTE)
 
 
-def _row(rollout: Rollout, i: int, tokenizer: Any) -> dict[str, Any]:
+def _sample(rollout: SampledRows, i: int, tokenizer: Any) -> dict[str, Any]:
     ids = rollout.completion_ids[i]
     tensors = {"reward": rollout.rewards, "value": rollout.values, "advantage": rollout.advantages}
     return {

@@ -1,7 +1,7 @@
-"""What reward functions return, per token: a number for a whole completion, or one for each of its tokens.
+"""Token rewards: what reward functions return for a whole completion or for each of its tokens.
 
-In: TRL reward functions. Out: the same functions, listened to: TRL gets one number per completion, as it expects, and what was
-said of single tokens is kept. A reward that is no number stops the run here; TRL would take a NaN for "not applicable".
+In: TRL reward functions. Out: wrapped functions. TRL gets one number per completion, as it expects, and the token rewards are
+kept. A reward that is not finite stops the run here, because TRL would take NaN for "not applicable".
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Returned:
 
     Attributes:
         shaping (`bool`): lists are potentials Φ(s_0) … Φ(s_L), not rewards.
-        tokens (`list`): per completion its token rewards (L,) or potentials (L + 1,); None where it was judged as a whole.
-        totals (`list[float | None]`): per completion the number that it got as a whole; None where it is not applicable, or
-            tokens were rewarded.
+        tokens (`list`): per completion its token rewards (L,) or potentials (L + 1,); None if it was judged as a whole.
+        totals (`list[float | None]`): per completion its reward as a whole; None if the function does not apply, or
+            rewarded tokens.
     """
 
     shaping: bool = False
@@ -50,32 +50,32 @@ class Returned:
 
     @property
     def judged(self) -> list[bool]:
-        """Which completions got a number as a whole."""
+        """True for completions that were judged as a whole."""
         return [value is not None for value in self.totals]
 
     @property
     def applies(self) -> list[bool]:
-        """Which completions it said anything of."""
+        """True for completions that the function judged in any way."""
         return [a is not None or b is not None for a, b in zip(self.tokens, self.totals, strict=True)]
 
 
 def listened(
     function: Any, name: str, completion_ids: Sequence[Sequence[int]], returned: Returned
 ) -> Callable[..., Any] | nn.Module:
-    """A reward function whose token rewards go into `returned`, and which returns their sum in their place.
+    """A reward function that stores its token rewards in `returned` and returns their sum.
 
-    A function that sets the attribute `shaping = True` returns potentials: L + 1 numbers for L tokens, the first of the prompt.
-    A reward model (`nn.Module`) is left as it is: TRL runs it, and it judges whole completions.
+    A function that sets the attribute `shaping = True` returns potentials: L + 1 numbers for L tokens, the first for the prompt.
+    A reward model (`nn.Module`) stays as it is: TRL runs it, and it judges whole completions.
 
     Raises:
-        `ValueError`, when it is called: a number that is not finite, or another count of token rewards than of tokens.
+        `ValueError`, when it is called: a number that is not finite, or not one reward per token.
     """
     if isinstance(function, nn.Module):
         return function
     returned.shaping = bool(getattr(function, "shaping", False))
 
     def taken(values: Any) -> list[float | None]:
-        return [_take(value, name, row, len(completion_ids[row]), returned) for row, value in enumerate(values)]
+        return [_store(value, name, row, len(completion_ids[row]), returned) for row, value in enumerate(values)]
 
     def checked(values: Any) -> Any:
         if len(values) != len(completion_ids):
@@ -95,8 +95,8 @@ def listened(
     return now
 
 
-def _take(value: Any, name: str, row: int, length: int, returned: Returned) -> float | None:
-    """Notes one completion's reward, and gives what TRL is to see of it."""
+def _store(value: Any, name: str, row: int, length: int, returned: Returned) -> float | None:
+    """Store one completion's reward; returns the number that TRL gets."""
     numbers = value.tolist() if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy" else value
     if numbers is None:
         returned.tokens.append(None)
@@ -114,10 +114,10 @@ def _take(value: Any, name: str, row: int, length: int, returned: Returned) -> f
             f"Reward function `{name}` returned {len(numbers)} {what} for completion {row} – expected {wanted}: {each}, in the "
             "order of `completion_ids`, the end-of-turn token included. Return one float instead to reward it as a whole."
         )
-    own = [_finite(number, name, row) for number in numbers]
-    returned.tokens.append(own)
+    rewards = [_finite(number, name, row) for number in numbers]
+    returned.tokens.append(rewards)
     returned.totals.append(None)
-    return own[-1] - own[0] if returned.shaping else math.fsum(own)
+    return rewards[-1] - rewards[0] if returned.shaping else math.fsum(rewards)
 
 
 def _finite(number: Any, name: str, row: int) -> float:
