@@ -89,6 +89,7 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
         >>> prompts = Dataset.from_list([{"prompt": "the cat sat"}] * 4)
         >>> trainer = PPOTrainer(model, reward_funcs=[brevity], args=args, train_dataset=prompts, processing_class=tokenizer)
         >>> _ = trainer.train()
+        {'train_runtime': ...}
         >>> trainer.state.global_step
         1
     """
