@@ -42,7 +42,8 @@ from interp_rlhf.concepts.pooling import POOLINGS, pool
 from interp_rlhf.concepts.publish import publish
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.embedded import MODEL_ID
-from interp_rlhf.validation.check import RANDOM_DIRECTIONS, check_card
+from interp_rlhf.validation.check import check_card
+from interp_rlhf.validation.controls import RANDOM_DIRECTIONS
 from interp_rlhf.validation.dictionaries import PERMUTATIONS
 from interp_rlhf.validation.statistics import auroc_interval
 

@@ -14,9 +14,11 @@ from interp_rlhf.concepts.card import load_card, with_evidence
 from interp_rlhf.concepts.examples import make_examples
 from interp_rlhf.concepts.fitting import fit_probe
 from interp_rlhf.concepts.publish import publish
-from interp_rlhf.validation.check import Controls, check_card
+from interp_rlhf.validation.check import check_card
+from interp_rlhf.validation.controls import Controls
 from interp_rlhf.validation.gate import gate
-from interp_rlhf.validation.prompts import Swapped, shares, swappable, with_answer
+from interp_rlhf.validation.prompts import Swapped, swappable, with_answer
+from interp_rlhf.validation.statistics import shares
 
 OTHERS = [word for word in WORDS if word not in ("warm", "cold")]
 

@@ -302,7 +302,7 @@ def test_evidence_of_latents_needs_their_own_autoencoder(load, tokenizer, tmp_pa
     train, test = make_examples(labelled_rows(24, seed=1)), make_examples(labelled_rows(40, seed=2))
     with pytest.raises(ValueError, match=r"was given no `sae` – expected that autoencoder.*--sae"):
         check_card(card, model, tokenizer, train, test)
-    with pytest.raises(ValueError, match="64 latents that are others"):
+    with pytest.raises(ValueError, match="64 other latents"):
         check_card(card, model, tokenizer, train, test, sae=random_sae(size=64, width=32))
 
 

@@ -16,7 +16,8 @@ from ..concepts.card import load_card, with_evidence
 from ..concepts.examples import load_examples
 from ..concepts.fitting import fit_probe, sweep_points
 from ..concepts.pooling import FITTED, POOLINGS
-from ..concepts.publish import plot_sweep, publish, require_new, with_canaries
+from ..concepts.publish import publish, require_new, with_canaries
+from ..concepts.sweep_plot import plot_sweep
 from ..embedded import load_or_embedded
 from ..sae.files import load_sae
 from ..validation.check import check_card

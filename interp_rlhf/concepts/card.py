@@ -1,6 +1,6 @@
-"""Reward cards: versioned YAML that says what is read, where, how it is pooled and what speaks for it.
+"""Reward cards: versioned YAML that says what is read, where, how it is pooled, and which evidence there is.
 
-In: a path. Out: a checked `Card`, or one error with everything that is wrong. Imports neither torch nor TRL.
+In: a path. Out: a checked `Card`, or one error with all problems. It must not know models, and imports neither torch nor TRL.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Difference(Strict):
 
 
 class Adds(Strict):
-    """What the probe adds to all baselines together: cross-validated by prompt, with the probe less without it.
+    """What the probe adds to all baselines together, cross-validated by prompt: with the probe minus without it.
 
-    `log_loss` is what the probe saves, in nats per row: above 0 it helps.
+    `log_loss` is the log-loss that the probe saves, in nats per row: above 0 it helps.
     """
 
     auroc: Difference
@@ -93,8 +93,8 @@ class Adds(Strict):
 
 
 class Calibration(Strict):
-    """Whether a score is the log-odds that it is called: slope 1 and intercept 0 of the true log-odds on it, both labels weighing
-    alike; a slope below 1 = too sure. None where the scores separate the labels perfectly. Log-loss in nats."""
+    """How well a score is a log-odds. A calibrated score has slope 1 and intercept 0, with both labels weighing alike. A slope
+    below 1 means too sure. Slope and intercept are None if the scores separate the labels perfectly. Log-loss is in nats."""
 
     slope: float | None = None
     intercept: float | None = None
@@ -103,15 +103,14 @@ class Calibration(Strict):
 
 
 class PromptFindings(Strict):
-    """What the prompt alone says, and whether the score is the answer's or the prompt's.
+    """What the prompt alone says, and whether the score depends on the answer or on the prompt.
 
     Attributes:
         tfidf, tfidf_with_completion, probe: AUROC of the prompt's words, of prompt and completion together, and of a probe at the
             prompt's last token.
         within: AUROC of the card's probe among answers to one prompt, over prompts that have both labels.
-        answer_share: share of the score's variance that is the answer's, under one prompt: near 0 the score is a function of the
-            prompt.
-        other_answers: AUROC that the score keeps when each prompt has another prompt's answer.
+        answer_share: share of the score's variance between answers to one prompt. Near 0 the score is a function of the prompt.
+        other_answers: AUROC that the score keeps if each prompt has another prompt's answer.
     """
 
     tfidf: Estimate
@@ -124,7 +123,7 @@ class PromptFindings(Strict):
 
 
 class Control(Strict):
-    """AUROCs of a control that was drawn many times."""
+    """AUROCs of a control that was drawn `repeats` times: their mean and 95th percentile."""
 
     mean: float
     p95: float
@@ -132,7 +131,7 @@ class Control(Strict):
 
 
 class SaeFindings(Strict):
-    """How well a sparse autoencoder stands for the activations of some text: first tokens and norm outliers left out."""
+    """How well a sparse autoencoder reconstructs the activations of some text, without first tokens and norm outliers."""
 
     explained_variance: float
     l0: float
@@ -142,7 +141,7 @@ class SaeFindings(Strict):
 
 
 class Findings(Strict):
-    """What one set of examples says of a probe, and of what it must beat. Evidence of before 0.3 lacks what has a default."""
+    """Results of a probe and of its controls on one set of examples. Evidence from before 0.3 lacks fields with a default."""
 
     data: Digest
     examples: int
@@ -179,7 +178,7 @@ NAME = r"^[a-z0-9][a-z0-9_-]*$"
 
 
 def require_name(name: str) -> None:
-    """Raises `ValueError` for what is no name of a card."""
+    """Raises `ValueError` for a name that a card cannot have."""
     if not re.fullmatch(NAME, name):
         near = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "warmth"
         raise ValueError(f"`name` is `{name}` – expected lower-case letters, digits, `-` and `_`: `{near}`, say.")
@@ -203,14 +202,14 @@ class Card(Strict):
 
     @property
     def readout_digest(self) -> str:
-        """What evidence belongs to: artifact, hook point, pooling, counted tokens and the model."""
+        """Digest that evidence belongs to: of artifact, hook point, pooling, counted tokens and model."""
         spec = self.readout.model_dump_json(exclude={"artifact": {"path"}})
         return f"sha256:{hashlib.sha256((spec + self.model.identity).encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
 class LoadedCard:
-    """A card with its place on disk and the SHA-256 of its file, which goes into run log and report."""
+    """A card, its path and the SHA-256 of its file. The digest goes into run log and report."""
 
     card: Card
     path: Path
@@ -225,21 +224,30 @@ def load_card(path: str | Path) -> LoadedCard:
     """Card of a YAML file, checked strictly.
 
     Args:
-        path (`str` or `Path`): a file, or the path of a shipped card (`reward/warmth/reward.v3.yaml`), which resolves
-            the same from a checkout, an editable install and a wheel.
+        path (`str` or `Path`): a file, or the path of a shipped card (`reward/warmth/reward.v3.yaml`). That path is the same in
+            a checkout, an editable install and a wheel.
+
+    Returns:
+        `LoadedCard`: the card, its path and its digest.
 
     Raises:
         `FileNotFoundError`: no such file.
         `ValueError`: every unknown, missing or doubled key and every wrong value, in one message.
+
+    Example:
+        >>> from interp_rlhf import load_card
+        >>> loaded = load_card("warmth.yaml")
+        >>> loaded.card.role, loaded.card.readout.pooling, loaded.card.readout.hook_point
+        ('reward', 'mean', 'model.layers.1')
     """
-    found = locate(path)
-    data = found.read_bytes()
+    file = locate(path)
+    data = file.read_bytes()
     try:
         loader = _Loader(data)
         content = loader.get_single_data()
-    except (yaml.YAMLError, ValueError) as error:  # the latter of a date or number that is none
+    except (yaml.YAMLError, ValueError) as error:  # `ValueError`: a date or number that YAML cannot parse
         said = " ".join(str(error).split())
-        raise ValueError(f"`{found}` is not YAML: {said} – expected a reward card in UTF-8.") from None
+        raise ValueError(f"`{file}` is not YAML: {said} – expected a reward card in UTF-8. Correct it.") from None
     problems = loader.doubled
     if not isinstance(content, dict):
         problems.append(f"the file holds {type(content).__name__} – expected a mapping with the keys of a card")
@@ -250,15 +258,15 @@ def load_card(path: str | Path) -> LoadedCard:
         problems += [_problem(item) for item in error.errors()] if content else []
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in sorted(problems))
-        raise ValueError(f"`{found}` is not a valid reward card, {len(problems)} problem(s):\n{listed}")
-    return LoadedCard(card, found, hashlib.sha256(data).hexdigest())
+        raise ValueError(f"`{file}` is not a valid reward card, {len(problems)} problem(s):\n{listed}")
+    return LoadedCard(card, file, hashlib.sha256(data).hexdigest())
 
 
 def locate(path: str | Path) -> Path:
-    """File of a path that is given as a user writes it: as it is, or inside what this package ships.
+    """File of a path: the path itself, or a file that this package ships.
 
     Raises:
-        `FileNotFoundError`: neither.
+        `FileNotFoundError`: there is neither.
     """
     path = Path(path)
     package = Path(__file__).resolve().parent.parent
@@ -278,9 +286,9 @@ def dump_card(card: Card) -> str:
 
 
 def with_evidence(text: str, evidence: Evidence) -> str:
-    """Text of a card with its evidence replaced; everything else stays to the letter, comments too.
+    """Text of a card with its evidence replaced. Everything else stays to the letter, comments too.
 
-    Of a card that is not written as `dump_card` does (as JSON, indented, with an end mark) it is the card dumped anew.
+    A card in another style than that of `dump_card` (JSON, indented, with an end mark) is dumped again as a whole.
     """
     expected = Card.model_validate(_Loader(text).get_single_data()).model_copy(update={"evidence": evidence})
     new = _spliced(text, evidence)
@@ -322,7 +330,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-3 for a word: it wants a point in it. JSON and people write it so.
+# YAML 1.1 reads 1e-3 as a word, since it has no point. JSON and people write numbers like that.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -1,7 +1,7 @@
 """From a fit to files: the artifact and the card that describes it.
 
-In: a `Fit` and what only a person can say of it. Out: the card's path. A file that exists is never overwritten: a released
-card is not edited, the next version is added.
+In: a `Fit`, and what only a person can say: name, concept, role. Out: the card's path. An existing file is never overwritten: a
+released card is not edited, the next version is added. It must not know how a probe is fitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..activations.canaries import make_canaries
-from .artifact import calibration_of, load_artifact, write_atomically
+from .artifact import calibration_of, read_directions, write_atomically
 from .card import (
     ArtifactRef,
     Card,
@@ -23,14 +23,15 @@ from .card import (
     dump_card,
     require_name,
 )
-from .readout import Readout
+from .claims import artifact_of, require_architecture, require_identity, require_width
 
 if TYPE_CHECKING:
+    from .artifact import Artifact
     from .card import (
         LoadedCard,
         Transform,
     )
-    from .fitting import Fit, SweepPoint
+    from .fitting import Fit
 
 Role = Literal["reward", "penalty", "monitor"]
 DEFAULT_POOLING = {"reward": "mean", "penalty": "ema_max", "monitor": "ema_max"}
@@ -49,12 +50,12 @@ def publish(
     transform: Transform | None = None,
     holdouts: list[str] | None = None,
 ) -> Path:
-    """Write `<folder>/<name>.v<version>.safetensors` and `<folder>/<role>.v<version>.yaml`; returns the latter.
+    """Write `<folder>/<name>.v<version>.safetensors` and `<folder>/<role>.v<version>.yaml`. Returns the path of the card.
 
     Args:
-        fit (`Fit`): what `fit_probe` returned.
-        pooling (`str`, *optional*): by default what it was fitted for, where that is `last` or `attention`; else `mean` for a
-            reward and `ema_max` for penalties and monitors.
+        fit (`Fit`): the result of `fit_probe`.
+        pooling (`str`, *optional*): a fit for `last` or `attention` keeps that pooling by default. A fit for `mean` gets `mean`
+            for a reward, and `ema_max` for penalties and monitors.
 
     Raises:
         `ValueError`: one of the files exists, or the artifact is not calibrated for this pooling.
@@ -99,10 +100,10 @@ def publish(
 def require_new(
     folder: str | Path, *, name: str, role: Role = "reward", version: int = 1, weight: float = 1.0
 ) -> tuple[Path, Path]:
-    """Where a new card and its artifact go, looked at before anything is read.
+    """Paths of a new card and its artifact. Call it before a long fit.
 
     Raises:
-        `ValueError`: what no card can have, or one of the files exists.
+        `ValueError`: a name, version or weight that no card can have, or one of the files exists.
     """
     require_name(name)
     if version < 1:
@@ -123,21 +124,22 @@ def require_new(
 
 
 def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:
-    """Write the next version of a card and of its artifact, with canaries read on the model that it was made on.
+    """Write the next version of a card and of its artifact, with canaries that are read on its model.
 
-    The card's evidence is not carried over: it names another artifact. Returns the new card's path.
+    The new card has no evidence: the old evidence names another artifact. Returns the path of the new card.
 
     Raises:
-        `ValueError`: it has some, another model, or a file of the next version exists.
+        `ValueError`: the artifact has canaries, the model is another one, or a file of the next version exists.
     """
-    readout = Readout.from_card(card)
-    if readout.canaries is not None:
+    old = artifact_of(card)
+    if old.header.canaries:
         raise ValueError(
             f"The artifact of `{card.path}` has canaries already – expected none. There is nothing to do."
         )
-    readout.check_model(model)
-    old = load_artifact(card.artifact_path, card.card.readout.artifact.sha256)
-    found = make_canaries(model, tokenizer, readout.hook_point, readout.read_directions)
+    _require_model(model, card.card.name, old)
+    canaries = make_canaries(
+        model, tokenizer, old.header.hook_point, read_directions(old.weight, old.latents, old.query)
+    )
     version = card.card.version + 1
     name = re.sub(r"\.v\d+(?=\.)", "", card.artifact_path.name).removesuffix(".safetensors")
     card_path = card.path.with_name(f"{card.card.role}.v{version}.yaml")
@@ -147,7 +149,7 @@ def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:
             raise ValueError(
                 f"`{path}` exists – expected a new version: a released card is never edited. Remove or rename it."
             )
-    sha256 = replace(old, header=replace(old.header, canaries=found.entry())).save(artifact_path)
+    sha256 = replace(old, header=replace(old.header, canaries=canaries.entry())).save(artifact_path)
     reference = ArtifactRef(path=artifact_path.name, sha256=sha256)
     made = card.card.model_copy(
         update={
@@ -160,36 +162,17 @@ def with_canaries(card: LoadedCard, model: Any, tokenizer: Any) -> Path:
 
 
 def _next(folder: Path, name: str) -> str:
-    """The next version of a card beside it, where there is one."""
-    later = re.sub(r"\.v(\d+)\.yaml$", lambda found: f".v{int(found[1]) + 1}.yaml", name)
+    """The next version of a card in the same folder, if there is one."""
+    later = re.sub(r"\.v(\d+)\.yaml$", lambda version: f".v{int(version[1]) + 1}.yaml", name)
     return later if (folder / later).exists() else name
 
 
-def plot_sweep(curve: list[SweepPoint], path: str | Path, title: str) -> None:
-    """Cross-validated AUROC by hook point, one line per pooling, with the spread over folds, as an SVG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-    points = list(dict.fromkeys(point.hook_point for point in curve))
-    poolings = list(dict.fromkeys(point.pooling for point in curve))
-    for number, pooling in enumerate(poolings):
-        own = [point for point in curve if point.pooling == pooling]
-        places = [points.index(point.hook_point) + 0.08 * (number - (len(poolings) - 1) / 2) for point in own]
-        axes.errorbar(
-            places,
-            [p.auroc for p in own],
-            yerr=[p.std for p in own],
-            marker="o",
-            capsize=3,
-            label=f"fitted for {pooling}",
-        )
-    axes.axhline(0.5, linestyle=":", color="grey")
-    axes.set_xticks(range(len(points)), points, rotation=60, ha="right", fontsize=7)
-    if len(poolings) > 1:
-        axes.legend(fontsize=7)
-    axes.set(ylabel="AUROC (mean ± std over folds)", title=title)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+def _require_model(model: Any, name: str, artifact: Artifact) -> None:
+    """Raises `ValueError` for another model than the one that an artifact without canaries was made on."""
+    header = artifact.header
+    require_width(
+        model, f"Readout `{name}` has", header.hook_point, header.width,
+        f"It was made on `{header.model_id}`: fit one on this model.",
+    )  # fmt: skip
+    require_architecture(model, name, header)
+    require_identity(model, name, header)

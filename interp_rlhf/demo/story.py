@@ -21,8 +21,9 @@ from ..concepts.artifact import library_versions, write_atomically
 from ..concepts.card import load_card, with_evidence
 from ..concepts.examples import load_examples, write_jsonl
 from ..concepts.fitting import fit_probe, sweep_points
-from ..concepts.publish import plot_sweep, publish
+from ..concepts.publish import publish
 from ..concepts.readout import Readout
+from ..concepts.sweep_plot import plot_sweep
 from ..drift.config import DriftConfig
 from ..embedded import MODEL_ID, load_or_embedded
 from ..report.page import write_report

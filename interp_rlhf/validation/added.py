@@ -1,10 +1,10 @@
-"""What a probe adds: text baselines together, with and without the probe's score, on examples that none of them was fitted on.
+"""What a probe adds to text baselines: all baselines together, with and without the probe's score, on examples of no fit.
 
 In: labels, scores of the probe and of the baselines, prompts. Out: `Added`. It must not know where a score comes from.
 
-Two plain stacks, one with the probe as one more column, favour the probe where it knows nothing new: a second copy of a baseline
-is shrunk less, a ready-made mix of baselines saves learning it, the log of a length is a better line than the length. So only
-what the baselines cannot predict of the probe's score is added, with one coefficient, to what they say together.
+Comparing two plain stacks, one with the probe as one more column, favours a probe that knows nothing new: a second copy of a
+baseline is shrunk less, a ready-made mix of baselines saves learning it, the log of a length is a better line than the length.
+So only the part of the probe's score that the baselines cannot predict is added to their prediction, with one coefficient.
 """
 
 from __future__ import annotations
@@ -15,26 +15,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..concepts.linear import equal_classes, log_loss, losses
-from .statistics import (
-    draws,
-    enough_prompts,
-    group_numbers,
-    logistic,
-    weighted_aurocs,
-)
+from .statistics import Interval, draws, enough_prompts, group_numbers, logistic, weighted_aurocs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Interval = tuple[float, float, float]
 NAN = float("nan")
 
-FOLDS = 5
-REPEATS = 3  # of the outer folds; log-odds are averaged
-# See `logistic`; the last are for labels that separate.
-PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-8)
+OUTER_FOLDS = 5
+REPEATS = 3  # draws of the outer folds, over which log-odds are averaged
+# Penalties of `logistic`. The last ones are for labels that separate.
+RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-8)
 FARTHEST = 5.0  # standard deviations: where outliers are cut
-WIDER = ((1 / FOLDS + 1 / (FOLDS - 1)) / (1 / FOLDS)) ** 0.5  # 1.5, Nadeau & Bengio's correction; see `added`
+WIDER = (
+    (1 / OUTER_FOLDS + 1 / (OUTER_FOLDS - 1)) / (1 / OUTER_FOLDS)
+) ** 0.5  # 1.5, Nadeau & Bengio's correction; see `added`
 
 
 @dataclass(frozen=True)
@@ -42,13 +37,13 @@ class Added:
     """What a probe's score adds to baselines.
 
     Attributes:
-        auroc (`tuple[float, float, float]`): AUROC with the probe less that without, and its 95 % interval; above 0 = it adds.
-        log_loss (`tuple[float, float, float]`): log-loss without the probe less that with it, in nats, both labels equally
-            likely, and its 95 % interval; above 0 = it adds.
+        auroc (`Interval`): AUROC with the probe minus AUROC without it, and its 95 % interval. Above 0 = it adds.
+        log_loss (`Interval`): log-loss without the probe minus log-loss with it, in nats, with both labels equally likely, and
+            its 95 % interval. Above 0 = it adds.
         auroc_without, auroc_with (`float`): in [0, 1].
         log_loss_without, log_loss_with (`float`): in nats; 0.693 = always one half.
-        left_out (`list[str]`): baselines that are constant or not finite somewhere; `probe` where its score is not finite.
-        prompts (`int`): how many.
+        left_out (`list[str]`): baselines that are constant or not finite somewhere; `probe` if its score is not finite.
+        prompts (`int`): number of prompts.
     """
 
     auroc: Interval
@@ -76,11 +71,11 @@ def added(
        clearly larger than its standard error counts as 0, and the two predictions are then the same.
 
     Log-odds are averaged over three draws of the outer folds. Their log-loss is that of probabilities cut to [1/(n + 2),
-    1 − 1/(n + 2)], n prompts (Laplace's rule): n prompts cannot show that an error is rarer. Without that, a second score that
-    separates the labels perfectly would lower the log-loss for ever.
+    1 − 1/(n + 2)], n prompts (Laplace's rule): n prompts cannot show that an error is rarer. Without the cut, a second score that
+    separates the labels perfectly would lower the log-loss without limit.
 
-    Intervals: bootstrap over prompts of the predictions, 1.5 times as wide. Resampling predictions leaves out that the fits too
-    would differ on other examples; Nadeau & Bengio (2003, "Inference for the generalization error") put the variance of K folds
+    Intervals: bootstrap over prompts of the predictions, 1.5 times as wide. Resampling predictions ignores that the fits would
+    differ on other examples, too. Nadeau & Bengio (2003, "Inference for the generalization error") put the variance of K folds
     at 1/K + 1/(K − 1) instead of 1/K of a fold's. In simulations they hold 0 in 95 of 100 cases and more where nothing is added.
 
     Limits. It speaks of these baselines as they were fitted: a probe that reads the same words with errors of its own adds to
@@ -103,51 +98,51 @@ def added(
     numbers = group_numbers(groups)
     prompts = len(np.unique(numbers))
     if not finite or not enough_prompts(labels, groups):
-        nothing = (NAN, NAN, NAN)
+        nothing = Interval(NAN, NAN, NAN)
         return Added(nothing, nothing, NAN, NAN, NAN, NAN, left_out + ([] if finite else ["probe"]), prompts)
     columns = np.stack([*usable.values()], axis=1).astype(float) if usable else np.zeros((len(labels), 0))
     limit = float(np.log(prompts + 1))
-    both = _out_of_fold(labels, probe.astype(float), columns, numbers, limit, seed)
+    both = _nested_log_odds(labels, probe.astype(float), columns, numbers, limit, seed)
     times = np.concatenate([np.ones((1, len(labels))), draws(groups, seed)])
     without, with_probe = (weighted_aurocs(labels, log_odds, times) for log_odds in both)
     lost, kept = (_mean_losses(labels, np.clip(log_odds, -limit, limit), times) for log_odds in both)
     return Added(
-        _interval(with_probe - without), _interval(lost - kept),
+        _widened(with_probe - without), _widened(lost - kept),
         float(without[0]), float(with_probe[0]), float(lost[0]), float(kept[0]), left_out, prompts,
     )  # fmt: skip
 
 
-def _out_of_fold(
+def _nested_log_odds(
     labels: np.ndarray, probe: np.ndarray, columns: np.ndarray, numbers: np.ndarray, limit: float, seed: int
 ) -> np.ndarray:
-    """Log-odds (2, N) without and with the probe, each row's by fits that did not see its prompt."""
-    found = np.zeros((2, len(labels)))
+    """Log-odds (2, N) without and with the probe. The fits of a row did not see its prompt."""
+    log_odds = np.zeros((2, len(labels)))
     for repeat in range(REPEATS):
         rng = np.random.default_rng([seed, repeat])
-        folds = _folds(labels, numbers, rng)
-        for fold in range(FOLDS):
+        folds = _deal_prompts(labels, numbers, rng)
+        for fold in range(OUTER_FOLDS):
             test, fit = folds == fold, folds != fold
-            inner = _folds(labels[fit], numbers[fit], rng)
+            inner = _deal_prompts(labels[fit], numbers[fit], rng)
             ours, theirs = _standardized(columns[fit], columns[test])
             fit_odds, test_odds = _together(ours, labels[fit], inner, theirs, limit)
             fit_rest, test_rest = _new_part(probe[fit], probe[test], ours, theirs, labels[fit])
             coefficient = _coefficient(fit_rest, labels[fit], fit_odds, numbers[fit])
-            found[0, test] += test_odds / REPEATS
-            found[1, test] += (test_odds + coefficient * test_rest) / REPEATS
-    return found
+            log_odds[0, test] += test_odds / REPEATS
+            log_odds[1, test] += (test_odds + coefficient * test_rest) / REPEATS
+    return log_odds
 
 
-def _folds(labels: np.ndarray, numbers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each row's fold (N,), by prompt: prompts in order of their share of label 1, and by chance, are dealt out in turn."""
+def _deal_prompts(labels: np.ndarray, numbers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fold of each row (N,), by prompt. Prompts are sorted by their share of label 1, ties by chance, and dealt out in turn."""
     _, numbers = np.unique(numbers, return_inverse=True)
     share = np.bincount(numbers, labels) / np.bincount(numbers)
     dealt = np.empty(len(share), dtype=np.int64)
-    dealt[np.lexsort((rng.random(len(share)), share))] = np.arange(len(share)) % FOLDS
+    dealt[np.lexsort((rng.random(len(share)), share))] = np.arange(len(share)) % OUTER_FOLDS
     return np.asarray(dealt[numbers])
 
 
 def _standardized(fit: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standardized scores and normal scores of ranks (N, 2 F), both by the fit's rows."""
+    """Standardized scores and normal scores of ranks (N, 2 F) of both. The fit's rows set the scale."""
     from scipy.special import ndtri
 
     spread = fit.std(0)
@@ -165,24 +160,24 @@ def _standardized(fit: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nda
 def _together(
     fit: np.ndarray, labels: np.ndarray, inner: np.ndarray, test: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds by all baselines, of the fit's rows (out of inner folds) and of the test's; the former choose the penalty."""
-    log_odds = np.zeros((len(PENALTIES), len(labels)))
-    for fold in range(FOLDS):
+    """Log-odds by all baselines: of the fit's rows, out of inner folds, which choose the penalty; and of the test's rows."""
+    log_odds = np.zeros((len(RIDGES), len(labels)))
+    for fold in range(OUTER_FOLDS):
         held = inner == fold
         weights, found = equal_classes(labels[~held]), None
-        for i, penalty in enumerate(PENALTIES):
+        for i, penalty in enumerate(RIDGES):
             found = logistic(fit[~held], labels[~held], weights, penalty, found)
             log_odds[i, held] = found[0] + fit[held] @ found[1:]
     log_odds = np.clip(log_odds, -limit, limit)
     best = int(np.argmin([log_loss(labels, line) for line in log_odds]))
-    found = logistic(fit, labels, equal_classes(labels), PENALTIES[best])
+    found = logistic(fit, labels, equal_classes(labels), RIDGES[best])
     return log_odds[best], found[0] + test @ found[1:]
 
 
 def _new_part(
     fit: np.ndarray, test: np.ndarray, columns: np.ndarray, others: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the baselines' columns do not predict of the probe's score at equal label; of the fit's rows with each left out."""
+    """The part of the probe's score that the baselines do not predict at equal label, with each of the fit's rows left out."""
     center, spread = fit.mean(), fit.std() or np.inf
     fit, test = (np.clip((scores - center) / spread, -FARTHEST, FARTHEST) for scores in (fit, test))
     rows = np.concatenate([np.ones((len(fit), 1)), labels[:, None], columns], axis=1)
@@ -197,7 +192,7 @@ def _new_part(
 
 
 def _coefficient(new: np.ndarray, labels: np.ndarray, log_odds: np.ndarray, numbers: np.ndarray) -> float:
-    """Coefficient of the new part beside given log-odds, shrunk by its variance (White's, summed by prompt)."""
+    """Coefficient of the new part next to fixed log-odds, shrunk by its variance (White's, summed by prompt)."""
     spread = float(new.std())
     if spread < 1e-9:
         return 0.0
@@ -214,14 +209,17 @@ def _coefficient(new: np.ndarray, labels: np.ndarray, log_odds: np.ndarray, numb
 
 
 def _mean_losses(labels: np.ndarray, log_odds: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Log-loss under many weightings (R, N), both labels equally likely; NaN where one has no weight."""
+    """Log-loss (R,) under many weightings (R, N), with both labels equally likely. NaN if a label has no weight."""
     rows = losses(labels, log_odds)
     with np.errstate(invalid="ignore", divide="ignore"):
-        sides = [times[:, labels == own] @ rows[labels == own] / times[:, labels == own].sum(1) for own in (0, 1)]
+        sides = [
+            times[:, labels == label] @ rows[labels == label] / times[:, labels == label].sum(1) for label in (0, 1)
+        ]
     return np.asarray(sum(sides) / 2)
 
 
-def _interval(found: np.ndarray) -> Interval:
-    value = float(found[0])
-    low, high = np.nanpercentile(found[1:], [2.5, 97.5])
-    return value, value + WIDER * (float(low) - value), value + WIDER * (float(high) - value)
+def _widened(values: np.ndarray) -> Interval:
+    """The first value, with the percentile interval of the others, `WIDER` times as wide."""
+    value = float(values[0])
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return Interval(value, value + WIDER * (float(low) - value), value + WIDER * (float(high) - value))

@@ -1,7 +1,7 @@
-"""What needs no model inside: text baselines that a probe should be seen beside.
+"""Text baselines, which need no activations. A probe is reported next to them.
 
-In: texts and labels of the fit, texts of the check. Out: scores of the check's rows. None of them gates a card: a concept
-that words alone give away is still a concept, but then a word list would have done.
+In: texts and labels of the fit, texts of the check. Out: scores of the check's rows. They do not gate a card: a concept that
+words alone give away is still a concept, but then a word list would do. It must not know models.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..concepts.linear import log_loss
+from ..concepts.linear import group_splits, log_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FOLDS = 3
-PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C
+TFIDF_FOLDS = 3
+TFIDF_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C
 
 
 def tfidf(
@@ -30,17 +30,16 @@ def tfidf(
     """Scores of a logistic regression on TF-IDF of words, word pairs and runs of characters, fitted on the probe's own examples.
 
     Runs of 2 to 5 characters cross spaces: Chinese and Japanese have none, and endings count in other languages. `C` is chosen
-    by log-loss in three folds of the fit.
+    by log-loss in three folds of the fit's examples.
 
     Args:
         train (`Sequence[str]`), labels (`np.ndarray` of shape (N,)): the fit's texts, and 0 or 1 for each.
-        test (`Sequence[str]`): what to score.
-        groups (`Sequence[str]`, *optional*): prompt of each fit text: the folds are by prompt. Each text is its own without.
-        seed (`int`, defaults to 0): of the folds.
+        test (`Sequence[str]`): M texts to score.
+        groups (`Sequence[str]`, *optional*): prompt of each fit text. Folds are split by prompt, by default by text.
+        seed (`int`, defaults to 0): seed of the folds.
 
     Returns:
-        `np.ndarray` of shape (M,): log-odds of label 1 with both labels equally likely; zeros where the fit's texts are all
-        alike.
+        `np.ndarray` of shape (M,): log-odds of label 1, with both labels equally likely. Zeros if the fit's texts are all alike.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -54,22 +53,22 @@ def tfidf(
         model = LogisticRegression(C=penalty, solver="liblinear", class_weight="balanced", intercept_scaling=10.0)
         return model.fit(fit[rows], labels[rows])
 
-    folds = _folds(labels, groups, seed)
+    folds = _tfidf_folds(labels, groups, seed)
     everything = np.arange(len(labels))
-    best = PENALTIES[len(PENALTIES) // 2]
+    best = TFIDF_STRENGTHS[len(TFIDF_STRENGTHS) // 2]
     if folds:
         lost = []
-        for penalty in PENALTIES:
+        for penalty in TFIDF_STRENGTHS:
             log_odds = np.zeros(len(labels))
             for kept, held in folds:
                 log_odds[held] = fitted(kept, penalty).decision_function(fit[held])
             lost.append(log_loss(labels, log_odds))
-        best = PENALTIES[int(np.argmin(lost))]
+        best = TFIDF_STRENGTHS[int(np.argmin(lost))]
     return np.asarray(fitted(everything, best).decision_function(rest))
 
 
 def _counted(train: Sequence[str], test: Sequence[str]) -> tuple[Any, Any]:
-    """TF-IDF of both (rows, terms), words and characters side by side; the terms are those of the fit."""
+    """TF-IDF (rows, terms) of both, first words, then characters. The terms are those of the fit."""
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -80,7 +79,7 @@ def _counted(train: Sequence[str], test: Sequence[str]) -> tuple[Any, Any]:
     ):
         try:
             sides.append((kind.fit_transform(train), kind.transform(test)))
-        except ValueError:  # no term at all: texts that are empty, or blanks only
+        except ValueError:  # no term: all texts are empty or blank
             continue
     if not sides:
         from scipy.sparse import csr_matrix
@@ -89,20 +88,18 @@ def _counted(train: Sequence[str], test: Sequence[str]) -> tuple[Any, Any]:
     return hstack([fit for fit, _ in sides]).tocsr(), hstack([rest for _, rest in sides]).tocsr()
 
 
-def _folds(labels: np.ndarray, groups: Sequence[str] | None, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows to fit on and rows to try, three times, by group; none where a part would lack a label."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
+def _tfidf_folds(labels: np.ndarray, groups: Sequence[str] | None, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train and test rows of three folds by group; no fold if a part would lack a label."""
     names = list(groups) if groups is not None else [str(row) for row in range(len(labels))]
-    if min(len({name for name, own in zip(names, labels, strict=True) if own == label}) for label in (0, 1)) < FOLDS:
+    of_label = [{name for name, other in zip(names, labels, strict=True) if other == label} for label in (0, 1)]
+    if min(map(len, of_label)) < TFIDF_FOLDS:
         return []
-    split = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels, names)
-    found = list(split)
-    return found if all(len(set(labels[kept])) == 2 for kept, _ in found) else []
+    splits = group_splits(labels, names, TFIDF_FOLDS, seed)
+    return splits if all(len(set(labels[train])) == 2 for train, _ in splits) else []
 
 
 def length(train: Sequence[str], labels: np.ndarray, test: Sequence[str]) -> np.ndarray:
-    """Number of characters, signed by what the fit's examples say of it."""
+    """Number of characters, with the sign that separates the fit's examples."""
     return _signed(np.array([len(text) for text in train]), labels, np.array([len(text) for text in test]))
 
 

@@ -1,45 +1,32 @@
-"""`probe check`: a card's readout on data that its fit did not see, beside the controls that it must beat.
+"""`probe check`: a card's readout on data that its fit did not see, next to the controls that it must beat.
 
-In: a card, the model, the fit's examples, other examples, optionally the model's own completions. Out: `Evidence`. Every
-probe here, real or control, is read at the positions and with the pooling that the reward will use.
+In: a card, the model, the fit's examples, other examples, optionally the model's own completions. Out: `Evidence`. It must not
+know what the evidence is used for: `gate` decides that.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..activations.batch import tokenize_examples
-from ..activations.collect import read_activations, read_pooled, read_with_likelihood, token_weights
 from ..activations.counted import end_of_turn_ids
-from ..activations.hook_points import embedding_point
 from ..concepts.artifact import library_versions, strength_of
-from ..concepts.attention import Query, Tokens
 from ..concepts.card import Control, Evidence, Findings
 from ..concepts.fitting import require_bare
-from ..concepts.linear import LinearProbe, fit_paths, spreads
-from ..concepts.pooling import pool
 from ..concepts.readout import Readout
+from ..sae.autoencoder import random_dictionary
 from . import baselines
 from .added import added
-from .dictionaries import (
-    PERMUTATIONS,
-    RandomDictionaries,
-    all_mean_latents,
-    permuted_choices,
-    sae_findings,
-)
-from .findings import (
-    added_finding,
-    calibration_finding,
-    estimate,
-    prompt_finding,
-)
+from .controls import PERMUTATIONS
+from .dictionaries import RandomDictionaries, all_mean_latents, permuted_choices, sae_findings
+from .findings import added_finding, calibration_finding, estimate, prompt_finding
 from .overlap import require_apart
+from .probes import CheckProbes
 from .prompts import read_swapped
 from .statistics import auroc_interval, auroc_within, weighted_aurocs
 
@@ -49,192 +36,180 @@ if TYPE_CHECKING:
     from ..activations.batch import TokenBatch
     from ..concepts.card import Estimate, LoadedCard
     from ..concepts.examples import Examples
-    from ..concepts.latents import Latents
     from ..sae.autoencoder import SparseAutoencoder
+    from .probes import CheckRead
     from .prompts import Swapped
 
 logger = logging.getLogger(__name__)
 
-RANDOM_DIRECTIONS = 200
-CHUNK_ROWS = 256
-NAMED = 3
+CHECKED_DICTIONARIES = 5
+NAMED = 3  # near-duplicates that a warning names
 
 
 def check_card(
-    card: LoadedCard,
-    model: Any,
-    tokenizer: Any,
-    fit_examples: Examples,
-    examples: Examples,
-    *,
-    completions: Examples | None = None,
-    measures: Mapping[str, Callable[[str], float]] | None = None,
-    sae: SparseAutoencoder | None = None,
-    seed: int = 0,
-    command: str = "",
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    progress: bool = False,
-) -> Evidence:
-    """Evidence for a card: what its probe adds to text baselines and to the model's own likelihood, and what it must beat.
+    card: LoadedCard, model: Any, tokenizer: Any, fit_examples: Examples, examples: Examples, *,
+    completions: Examples | None = None, measures: Mapping[str, Callable[[str], float]] | None = None,
+    sae: SparseAutoencoder | None = None, seed: int = 0, command: str = "", chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None, progress: bool = False,
+) -> Evidence:  # fmt: skip
+    """Evidence for a card: what its probe adds to text baselines and to the model's likelihood, and the controls it must beat.
 
-    The model is run over the fit's examples up to the hook point, over the others once as a whole, and over up to 60 answers put
-    under each other's prompts.
+    The model reads the fit's examples up to the hook point. It reads the other examples once as a whole, and up to 60 answers
+    under other prompts.
 
     Args:
-        card (`LoadedCard`): what is claimed.
+        card (`LoadedCard`): the card to check.
         model (`nn.Module`), tokenizer: the reference model.
-        fit_examples (`Examples`): what the artifact was fitted on; its fingerprint must be the artifact's. The controls and the
-            baselines are fitted on it.
-        examples (`Examples`): held out: shares no row and no prompt with the fit, in whatever form.
+        fit_examples (`Examples`): the examples that the artifact was fitted on, by their fingerprint. Controls and baselines are
+            fitted on them.
+        examples (`Examples`): held-out examples. They share no row and no prompt with the fit, in any form.
         completions (`Examples`, *optional*): the model's own answers, labelled by an independent measure or by hand.
-        measures (`dict[str, Callable]`, *optional*): independent measures of a text, reported beside the probe.
-        sae (`SparseAutoencoder`, *optional*): of a card of latents: the whole autoencoder that they were taken from.
-        seed (`int`, defaults to 0): of permutations, directions, dictionaries, folds and bootstrap.
-        command (`str`): what the evidence says produced it.
+        measures (`dict[str, Callable]`, *optional*): independent measures of a text, reported next to the probe.
+        sae (`SparseAutoencoder`, *optional*): for a card of latents: the whole autoencoder that they were taken from.
+        seed (`int`, defaults to 0): seed of permutations, directions, dictionaries, folds and bootstrap.
+        command (`str`): the command that the evidence names.
+        chat_template (`str`), chat_template_kwargs (`dict`, *optional*): how messages become text.
         progress (`bool`): show progress bars.
+
+    Returns:
+        `Evidence`: findings on the held-out examples and on the completions.
 
     Raises:
         `ValueError`: other fit data than the artifact's, held-out rows that the fit has seen, a measure that gives no number, or
             another autoencoder.
+
+    Example:
+        >>> from interp_rlhf import check_card, load_card, load_examples
+        >>> card = load_card("warmth.yaml")
+        >>> check_card(card, model, tokenizer, examples, examples)
+        Traceback (most recent call last):
+        ValueError: The fit data have fingerprint ...
     """
     readout = Readout.from_card(card)
     require_bare(model)
     readout.check_model(model)
-    header = readout.header
-    assert header is not None
-    if header.data != fit_examples.fingerprint:
-        raise ValueError(
-            f"The fit data have fingerprint {fit_examples.fingerprint} – the artifact was fitted on {header.data}. Pass "
-            "the very file (and `positive` label) that `probe fit` was given."
-        )
-    given = {"held-out examples": examples} | ({} if completions is None else {"completions": completions})
-    near = {what: require_apart(fit_examples, rows, what) for what, rows in given.items()}
-    measured = {what: _measured(measures or {}, rows, what) for what, rows in given.items()}
+    _require_fit_data(readout, fit_examples)
+    sets = {"held-out examples": examples} | ({} if completions is None else {"completions": completions})
+    near = {what: require_apart(fit_examples, rows, what) for what, rows in sets.items()}
+    measured = {what: _measures_of(measures or {}, rows, what) for what, rows in sets.items()}
+    _require_its_sae(readout, sae)
+    tokens = _Tokenizer(model, tokenizer, chat_template, chat_template_kwargs, readout.include_end_of_turn)
+    check = _Check.fitted(model, readout, tokens, fit_examples, sae, seed, progress)
+    findings = {what: check.findings(what, rows, measured[what], near[what]) for what, rows in sets.items()}
+    return Evidence(
+        readout=card.card.readout_digest, held_out=findings["held-out examples"], completions=findings.get("completions"),
+        seed=seed, command=command, versions=library_versions(),
+    )  # fmt: skip
 
-    def tokens(rows: Examples) -> TokenBatch:
-        ends = end_of_turn_ids(model, tokenizer, chat_template)
+
+@dataclass(frozen=True, eq=False)
+class _Tokenizer:
+    """Makes batches of examples as the card's readout counts their tokens."""
+
+    model: Any
+    tokenizer: Any
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    include_end_of_turn: bool
+
+    def __call__(self, rows: Examples) -> TokenBatch:
+        ends = end_of_turn_ids(self.model, self.tokenizer, self.chat_template)
         batch = tokenize_examples(
-            rows.rows, tokenizer, chat_template, chat_template_kwargs, ends, readout.include_end_of_turn
+            rows.rows, self.tokenizer, self.chat_template, self.chat_template_kwargs, ends, self.include_end_of_turn
         )
         if not batch.completion_mask.any(1).all():
             row = int((~batch.completion_mask.any(1)).nonzero()[0])
             raise ValueError(f"Row {row} has no token that counts – expected a completion. Remove it.")
         return batch
 
-    _require_its_sae(readout, sae)
-    batches = {what: tokens(rows) for what, rows in given.items()}
-    label = "reading the fit's examples" if progress else None
-    fit_batch = tokens(fit_examples)
-    permuted = None
-    dictionaries = None
-    if readout.latents is not None and sae is not None:
-        of_all = all_mean_latents(model, fit_batch, [sae], label)[0]
-        permuted = permuted_choices(
-            of_all, fit_examples.labels, sae, readout.latents.size, header.method, strength_of(header), seed
+
+@dataclass(frozen=True, eq=False)
+class _Check:
+    """A card's readout with the probes and controls that were fitted on the fit's examples."""
+
+    model: Any
+    readout: Readout
+    tokens: _Tokenizer
+    fit: Examples
+    probes: CheckProbes
+    sae: SparseAutoencoder | None
+    dictionaries: RandomDictionaries | None
+    seed: int
+    progress: bool
+
+    @classmethod
+    def fitted(
+        cls, model: Any, readout: Readout, tokens: _Tokenizer, fit: Examples, sae: SparseAutoencoder | None, seed: int,
+        progress: bool,
+    ) -> _Check:  # fmt: skip
+        """Fit everything that does not need the held-out examples."""
+        label = "reading the fit's examples" if progress else None
+        batch = tokens(fit)
+        permuted = dictionaries = None
+        if sae is not None and readout.latents is not None and readout.header is not None:
+            count, method, strength = readout.latents.size, readout.header.method, strength_of(readout.header)
+            of_all = all_mean_latents(model, batch, [sae], label)[0]
+            permuted = permuted_choices(of_all, fit.labels, sae, count, method, strength, seed)
+            l0 = sae.spec.k or sae_findings(model, batch, sae, progress).l0
+            drawn = [random_dictionary(sae, seed + i, max(1, round(l0))) for i in range(CHECKED_DICTIONARIES)]
+            dictionaries = RandomDictionaries(model, batch, fit.labels, drawn, count, method, strength, progress)
+        probes = CheckProbes.on(model, batch, fit, readout, seed, permuted, label)
+        return cls(model, readout, tokens, fit, probes, sae, dictionaries, seed, progress)
+
+    def findings(
+        self, what: str, rows: Examples, measured: Mapping[str, np.ndarray], near: list[tuple[int, int, float]]
+    ) -> Findings:
+        """Findings on some examples.
+
+        Args:
+            what (`str`): their name in messages.
+            measured (`dict[str, np.ndarray]`): values (N,) of each independent measure.
+            near (`list`): near-duplicates of the fit's rows, see `Overlap.near`.
+        """
+        batch = self.tokens(rows)
+        read = self.probes.read(self.model, batch, self.readout, f"reading the {what}" if self.progress else None)
+        swapped = read_swapped(
+            self.model,
+            rows,
+            read.card,
+            self.tokens,
+            self.readout,
+            self.seed,
+            "swapped prompts" if self.progress else None,
         )
-        l0 = sae.spec.k or sae_findings(model, fit_batch, sae, progress).l0
-        dictionaries = RandomDictionaries(
-            model, fit_batch, fit_examples.labels, sae, readout.latents.size, l0, header.method, strength_of(header), seed,
-            progress,
+        findings = _findings(rows, self.fit, read, swapped, measured, self.seed)
+        _warn_of_near(near, what)
+        updates: dict[str, Any] = {"near_duplicates": len(near)}
+        if self.dictionaries is not None and self.sae is not None:
+            drawn = self.dictionaries.scores(self.model, batch, self.readout.pooling, self.progress)
+            updates["random_dictionary"] = _control(_aurocs(rows.labels, drawn))
+            updates["sae"] = sae_findings(self.model, batch, self.sae, self.progress)
+        return findings.model_copy(update=updates)
+
+
+def _require_fit_data(readout: Readout, fit: Examples) -> None:
+    assert readout.header is not None
+    if readout.header.data != fit.fingerprint:
+        raise ValueError(
+            f"The fit data have fingerprint {fit.fingerprint} – the artifact was fitted on {readout.header.data}. Pass the very "
+            "file (and `positive` label) that `probe fit` was given."
+        )
+
+
+def _warn_of_near(near: list[tuple[int, int, float]], what: str) -> None:
+    if near:
+        shown = ", ".join(f"{row} and {other} of the fit ({same:.2f})" for row, other, same in near[:NAMED])
+        logger.warning(
+            "%d rows of the %s are nearly rows of the fit: %s%s. The evidence counts them; remove them for a cleaner one.",
+            len(near), what, shown, " …" if len(near) > NAMED else "",
         )  # fmt: skip
-    fitted = _Fitted.on(model, fit_batch, fit_examples, readout, seed, permuted, label)
-
-    def findings(what: str) -> Findings:
-        rows, batch = given[what], batches[what]
-        said = f"reading the {what}" if progress else None
-        read = fitted.read(model, batch, readout, said)
-        swapped = read_swapped(model, rows, read.own, tokens, readout, seed, "swapped prompts" if progress else None)
-        found = _findings(rows, fit_examples, read, swapped, measured[what], seed)
-        if near[what]:
-            shown = ", ".join(f"{row} and {other} of the fit ({same:.2f})" for row, other, same in near[what][:NAMED])
-            logger.warning(
-                "%d rows of the %s are nearly rows of the fit: %s%s. The evidence counts them; remove them for a cleaner one.",
-                len(near[what]), what, shown, " …" if len(near[what]) > NAMED else "",
-            )  # fmt: skip
-        found = found.model_copy(update={"near_duplicates": len(near[what])})
-        if dictionaries is None or sae is None:
-            return found
-        drawn = dictionaries.scores(model, batch, readout.pooling, progress)
-        random = _control(np.array([weighted_aurocs(rows.labels, c, np.ones((1, len(rows))))[0] for c in drawn.T]))
-        return found.model_copy(update={"random_dictionary": random, "sae": sae_findings(model, batch, sae, progress)})
-
-    return Evidence(
-        readout=card.card.readout_digest,
-        held_out=findings("held-out examples"),
-        completions=None if completions is None else findings("completions"),
-        seed=seed,
-        command=command,
-        versions=library_versions(),
-    )
-
-
-class Controls:
-    """Probes that know nothing, all in one readout: refitted on permuted labels, and random directions.
-
-    Random directions are drawn in the standardized space in which probes are fitted (in the raw one, the few dimensions
-    with massive activations would decide alone) and get the better sign on the fit's examples: the same chance to be
-    right by luck that the probe had. Under `attention` all of them look where the probe's query does.
-
-    Args:
-        features (`np.ndarray` of shape (N, D)): pooled activations of the fit's examples, as the probe was fitted on them.
-        permuted (`tuple[Latents, np.ndarray]`, *optional*): of a card of latents: see `permuted_choices`.
-        center (`np.ndarray` of shape (D,), *optional*): under `attention`, what the sink stands for.
-    """
-
-    name = "controls"
-
-    def __init__(
-        self,
-        readout: Readout,
-        features: np.ndarray,
-        labels: np.ndarray,
-        seed: int,
-        permuted: tuple[Latents, np.ndarray] | None = None,
-        center: np.ndarray | None = None,
-    ):
-        self.hook_point = readout.hook_point
-        self.pooling = readout.pooling
-        self.logits = None
-        if center is not None and readout.query is not None:
-            self.logits = readout.query, readout.query_bias, torch.tensor(center, dtype=torch.float32)
-        rng = np.random.default_rng(seed)
-        self.latents: Latents | None = None
-        if permuted is not None:
-            self.latents, weights = permuted
-        else:
-            assert readout.header is not None
-            shuffled = [rng.permutation(labels) for _ in range(PERMUTATIONS)]
-            strengths = (strength_of(readout.header) or 1.0,)  # a difference of means has none
-            weights = np.concatenate(
-                [path.weights for path in fit_paths(features, shuffled, readout.header.method, strengths)]
-            )
-        directions = rng.standard_normal((RANDOM_DIRECTIONS, features.shape[1])) / spreads(features)
-        gaps = directions @ (features[labels == 1].mean(0) - features[labels == 0].mean(0))
-        directions *= np.where(gaps >= 0, 1.0, -1.0)[:, None]
-        self.permuted, self.directions = _columns(weights), _columns(directions)
-
-    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
-        logits = []
-        if self.logits is not None:
-            query, bias, center = self.logits
-            logits.append((activation @ query.to(activation) + bias).unsqueeze(-1))
-            activation = activation - center.to(activation)
-        read = activation if self.latents is None else self.latents(activation)
-        return torch.cat([read @ self.permuted.to(read), activation @ self.directions.to(activation), *logits], dim=-1)
-
-
-def _columns(weights: np.ndarray) -> torch.Tensor:
-    """Weights (N, D) as columns at one scale: only the order of scores matters, and this keeps float32 exact enough."""
-    norms = np.linalg.norm(weights, axis=1, keepdims=True)
-    return torch.tensor((weights / np.where(norms > 0, norms, 1)).T, dtype=torch.float32)
 
 
 def _require_its_sae(readout: Readout, sae: SparseAutoencoder | None) -> None:
-    """Raises `ValueError` where a card of latents is checked without the autoencoder that they were taken from."""
+    """Raises `ValueError` for a card of latents without the autoencoder that they were taken from."""
     if readout.latents is None:
         if sae is not None:
-            raise ValueError(f"`sae` was given and `{readout.name}` is no card of latents – expected none.")
+            raise ValueError(f"`sae` was given and `{readout.name}` is not a card of latents – expected no `sae`.")
         return
     assert readout.header is not None
     indices = readout.header.sae["latents"]
@@ -243,130 +218,37 @@ def _require_its_sae(readout: Readout, sae: SparseAutoencoder | None) -> None:
         or max(indices) >= sae.size
         or not torch.equal(sae.latents(indices).chosen.cpu(), readout.latents.chosen.cpu())
     ):
-        given = "no `sae`" if sae is None else f"an autoencoder of {sae.size} latents that are others"
+        passed = "no `sae`" if sae is None else f"an autoencoder of {sae.size} other latents"
         raise ValueError(
-            f"`{readout.name}` reads latents {indices} of {readout.header.sae['source']} and was given {given} – expected that "
-            "autoencoder: its explained variance and a random one of its shape are part of the evidence. Pass it (`--sae`)."
+            f"`{readout.name}` reads latents {indices} of {readout.header.sae['source']} and the check got {passed} – expected "
+            "that autoencoder: its explained variance and random dictionaries of its shape are part of the evidence. Pass it "
+            "(`--sae`)."
         )
 
 
-def _measured(measures: Mapping[str, Callable[[str], float]], rows: Examples, what: str) -> dict[str, np.ndarray]:
-    """Every measure of every text.
+def _measures_of(measures: Mapping[str, Callable[[str], float]], rows: Examples, what: str) -> dict[str, np.ndarray]:
+    """Values (N,) of every measure.
 
     Raises:
-        `ValueError`: one gives no number for a text.
+        `ValueError`: a measure gives no number for a text.
     """
-    found = {name: np.array([measure(text) for text in rows.texts], dtype=float) for name, measure in measures.items()}
-    for name, values in found.items():
+    by_name = {
+        name: np.array([measure(text) for text in rows.texts], dtype=float) for name, measure in measures.items()
+    }
+    for name, values in by_name.items():
         if (bad := np.flatnonzero(np.isnan(values))).size:
             raise ValueError(
                 f"The measure `{name}` gives no number for {bad.size} of {len(rows)} {what}, the first is row {bad[0]} – "
-                "expected one for every text: what is left out would rank nowhere. Remove these rows, or let the measure give a "
+                "expected one for every text: a row without a number has no rank. Remove these rows, or let the measure give a "
                 "number."
             )
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """What one pass over examples gives.
-
-    Attributes:
-        own (`np.ndarray` of shape (N,)): the card's score.
-        log_odds (`np.ndarray` of shape (N,)): the same without the card's transform.
-        controls (`np.ndarray` of shape (N, C)): pooled scores of the controls.
-        embedding, prompt (`np.ndarray` of shape (N,)): scores of the probe on mean embeddings, and of that at the prompt's last
-            token.
-        likelihood (`dict[str, np.ndarray]`): `mean` and `sum` of the log-probs of the counted tokens.
-    """
-
-    own: np.ndarray
-    log_odds: np.ndarray
-    controls: np.ndarray
-    embedding: np.ndarray
-    prompt: np.ndarray
-    likelihood: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """What has to be fitted on the fit's examples before others are looked at."""
-
-    controls: Controls
-    embedding: tuple[str, np.ndarray]
-    prompt: np.ndarray
-
-    @classmethod
-    def on(
-        cls, model: Any, batch: TokenBatch, examples: Examples, readout: Readout, seed: int,
-        permuted: tuple[Latents, np.ndarray] | None, progress: str | None,
-    ) -> _Fitted:  # fmt: skip
-        assert readout.header is not None
-        how = "last" if readout.header.pooling == "last" else "mean"
-        point, embedding = readout.hook_point, embedding_point(model)
-        pooled = {
-            name: values.double().numpy() for name, values in read_pooled(
-                model, batch,
-                {
-                    "features": (point, token_weights(batch, how)), "embedding": (embedding, token_weights(batch, "mean")),
-                    "prompt": (point, token_weights(batch, "before")),
-                },
-                progress=progress,
-            ).items()
-        }  # fmt: skip
-        center = None
-        if readout.query is not None:
-            pooled["features"], center = _attended(model, batch, readout)
-        labels, groups = examples.labels, examples.groups
-
-        def weight(name: str) -> np.ndarray:
-            return LinearProbe(readout.header.method, seed=seed).fit(pooled[name], labels, groups)[0]  # type: ignore[union-attr]
-
-        return cls(
-            Controls(readout, pooled["features"], labels, seed, permuted, center),
-            (embedding, weight("embedding")),
-            weight("prompt") if any(examples.prompts) else np.zeros(pooled["prompt"].shape[1]),
-        )
-
-    def read(self, model: Any, batch: TokenBatch, readout: Readout, progress: str | None) -> _Read:
-        """By one whole forward, in chunks of rows: per-token scores of so many controls never pile up."""
-        parts: list[list[np.ndarray]] = []
-        plain = replace(readout, transform=None)
-        for start in range(0, len(batch), CHUNK_ROWS):
-            part = batch.part(slice(start, start + CHUNK_ROWS))
-            scores, pooled, log_probs = read_with_likelihood(
-                model, part, [readout, self.controls],
-                {
-                    "embedding": (self.embedding[0], token_weights(part, "mean")),
-                    "prompt": (readout.hook_point, token_weights(part, "before")),
-                },
-                reader="reference", progress=progress,
-            )  # fmt: skip
-            drawn = pool(scores["controls"].scores, part.completion_mask, self.controls.pooling)
-            total = log_probs.double().sum(1).numpy()
-            parts.append([
-                np.array(readout.score(scores[readout.name]), dtype=float),
-                np.array(plain.score(scores[readout.name]), dtype=float), drawn.double().numpy(),
-                pooled["embedding"].double().numpy() @ self.embedding[1], pooled["prompt"].double().numpy() @ self.prompt,
-                total / part.completion_mask.sum(1).numpy(), total,
-            ])  # fmt: skip
-        own, log_odds, controls, embedding, prompt, mean, total = map(np.concatenate, zip(*parts, strict=True))
-        return _Read(own, log_odds, controls, embedding, prompt, {"mean": mean, "sum": total})
-
-
-def _attended(model: Any, batch: TokenBatch, readout: Readout) -> tuple[np.ndarray, np.ndarray]:
-    """Activations (N, D) of the fit's examples as a readout's query attends to them, and the mean (D,) over their tokens."""
-    assert readout.query is not None
-    values = read_activations(model, batch, [readout.hook_point])[readout.hook_point].numpy()
-    center = values.mean(0, dtype=np.float64)
-    query = Query(readout.query.double().numpy(), -readout.query_bias, center, float("nan"))
-    return Tokens.of(values, batch.completion_mask.sum(1).numpy()).attended(query), center
+    return by_name
 
 
 def _findings(
     rows: Examples,
     fit: Examples,
-    read: _Read,
+    read: CheckRead,
     swapped: Swapped | None,
     measured: Mapping[str, np.ndarray],
     seed: int,
@@ -376,21 +258,20 @@ def _findings(
     def interval(scores: np.ndarray) -> Estimate:
         return estimate(auroc_interval(labels, scores, groups, seed))
 
-    once = np.ones((1, len(labels)))
-    controls = np.array([weighted_aurocs(labels, column, once)[0] for column in read.controls.T])
+    controls = _aurocs(labels, read.controls)
     words = _words(fit, rows, seed)
     has_prompts = any(rows.prompts)
     others = {
         **words, "embedding": read.embedding, **({"prompt_probe": read.prompt} if has_prompts else {}),
         **{f"likelihood_{how}": values for how, values in read.likelihood.items()},
     }  # fmt: skip
-    within = auroc_within(labels, read.own, groups, seed)
+    within = auroc_within(labels, read.card, groups, seed)
     return Findings(
         data=rows.fingerprint,
         examples=len(rows),
         positives=int(labels.sum()),
-        adds=added_finding(added(labels, read.own, others, groups, seed)),
-        probe=interval(read.own),
+        adds=added_finding(added(labels, read.card, others, groups, seed)),
+        probe=interval(read.card),
         calibration=calibration_finding(labels, read.log_odds),
         permutation=_control(controls[:PERMUTATIONS]),
         random_direction=_control(controls[PERMUTATIONS:]),
@@ -408,16 +289,16 @@ def _findings(
 
 
 def _words(fit: Examples, rows: Examples, seed: int) -> dict[str, np.ndarray]:
-    """Scores of what sees text only: the completion, the prompt, and both."""
+    """Scores of baselines that see text only: the completion, the prompt, and both."""
     labels, groups = fit.labels, fit.groups
-    found = {"tfidf": baselines.tfidf(fit.texts, labels, rows.texts, groups, seed)}
+    scores = {"tfidf": baselines.tfidf(fit.texts, labels, rows.texts, groups, seed)}
     if any(rows.prompts) and any(fit.prompts):
-        found["tfidf_prompt"] = baselines.tfidf(fit.prompts, labels, rows.prompts, groups, seed)
+        scores["tfidf_prompt"] = baselines.tfidf(fit.prompts, labels, rows.prompts, groups, seed)
         both = ([f"{p}\n{t}" for p, t in zip(e.prompts, e.texts, strict=True)] for e in (fit, rows))
-        found["tfidf_both"] = baselines.tfidf(next(both), labels, next(both), groups, seed)
+        scores["tfidf_both"] = baselines.tfidf(next(both), labels, next(both), groups, seed)
     else:
-        found["tfidf_prompt"], found["tfidf_both"] = np.zeros(len(rows)), found["tfidf"]
-    return found | {
+        scores["tfidf_prompt"], scores["tfidf_both"] = np.zeros(len(rows)), scores["tfidf"]
+    return scores | {
         "length": baselines.length(fit.texts, labels, rows.texts),
         "punctuation": baselines.punctuation(fit.texts, labels, rows.texts),
     }
@@ -426,3 +307,9 @@ def _words(fit: Examples, rows: Examples, seed: int) -> dict[str, np.ndarray]:
 def _control(aurocs: np.ndarray) -> Control:
     p95 = float(np.percentile(aurocs, 95))
     return Control(mean=round(float(aurocs.mean()), 4), p95=round(p95, 4), repeats=len(aurocs))
+
+
+def _aurocs(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """AUROC of every column of (N, C)."""
+    once = np.ones((1, len(labels)))
+    return np.array([weighted_aurocs(labels, column, once)[0] for column in scores.T])

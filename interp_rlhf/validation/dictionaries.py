@@ -17,8 +17,8 @@ from ..activations.outliers import norm_outliers
 from ..concepts.card import SaeFindings
 from ..concepts.linear import LinearProbe
 from ..concepts.pooling import pool
-from ..sae.autoencoder import random_dictionary
 from ..sae.quality import LatentSums
+from .controls import PERMUTATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..concepts.latents import Latents
     from ..sae.autoencoder import SparseAutoencoder
 
-PERMUTATIONS = 100
-RANDOM_DICTIONARIES = 5
 ROWS_AT_A_TIME = 64
 
 
@@ -39,9 +37,8 @@ class RandomDictionaries:
     the card's latents had among all of them.
 
     Args:
-        sae (`SparseAutoencoder`): the card's.
+        drawn (`Sequence[SparseAutoencoder]`): random dictionaries of the shape of the card's autoencoder.
         count (`int`): K, latents that the card weighs.
-        l0 (`float`): how many are on, for an architecture without a k.
         strength (`float`, *optional*): regularization of the card's fit.
     """
 
@@ -50,15 +47,12 @@ class RandomDictionaries:
         model: Any,
         batch: TokenBatch,
         labels: np.ndarray,
-        sae: SparseAutoencoder,
+        drawn: Sequence[SparseAutoencoder],
         count: int,
-        l0: float,
         method: str,
         strength: float | None,
-        seed: int,
         progress: bool = False,
     ):
-        drawn = [random_dictionary(sae, seed + i, max(1, round(l0))) for i in range(RANDOM_DICTIONARIES)]
         means = all_mean_latents(model, batch, drawn, "random dictionaries on the fit" if progress else None)
         self.readouts: list[tuple[Latents, torch.Tensor]] = []
         for dictionary, values in zip(drawn, means, strict=True):

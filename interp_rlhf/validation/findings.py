@@ -1,6 +1,6 @@
-"""Numbers of the check as a card holds them: rounded, and none where there is none.
+"""Numbers of the check as a card holds them: rounded, with None for a number that is not defined.
 
-In: statistics. Out: parts of `Findings`.
+In: statistics. Out: parts of `Findings`. It must not know models.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..concepts.card import Adds, Calibration, Difference, Estimate, PromptFindings
-from .prompts import shares
-from .statistics import auroc_interval, calibration, draws, enough_prompts
+from .statistics import auroc_interval, calibration, draws, enough_prompts, shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,31 +20,30 @@ if TYPE_CHECKING:
 
 
 def number(value: float) -> float | None:
-    """Four digits; None where there is no number."""
+    """The number with four digits. None if it is not finite."""
     return round(float(value), 4) if np.isfinite(value) else None
 
 
 def difference(interval: Sequence[float]) -> Difference:
-    """A number; without bounds where there are too few prompts to resample."""
+    """A difference for a card. It has no bounds with too few prompts to resample."""
     value, low, high = interval
     return Difference(value=round(float(value), 4), low=number(low), high=number(high))
 
 
 def estimate(interval: Sequence[float]) -> Estimate:
-    """An AUROC; without bounds where there are too few prompts to resample."""
+    """An AUROC for a card. It has no bounds with too few prompts to resample."""
     auroc, low, high = interval
     return Estimate(auroc=round(auroc, 4), low=number(low), high=number(high))
 
 
-def added_finding(found: Added) -> Adds | None:
-    """None where there are too few prompts to say anything."""
-    if not np.isfinite(found.auroc[0]):
+def added_finding(result: Added) -> Adds | None:
+    """What a probe adds, for a card. None with too few prompts to say anything."""
+    if not np.isfinite(result.auroc.value):
         return None
-
     return Adds(
-        auroc=difference(found.auroc), log_loss=difference(found.log_loss),
+        auroc=difference(result.auroc), log_loss=difference(result.log_loss),
         **{
-            name: round(getattr(found, name), 4)
+            name: round(getattr(result, name), 4)
             for name in ("auroc_without", "auroc_with", "log_loss_without", "log_loss_with")
         },
     )  # fmt: skip
@@ -63,7 +61,7 @@ def prompt_finding(
     *, tfidf: Estimate, both: Estimate, probe: Estimate, within: tuple[float, float, float, int], swapped: Swapped | None,
     seed: int,
 ) -> PromptFindings:  # fmt: skip
-    """What the prompt says, and how much of the score is the answer's."""
+    """What the prompt alone says, and which share of the score is due to the answer."""
     share = kept = None
     if swapped is not None and np.isfinite(swapped.share):
         bounds = [np.nan, np.nan]

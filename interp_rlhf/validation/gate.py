@@ -1,7 +1,7 @@
-"""The gate: whether a card's evidence is enough for it to be a reward.
+"""The gate: is a card's evidence enough for a reward?
 
-In: a card. Out: the reasons why not, none where it passes. Imports neither torch nor TRL. A card that fails can still be
-a monitor.
+In: a card. Out: the reasons why not; an empty list if it passes. A card that fails can still be a monitor. It must not know
+models, and imports neither torch nor TRL.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A score of which less is the answer's is nearly a function of the prompt: all answers to one get nearly one reward.
+# With a smaller share of variance between answers, a score is nearly a function of the prompt: all answers to one prompt get
+# nearly the same reward.
 ANSWER_SHARE = 0.1
-# So is one that surely keeps some of its AUROC, and more of it than this, when each prompt has another prompt's answer.
+# So is a score that keeps more than this share of its AUROC above 0.5 if each prompt has another prompt's answer.
 KEPT = 0.75
 
 
@@ -53,7 +54,7 @@ def require_passed(card: Card, path: object) -> None:
     if not reasons and card.evidence is not None and card.evidence.held_out.calibration is None:
         logger.warning(
             "The evidence of `%s` was written before 0.3: it says neither what the probe adds to the words, nor whether its "
-            "score is the answer's or the prompt's. Write it anew with `interp-rlhf probe check %s … --replace`.", path, path,
+            "score is the answer's or the prompt's. Write it again with `interp-rlhf probe check %s … --replace`.", path, path,
         )  # fmt: skip
     if reasons:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Rows of held-out examples that the fit has already seen, in whatever form they are written, and near-duplicates.
+"""Rows of held-out examples that the fit has already seen, in any form, and near-duplicates.
 
 In: the fit's examples and held-out ones. Out: row numbers. A conversation is the same row as messages, as prompt and
-completion, as plain text or rendered by a chat template; case and white space never tell two rows apart. Knows no models.
+completion, as plain text or rendered by a chat template; case and white space never tell two rows apart. It must not know models.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FEWEST_SHINGLES = 10
 FEWEST_OF_AN_ANSWER = 40
 # A shingle in more rows than both of these is part of a template or of a common prompt: it is left out.
 COMMON_SHARE, COMMON_ROWS = 0.1, 5
-COLUMNS = 2**22
-CHUNK_ROWS = 256
+SHINGLE_COLUMNS = 2**22
+COMPARED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def require_apart(fit: Examples, held_out: Examples, what: str = "held-out examp
         if found.prompts:
             counts.append(f"{len({spoken(held_out.rows[i])[0] for i in found.prompts})} prompts")
         first = (found.rows or found.prompts)[0]
-        text = _whole(spoken(held_out.rows[first]))
+        text = _joined(spoken(held_out.rows[first]))
         text = text if len(text) <= 60 else text[:59] + "…"
         why = "" if found.rows else ": answers to one prompt are alike, and the probe may know the prompt"
         raise ValueError(
@@ -98,20 +98,20 @@ def _spoken_rows(examples: Examples, what: str) -> list[Spoken]:
     return found
 
 
-def _whole(row: Spoken) -> str:
+def _joined(row: Spoken) -> str:
     return " ".join(row).strip()
 
 
 def _shared(fit: Sequence[Spoken], rows: Sequence[Spoken]) -> tuple[list[int], list[int]]:
     """Numbers of the rows that are among the fit's, and of those whose prompt is."""
-    wholes = {_whole(row) for row in fit}
+    wholes = {_joined(row) for row in fit}
     prompts = {prompt for prompt, _ in fit if prompt}
     # A text is another row's answer, or its prompt and answer written without a space, as Chinese is.
     texts = {answer for prompt, answer in fit if not prompt}
     parts = {part for prompt, answer in fit if prompt for part in (answer, prompt + answer)}
 
     def is_seen(prompt: str, answer: str) -> bool:
-        if _whole((prompt, answer)) in wholes:
+        if _joined((prompt, answer)) in wholes:
             return True
         if not prompt:
             return len(answer) >= TELLING and answer in parts
@@ -125,7 +125,7 @@ def _near(fit: Sequence[Spoken], rows: Sequence[Spoken], skip: set[int]) -> list
     """Per row that is not in `skip`, the fit's row that is most like it, where one is like enough; the first of equals."""
     best: dict[int, tuple[float, int]] = {}
     wanted = np.array([i for i in range(len(rows)) if i not in skip], dtype=np.int64)
-    views = [(FEWEST_SHINGLES, [_whole(row) for row in (*fit, *rows)])]
+    views = [(FEWEST_SHINGLES, [_joined(row) for row in (*fit, *rows)])]
     if any(prompt for prompt, _ in (*fit, *rows)):
         views.append((FEWEST_OF_AN_ANSWER, [answer for _, answer in (*fit, *rows)]))
     for fewest, texts in views:
@@ -150,8 +150,8 @@ def _pairs(texts: Sequence[str], split: int, wanted: np.ndarray, fewest: int) ->
     fit, others = shingles[:split], prefix[:split].T.tocsr()
     member = np.zeros(shingles.shape[1], dtype=np.int32)
     found = []
-    for start in range(0, len(wanted), CHUNK_ROWS):
-        chunk: np.ndarray = split + wanted[start : start + CHUNK_ROWS]
+    for start in range(0, len(wanted), COMPARED_ROWS):
+        chunk: np.ndarray = split + wanted[start : start + COMPARED_ROWS]
         shared = prefix[chunk] @ others
         for i, row in enumerate(chunk.tolist()):
             candidates = np.sort(shared.indices[shared.indptr[i] : shared.indptr[i + 1]])
@@ -176,8 +176,8 @@ def _shingles(texts: Sequence[str]) -> Any:
 
     rows = [_hashed(text) for text in texts]
     columns = np.concatenate(rows)
-    counts = np.bincount(columns, minlength=COLUMNS)
-    rank: np.ndarray = np.empty(COLUMNS, dtype=np.int32)
+    counts = np.bincount(columns, minlength=SHINGLE_COLUMNS)
+    rank: np.ndarray = np.empty(SHINGLE_COLUMNS, dtype=np.int32)
     used = counts.nonzero()[0]
     rank[used[counts[used].argsort(kind="stable")]] = np.arange(used.size, dtype=np.int32)
     kept = counts[columns] <= max(COMMON_ROWS, COMMON_SHARE * len(texts))

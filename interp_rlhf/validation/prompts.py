@@ -12,6 +12,7 @@ import numpy as np
 
 from ..activations.read import read
 from ..concepts.examples import Examples
+from .statistics import shares
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from ..activations.batch import TokenBatch
     from ..concepts.readout import Readout
 
-ROWS = 60
-FEWEST = 10
+SWAPPED_PROMPTS = 60
+FEWEST_SWAPPED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +48,6 @@ class Swapped:
         return shares(self.own, self.other, np.ones((1, len(self.own))))[0]
 
 
-def shares(own: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`Swapped.share` (R,) under many weightings (R, M) of the prompts."""
-    total = weights.sum(1)
-    within = (weights * (own - other) ** 2).sum(1) / 2 / total
-    mean = (weights * (own + other)).sum(1) / 2 / total
-    square = (weights * (own**2 + other**2)).sum(1) / 2 / total
-    variance = square - mean**2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(variance > 1e-12 * np.maximum(square, 1e-300), within / variance, np.nan))
-
-
 def read_swapped(
     model: Any,
     rows: Examples,
@@ -80,7 +70,7 @@ def read_swapped(
     for i in rng.permutation(len(rows)).tolist():
         if form[i] is not None:
             first.setdefault(groups[i], i)
-    drawn = list(first.values())[:ROWS]
+    drawn = list(first.values())[:SWAPPED_PROMPTS]
     kinds: dict[str | None, list[int]] = {}
     for i in drawn:
         kinds.setdefault(form[i], []).append(i)
@@ -89,7 +79,7 @@ def read_swapped(
         if len(same) > 1:
             places += same
             partners += same[1:] + same[:1]
-    if len(places) < FEWEST:
+    if len(places) < FEWEST_SWAPPED:
         return None
     mixed = [with_answer(rows.rows[i], rows.rows[j]) for i, j in zip(places, partners, strict=True)]
     labels = rows.labels[places]

@@ -6,7 +6,7 @@ are not independent. Where a number is not defined, or an interval would rest on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,14 @@ MIN_PROMPTS = 10  # fewer groups give no interval: a bootstrap of three prompts 
 MIN_PER_LABEL = 5  # of an AUROC: groups that hold each label
 
 
+class Interval(NamedTuple):
+    """A number with its 95 % interval. The bounds are NaN with too few prompts, all three are NaN if nothing can be said."""
+
+    value: float
+    low: float
+    high: float
+
+
 def enough_prompts(labels: np.ndarray, groups: Sequence[str]) -> bool:
     """True if there are `MIN_PROMPTS` groups, and `MIN_PER_LABEL` that hold each label: an AUROC's interval needs as many."""
     holds = [{group for group, own in zip(groups, labels, strict=True) if own == label} for label in (0, 1)]
@@ -28,7 +36,7 @@ def enough_prompts(labels: np.ndarray, groups: Sequence[str]) -> bool:
 
 def auroc_interval(
     labels: np.ndarray, scores: np.ndarray, groups: Sequence[str], seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float, float]:
+) -> Interval:
     """AUROC and its 95 % percentile interval from a bootstrap over groups.
 
     Args:
@@ -38,12 +46,12 @@ def auroc_interval(
         seed (`int`): of the bootstrap.
 
     Returns:
-        `tuple[float, float, float]`: AUROC in [0, 1], lower and upper bound. The bounds are NaN with too few groups (see
+        `Interval`: AUROC in [0, 1], lower and upper bound. The bounds are NaN with too few groups (see
         `enough_prompts`), all three where a score is NaN.
     """
     if np.isnan(scores).any():
-        return (float("nan"),) * 3
-    return _interval(weighted_aurocs(labels, scores, _counts(labels, groups, seed, resamples)))
+        return Interval(float("nan"), float("nan"), float("nan"))
+    return _percentiles(weighted_aurocs(labels, scores, _counts(labels, groups, seed, resamples)))
 
 
 def auroc_difference(
@@ -53,15 +61,15 @@ def auroc_difference(
     groups: Sequence[str],
     seed: int,
     resamples: int = RESAMPLES,
-) -> tuple[float, float, float]:
+) -> Interval:
     """AUROC of `scores` less that of `others` on the same rows, and its 95 % percentile interval: both are resampled alike.
 
     The bounds are NaN with too few groups (see `enough_prompts`), all three where a score is NaN.
     """
     if np.isnan(scores).any() or np.isnan(others).any():
-        return (float("nan"),) * 3
+        return Interval(float("nan"), float("nan"), float("nan"))
     counts = _counts(labels, groups, seed, resamples)
-    return _interval(weighted_aurocs(labels, scores, counts) - weighted_aurocs(labels, others, counts))
+    return _percentiles(weighted_aurocs(labels, scores, counts) - weighted_aurocs(labels, others, counts))
 
 
 def _counts(labels: np.ndarray, groups: Sequence[str], seed: int, resamples: int) -> np.ndarray:
@@ -86,10 +94,10 @@ def group_numbers(groups: Sequence[str]) -> np.ndarray:
     return np.array([order.setdefault(group, len(order)) for group in groups], dtype=np.int64)
 
 
-def _interval(found: np.ndarray) -> tuple[float, float, float]:
-    bounds = found[1:][np.isfinite(found[1:])]
+def _percentiles(values: np.ndarray) -> Interval:
+    bounds = values[1:][np.isfinite(values[1:])]
     low, high = np.percentile(bounds, [2.5, 97.5]) if len(bounds) else (np.nan, np.nan)
-    return float(found[0]), float(low), float(high)
+    return Interval(float(values[0]), float(low), float(high))
 
 
 def weighted_aurocs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -270,3 +278,14 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     if len(a) < 3 or any(np.ptp(values) <= 1e-12 * np.abs(values).max() for values in (a, b)):
         return None
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def shares(own: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`Swapped.share` (R,) of scores with a prompt's own answer and with another's, under many weightings (R, M)."""
+    total = weights.sum(1)
+    within = (weights * (own - other) ** 2).sum(1) / 2 / total
+    mean = (weights * (own + other)).sum(1) / 2 / total
+    square = (weights * (own**2 + other**2)).sum(1) / 2 / total
+    variance = square - mean**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(variance > 1e-12 * np.maximum(square, 1e-300), within / variance, np.nan))
