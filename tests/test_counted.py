@@ -26,7 +26,7 @@ from interp_rlhf.activations import (
     end_of_turn_ids,
     tokenize_examples,
 )
-from interp_rlhf.activations.counted import counted_in_text
+from interp_rlhf.activations.answers import counted_in_text
 from interp_rlhf.concepts.pooling import EMA_SPAN
 from interp_rlhf.concepts.subspace import Subspace
 from interp_rlhf.training.dense import per_token

@@ -6,6 +6,7 @@ Nothing here knows what a probe is, and nothing here imports TRL.
 
 from .batch import ConceptScores, TokenBatch, tokenize_examples
 from .canaries import Agreement, Canaries, agreement, make_canaries
+from .chat_marks import ChatMarks
 from .collect import (
     read_activations,
     read_means,
@@ -14,7 +15,7 @@ from .collect import (
     read_with_likelihood,
     token_weights,
 )
-from .counted import ChatMarks, Counted, counted, end_of_turn_ids, input_ids
+from .counted import Counted, counted, end_of_turn_ids, input_ids
 from .hook_points import (
     adapters_on,
     backbone,

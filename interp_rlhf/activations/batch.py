@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..messages import as_list, content_text, split_example
-from .counted import ChatMarks, counted_in_text, counted_length, without_first
+from .answers import counted_in_text, counted_length, without_first
+from .chat_marks import ChatMarks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -29,6 +30,17 @@ class TokenBatch:
         attention_mask (`torch.BoolTensor` of shape (B, T)): True on tokens that the model reads.
         completion_mask (`torch.BoolTensor` of shape (B, T)): True on tokens that count in a score; never on a row's first token,
             whatever is given (see `counted`).
+
+    Example:
+
+    ```python
+    >>> from interp_rlhf import TokenBatch
+
+    >>> batch = TokenBatch.from_ids(prompt_ids=[[5, 6], [5]], completion_ids=[[7, 8], [9]])
+    >>> batch.completion_mask.tolist()
+    [[False, False, True, True], [False, True, False, False]]
+
+    ```
     """
 
     input_ids: torch.Tensor
@@ -95,6 +107,17 @@ class ConceptScores:
         token_ids (`torch.LongTensor` of shape (B, T)): ids that the scores were computed on.
         name (`str`): name of the readout.
         reader (`str`): which model read them: `reference` or `policy`.
+
+    Example:
+
+    ```python
+    >>> from interp_rlhf import read
+
+    >>> scores = read(model, ["A letter came late."], readout, tokenizer=tokenizer)[readout.name]
+    >>> scores.scores.shape[:2] == scores.mask.shape == scores.token_ids.shape
+    True
+
+    ```
     """
 
     scores: torch.Tensor
@@ -166,26 +189,42 @@ def tokenize_examples(
             counts.append(counted_in_text(ids, marks))
             continue
         arguments = {**dict(chat_template_kwargs or {}), **_column_kwargs(example, index)}
-        try:
-            prompt_ids = tokenize_prompt(
-                prompt, tokenizer, chat_template, arguments, _tools(example, index), marks.parts
-            )
-        except ValueError as error:
-            said = str(error)
-            raise ValueError(said if said.startswith("Example") else f"Example {index}: {said}") from None
-        if example.get("completion_ids") is not None:
-            completion_ids = list(example["completion_ids"])
-        else:
-            if isinstance(prompt, str):
-                completion_ids = _behind(prompt, completion, tokenizer)
-            else:
-                written = len(marks.prefix) if marks.space else 0
-                completion_ids = _behind(marks.lead, marks.space + completion, tokenizer, written, completion)
+        prompt_ids = _prompt_ids(prompt, example, index, tokenizer, chat_template, arguments, marks.parts)
+        completion_ids = _completion_ids(prompt, completion, example, tokenizer, marks)
         counted = counted_length(completion_ids, marks.ends, include_end_of_turn)
         prompts.append(prompt_ids)
         completions.append(completion_ids)
         counts.append([i < counted for i in range(len(completion_ids))])
     return TokenBatch.from_ids(prompts, completions, counts=counts)
+
+
+def _prompt_ids(
+    prompt: Any,
+    example: Mapping[str, Any],
+    index: int,
+    tokenizer: Any,
+    chat_template: str | None,
+    arguments: Mapping[str, Any],
+    parts: bool,
+) -> list[int]:
+    """Ids of an example's prompt; errors name the example's index."""
+    try:
+        return tokenize_prompt(prompt, tokenizer, chat_template, arguments, _tools(example, index), parts)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if said.startswith("Example") else f"Example {index}: {said}") from None
+
+
+def _completion_ids(
+    prompt: Any, completion: str, example: Mapping[str, Any], tokenizer: Any, marks: ChatMarks
+) -> list[int]:
+    """Ids of an example's completion: its own `completion_ids`, or those of the text behind the end of the prompt."""
+    if example.get("completion_ids") is not None:
+        return list(example["completion_ids"])
+    if isinstance(prompt, str):
+        return _behind(prompt, completion, tokenizer)
+    written = len(marks.prefix) if marks.space else 0
+    return _behind(marks.lead, marks.space + completion, tokenizer, written, completion)
 
 
 def tokenize_prompt(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .hook_points import resolve, unwrap
-from .sharding import in_one_piece, loaded
+from .sharding import in_one_piece, weights_present
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ STRUCTURE = (
 def structure(model: nn.Module) -> dict[str, object]:
     """What an artifact's header says of the architecture it was made on."""
     config = unwrap(model).config.get_text_config()
-    return {key: _rounded(value) for key in STRUCTURE if (value := getattr(config, key, None)) is not None}
+    return {key: _as_written(value) for key in STRUCTURE if (value := getattr(config, key, None)) is not None}
 
 
 def identity(model: nn.Module, hook_point: str) -> str:
@@ -66,13 +66,16 @@ def identity(model: nn.Module, hook_point: str) -> str:
             break
         if "norm" in type(module).__name__.lower() and "modules_to_save" not in name.split("."):
             norms.append(module)
-    with loaded(norms), in_one_piece([p for module in norms for p in module.parameters(recurse=False)]) as whole:
+    with (
+        weights_present(norms),
+        in_one_piece([p for module in norms for p in module.parameters(recurse=False)]) as whole,
+    ):
         for parameter in whole:
             values = parameter.detach().to(device="cpu", dtype=torch.bfloat16)
             digest.update(values.contiguous().view(torch.int16).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _rounded(value: object) -> object:
+def _as_written(value: object) -> object:
     # GGUF files hold 1e-5 as the nearest float32.
     return float(f"{value:.4g}") if isinstance(value, float) else value

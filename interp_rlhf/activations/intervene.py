@@ -17,7 +17,7 @@ from .own_passes import is_reading
 if TYPE_CHECKING:
     from torch import nn
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+Replacement = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Intervention:
@@ -28,7 +28,7 @@ class Intervention:
         fired (`int`): passes that it has changed.
     """
 
-    def __init__(self, model: nn.Module, hook_point: str, change: Change):
+    def __init__(self, model: nn.Module, hook_point: str, change: Replacement):
         self.open = False
         self.fired = 0
         self._change = change

@@ -85,7 +85,7 @@ def causes(model: nn.Module, args: Any = None) -> Causes:
             noise.append(f"dropout {module.p} (`{name}`)")
     padding: list[str] = []
     if runs_here(base):
-        drawn, moved, limit = _measured(base)
+        drawn, moved, limit = _how_far_it_moves(base)
         known = [found for found in noise if not found.startswith("dropout")]
         rare = _rare(base, inside)
         if drawn > limit:
@@ -233,7 +233,7 @@ def _neftune(base: Any) -> float:
 
 
 @torch.no_grad()
-def _measured(base: Any) -> tuple[float, float, float]:
+def _how_far_it_moves(base: Any) -> tuple[float, float, float]:
     """How far activations move in training mode and behind left padding, relative to their size, and from where on it is felt."""
     core, device = backbone(base), device_of(base)
     vocabulary = int(base.config.get_text_config().vocab_size)

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-T = TypeVar("T")
+Gathered = TypeVar("Gathered")
 
 
 def several() -> bool:
@@ -35,7 +35,7 @@ def most_of_all_ranks(count: int, device: torch.device) -> int:
     return int(most)
 
 
-def from_rank_zero(work: Callable[[], T]) -> T:
+def from_rank_zero(work: Callable[[], Gathered]) -> Gathered:
     """What `work` gives on rank 0, where alone it is done.
 
     Raises:
@@ -59,7 +59,7 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     return message[0]
 
 
-def of_all_ranks(mine: list[T]) -> tuple[list[T], int]:
+def of_all_ranks(mine: list[Gathered]) -> tuple[list[Gathered], int]:
     """The ranks' lists one after the other, and where this rank's begins."""
     if not several():
         return mine, 0

@@ -80,6 +80,17 @@ def read(
     Raises:
         `ValueError`: texts without a tokenizer, no such hook point, a prompt-learning adapter, token ids out of range.
         `RuntimeError`: a hook point that did not fire.
+
+    Example:
+
+    ```python
+    >>> from interp_rlhf import read
+
+    >>> scores = read(model, ["A letter came late.", "Nobody came."], readout, tokenizer=tokenizer)
+    >>> len(readout.score(scores[readout.name]))  # one number per text
+    2
+
+    ```
     """
     if not isinstance(batch, TokenBatch):
         if tokenizer is None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EVERY = 50
 # Root mean square of the difference, in standard deviations of the batch's scores. In float32 a row alone and in a batch agree to
 # 1e-5; in 16 bits SmolLM2's scores differ by 0.01 to 0.03 between a padded batch and a row alone.
-TOLERANCE = {"float32": 2e-3, "16 bits": 0.15, "8 bits": 0.15, "4 bits": 0.15}
+RECHECK_TOLERANCE = {"float32": 2e-3, "16 bits": 0.15, "8 bits": 0.15, "4 bits": 0.15}
 
 
 class Recheck:
@@ -118,7 +118,7 @@ class Recheck:
         other: dict[str, torch.Tensor],
         spread: dict[str, torch.Tensor] | None,
     ) -> str | None:
-        allowed = TOLERANCE[precision_of(model)]
+        allowed = RECHECK_TOLERANCE[precision_of(model)]
         for name, values in one.items():
             if name not in other or len(values) < 2:
                 continue
@@ -140,8 +140,8 @@ class Recheck:
     def _end(self, model: nn.Module, cause: str) -> str:
         precision = precision_of(model)
         return (
-            f" – expected at most {TOLERANCE[precision]:g} in {precision}. Cause: {cause}. What was read since the last check "
-            "cannot be relied on: mend it and start the run again."
+            f" – expected at most {RECHECK_TOLERANCE[precision]:g} in {precision}. Cause: {cause}. What was read since "
+            "the last check cannot be relied on: mend it and start the run again."
         )
 
 

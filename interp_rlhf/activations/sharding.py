@@ -56,7 +56,7 @@ def switch_adapters(layers: Iterable[Any], enabled: bool) -> None:
 
 
 @contextmanager
-def loaded(modules: Sequence[nn.Module]) -> Iterator[None]:
+def weights_present(modules: Sequence[nn.Module]) -> Iterator[None]:
     """While open, weights of these modules are there also where accelerate keeps them on the CPU or on disk."""
     from accelerate.utils import align_module_device
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..activations.answers import counted_length
 from ..activations.batch import TokenBatch, tokenize_prompt
 from ..activations.collect import read_predictions
-from ..activations.counted import counted_length
 from ..activations.hook_points import has_adapters
 from ..activations.own_passes import measuring, reading
 from ..activations.ranks import from_rank_zero

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..activations.counted import turns_in
+from ..activations.answers import turns_in
 from ..activations.hook_points import (
     INPUT,
     embedding_point,
@@ -31,7 +31,7 @@ from .trl import reads_images
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ..activations.counted import ChatMarks
+    from ..activations.chat_marks import ChatMarks
     from ..activations.noise import Causes
     from ..concepts.readout import Readout
     from .interventions import TrainingIntervention

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..activations.answers import counted_length, without_first
 from ..activations.batch import ConceptScores, TokenBatch
-from ..activations.counted import counted_length, end_of_turn_ids, without_first
+from ..activations.counted import end_of_turn_ids
 from ..activations.hook_points import unwrap
 from ..activations.noise import causes, runs_here
 from ..activations.ranks import from_rank_zero, raise_on_all_ranks

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ...activations.counted import ChatMarks, Counted
+    from ...activations.chat_marks import ChatMarks
+    from ...activations.counted import Counted
     from ...activations.tap import TokenReadout
     from .pairs import Pairs
 

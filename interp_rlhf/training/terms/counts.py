@@ -16,7 +16,7 @@ from ..trl import loss_spans_the_step
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ...activations.counted import ChatMarks
+    from ...activations.chat_marks import ChatMarks
 
 # Prefix of a rollout batch's numbers, one per row: rows divided by rows that have a token which counts, of all ranks.
 SHARE_KEY = "interp_share/"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ...activations.counted import ChatMarks, end_of_turn_ids, input_ids
+from ...activations.chat_marks import ChatMarks
+from ...activations.counted import end_of_turn_ids, input_ids
 from ...activations.hook_points import runs_after
 from ...activations.intervene import Intervention
 from ...activations.noise import causes

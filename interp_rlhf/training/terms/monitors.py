@@ -20,7 +20,7 @@ from ...activations.read import read
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ...activations.counted import ChatMarks
+    from ...activations.chat_marks import ChatMarks
     from ...activations.noise import Causes
     from ...concepts.readout import Readout
     from .batch import TermBatch

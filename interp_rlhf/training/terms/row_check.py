@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ...activations.counted import ChatMarks
+    from ...activations.chat_marks import ChatMarks
     from ...activations.noise import Causes
     from ...concepts.readout import Readout
     from .batch import TermBatch
