@@ -1,4 +1,4 @@
-"""`docs/extending.md`: its module registers four things, and its recipe and command use them by name.
+"""`docs/extending.md`: its module registers five things, and its recipe and command use them by name.
 
 Each runs as a user runs it, in a separate process, so nothing stays registered for other tests.
 """
@@ -61,7 +61,7 @@ def folder(tmp_path_factory, model_folder, tokenizer):
 def test_the_examples_are_short_and_there_is_one_of_each_kind():
     registered = re.findall(r"^@(register_\w+)", PAGE, re.M)
     assert sorted(registered) == [
-        "register_measure", "register_pooling", "register_sae_format", "register_term",
+        "register_drift_metric", "register_measure", "register_pooling", "register_sae_format", "register_term",
     ]  # fmt: skip
     for block in blocks("python"):
         assert len([line for line in block.splitlines() if line.strip() and "import" not in line]) <= 12
@@ -73,7 +73,7 @@ def test_the_command_writes_a_card_with_the_pooling_of_the_module(folder):
 
 
 def test_the_recipe_uses_what_the_module_registers_by_its_name(folder, model_folder):
-    """Term, pooling and measure in one launch; the module lies in the script's folder."""
+    """Term, pooling, measure and drift metric in one launch; the module lies in the script's folder."""
     [section] = [yaml.safe_load(block) for block in blocks("yaml")]
     assert section["interp"]["regularizers"][0]["card"].startswith("reward/")
     section["interp"]["regularizers"][0]["card"] = "warmth.yaml"
@@ -88,7 +88,9 @@ def test_the_recipe_uses_what_the_module_registers_by_its_name(folder, model_fol
     events = read_run_log(folder / "out" / "interp.jsonl")
     metrics = [event["metrics"] for event in events if event["event"] == "metric"]
     assert len([one for one in metrics if "interp/score_ceiling_warmth/score" in one]) == 2
-    last = [event for event in events if event["event"] == "drift"][-1]
+    first, last = ([event for event in events if event["event"] == "drift"][at] for at in (0, -1))
+    assert all(part["largest_change"] == 0 for part in first["hook_points"].values())
+    assert any(part["largest_change"] > 0 for part in last["hook_points"].values())
     assert "exclamations" in json.dumps(last)
 
 
