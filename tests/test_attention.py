@@ -33,7 +33,7 @@ from interp_rlhf.concepts.fitting import fit_probe
 from interp_rlhf.concepts.linear import LinearProbe, folds
 from interp_rlhf.concepts.pooling import attention_weights, pool
 from interp_rlhf.concepts.publish import publish
-from interp_rlhf.drift.monitors import scores_of
+from interp_rlhf.drift.scores import scores_of
 from interp_rlhf.training.dense import per_token
 from interp_rlhf.training.terms.control import random_like
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from ..activations.collect import read_activations, read_predictions
 from ..activations.hook_points import predicts
 from ..activations.outliers import norm_outliers
 from .metrics import DRIFT_METRICS, Predictions
+from .observed import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,30 +30,6 @@ MAX_TOKENS = 2048
 PREDICTIONS = 64
 # First tokens of a text, after the very first. arXiv 2510.13900 reads as many.
 FIRST = 5
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one model makes of the battery's N counted tokens.
-
-    A model without a language-model head (a reward model, a classifier) predicts nothing; `log_probs` and `predictions` are then
-    empty.
-
-    Attributes:
-        activations (`dict[str, torch.FloatTensor]`): hook point to (N, D).
-        log_probs (`torch.FloatTensor` of shape (N,)): of each token given what precedes it.
-        predictions (`torch.FloatTensor` of shape (K, V)): next-token log-probs at the kept tokens.
-    """
-
-    activations: dict[str, torch.Tensor]
-    log_probs: torch.Tensor
-    predictions: torch.Tensor
-
-    @property
-    def finite(self) -> bool:
-        """Whether no activation and no log-prob is NaN or infinite."""
-        tensors = (self.log_probs, *self.activations.values())
-        return all(bool(torch.isfinite(values).all()) for values in tensors)
 
 
 class Battery:

@@ -20,8 +20,9 @@ from ..runlog.events import DriftEvent, MonitorEntry
 from .battery import Battery, spread
 from .latent_drift import changed_latents
 from .metrics import DRIFT_METRICS
-from .monitors import LabelledSet, scores_of
+from .monitors import LabelledSet
 from .own_text import moved_most, own_text_entry, per_prompt
+from .scores import scores_of
 from .start import Observation, load_start, save_start
 from .texts import NEUTRAL_TEXTS
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from ..concepts.examples import Examples
     from ..concepts.readout import Readout
     from ..sae.autoencoder import SparseAutoencoder
-    from .battery import Snapshot
-    from .own_text import OwnText, Sampled
+    from .observed import Sampled, Snapshot
+    from .own_text import OwnText
 
 
 @dataclass(frozen=True)

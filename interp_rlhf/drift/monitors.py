@@ -6,13 +6,11 @@ re-standardized, refitted), and AUROCs with intervals. It must not know trainers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..activations.batch import ConceptScores
 from ..activations.collect import read_activations
 from ..concepts.linear import folds
 from ..runlog.events import MonitorEntry
@@ -24,6 +22,8 @@ from ..validation.statistics import (
     enough_prompts,
 )
 from .metrics import direction_cosine
+from .observed import WAYS, LabelledScores
+from .scores import scores_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,40 +32,9 @@ if TYPE_CHECKING:
     from ..concepts.examples import Examples
     from ..concepts.readout import Readout
 
-PARTS = ("direction", "mean", "std")
-WAYS = ("frozen", "restandardized", "refitted")
 # Share of false alarms at the start. It sets the threshold at which later false alarms are counted, by length of text.
 FALSE_ALARMS = 0.05
 MIN_EXAMPLES = 20
-
-
-@dataclass(frozen=True)
-class LabelledScores:
-    """One readout on the labelled set, on one model.
-
-    Attributes:
-        scores (`dict[str, np.ndarray]`): way of reading to one score (E,) per example. `frozen`: the readout as it is.
-            `restandardized`: the readout on activations whose mean and variance per dimension are set back to those of the start.
-            `refitted`: probes fitted on this model (`fit_anew`), each read on the folds that it was not fitted on.
-        direction (`torch.FloatTensor` of shape (D,)): weight of a probe fitted on all examples of this model.
-        mean, std (`torch.DoubleTensor` of shape (D,)): mean and standard deviation of the counted tokens' activations.
-    """
-
-    scores: dict[str, np.ndarray]
-    direction: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The same as tensors for a file, under keys that begin with the readout's name."""
-        scores = {f"{name}/{way}": torch.from_numpy(values) for way, values in self.scores.items()}
-        return scores | {f"{name}/{key}": getattr(self, key) for key in PARTS}
-
-    @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> LabelledScores:
-        """The inverse of `tensors`."""
-        scores = {way: tensors[f"{name}/{way}"].numpy() for way in WAYS}
-        return cls(scores, *(tensors[f"{name}/{key}"] for key in PARTS))
 
 
 class LabelledSet:
@@ -200,11 +169,3 @@ def fit_anew(means: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
     model = LogisticRegression(C=0.1, max_iter=1000, class_weight="balanced").fit((means - center) @ basis.T, labels)
     weight = model.coef_[0] @ basis
     return weight, float(model.intercept_[0] - weight @ center)
-
-
-def scores_of(readout: Readout, batch: TokenBatch, activations: torch.Tensor) -> np.ndarray:
-    """Pooled scores (B,) of a batch whose counted tokens have the activations (N, D); NaN for a row without counted tokens."""
-    scores = torch.zeros(*batch.completion_mask.shape, readout.columns)
-    scores[batch.completion_mask] = readout(activations)
-    pooled = readout.score(ConceptScores(scores, batch.completion_mask, batch.input_ids, readout.name))
-    return np.array([np.nan if value is None else value for value in pooled], dtype=np.float64)

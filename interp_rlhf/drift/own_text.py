@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,8 @@ from ..validation.measures import values_of
 from ..validation.statistics import MIN_PROMPTS, mean_interval
 from .latent_drift import unexplained
 from .metrics import perplexity
-from .monitors import scores_of
+from .observed import Sampled
+from .scores import scores_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,57 +37,6 @@ if TYPE_CHECKING:
 
 _NGRAM = 4
 SHOWN = 5  # samples, and prompts that moved a monitor most, per evaluation
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One evaluation's completions, one row per prompt, and their readings.
-
-    Attributes:
-        texts (`list[str]`), pieces (`list[list[str]]`): completions, whole and token by token (tokens that count).
-        policy, text (`dict[str, np.ndarray]`): readout to scores (R,), read on the policy and on the frozen reference. The
-            reference never changes, so `text` changes with the text alone. NaN for an empty completion. `text` is empty without a
-            reference.
-        token_scores (`dict[str, list[list[float]]]`): readout to scores per token on the policy.
-        measures (`dict[str, np.ndarray]`): measure to values (R,).
-        clipped, empty (`float`): share of completions that reached the length limit; share without text.
-        repetition (`float`): mean share of a completion's 4-grams of tokens that occurred earlier in it.
-        reference_perplexity (`float`): perplexity of the completions under the reference; NaN without a reference.
-        fvu (`float`): FVU of a sparse autoencoder on the policy's own tokens; NaN without one.
-    """
-
-    texts: list[str]
-    pieces: list[list[str]]
-    policy: dict[str, np.ndarray]
-    text: dict[str, np.ndarray]
-    token_scores: dict[str, list[list[float]]]
-    measures: dict[str, np.ndarray]
-    clipped: float
-    empty: float
-    repetition: float
-    reference_perplexity: float
-    fvu: float = math.nan
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The numbers as tensors for a file. Later evaluations are compared with them. The texts stay in the run log."""
-        parts = {"policy": self.policy, "text": self.text, "measures": self.measures}
-        named = {f"own/{key}/{name}": torch.from_numpy(v) for key, part in parts.items() for name, v in part.items()}
-        return named | {
-            "own/shares": torch.tensor(
-                [self.clipped, self.empty, self.repetition, self.reference_perplexity, self.fvu], dtype=torch.float64
-            )
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Sampled:
-        """The inverse of `tensors`, without texts."""
-        parts: dict[str, dict[str, np.ndarray]] = {"policy": {}, "text": {}, "measures": {}}
-        for key, value in tensors.items():
-            if key.startswith("own/") and key != "own/shares":
-                _, part, name = key.split("/", 2)
-                parts[part][name] = value.numpy()
-        shares = tensors["own/shares"].tolist()
-        return cls([], [], parts["policy"], parts["text"], {}, parts["measures"], *shares)
 
 
 class OwnText:

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..concepts.artifact import load_tensors, write_atomically
-from .battery import Snapshot
-from .monitors import LabelledScores
-from .own_text import Sampled
+from .observed import LabelledScores, Sampled, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
