@@ -268,7 +268,7 @@ def test_a_policy_that_goes_on_from_a_trained_adapter_is_read_on_its_start_with_
     policy = with_lora(load(fitted[0]), seed=3).train()
     trainer, attached = grpo(fitted, tokenizer, tmp_path, model=policy, beta=0.1, max_steps=2)
     assert "ref" in trainer.model.peft_config
-    assert "their evidence is about another reading than this one" in caplog.text
+    assert "their evidence is about another model than this one" in caplog.text
     assert attached.rollout.taken == 2
 
 
