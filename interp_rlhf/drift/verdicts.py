@@ -203,7 +203,7 @@ def _stale(e: DriftEvidence) -> list[str]:
     return []
 
 
-def _changed(e: DriftEvidence) -> list[str]:
+def _model_changed(e: DriftEvidence) -> list[str]:
     reasons = []
     for name, change in e.policy.items():
         text = e.text.get(name, change)
@@ -252,14 +252,7 @@ def _steady(e: DriftEvidence) -> list[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of the table.
-
-    Attributes:
-        name (`str`): the verdict.
-        meaning (`str`): when it is given.
-        evidence (`Callable`): the numbers that support it; empty if none do.
-        next (`str`): what to do about it.
-    """
+    """A line of the table: a verdict, when it is given, the numbers that support it, and what to do about it."""
 
     name: str
     meaning: str
@@ -299,7 +292,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(
         "changed",
         "The model changed, and what was watched agrees: text and readouts moved together, or activations drifted.",
-        _changed,
+        _model_changed,
         "Compare with what you wanted: the report shows samples before and after, and the prompts that moved most.",
     ),
     Rule(

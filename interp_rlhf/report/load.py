@@ -181,10 +181,10 @@ def _moved_in(event: DriftEvent, step: int) -> Iterator[Moved]:
 @_add.register
 def _(event: SamplesEvent, run: Run, step: int) -> None:
     if event.rows:
-        run.samples.append(Samples(event.when, step, [_sample(row) for row in event.rows]))
+        run.samples.append(Samples(event.when, step, [_sample_of(row) for row in event.rows]))
 
 
-def _sample(row: SampleEntry) -> Sample:
+def _sample_of(row: SampleEntry) -> Sample:
     return Sample(model_text(row.prompt), model_text(row.completion), row.scores, **_tokens(row.tokens))
 
 

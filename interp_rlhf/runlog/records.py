@@ -49,7 +49,7 @@ class Record:
         for one in own_fields(type(self)):
             value = getattr(self, one.name)
             if not (one.metadata["optional"] and value == _default_of(one)):
-                written[one.name] = _plain(value)
+                written[one.name] = _json_value(value)
         return written | self.other
 
     @classmethod
@@ -80,13 +80,13 @@ def _default_of(one: Any) -> Any:
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     return value
 
 
