@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
-from .attachment import attach
+from . import attach
 from .training.mixin import LossMixin, RolloutMixin
 from .training.ppo.trainer import PPOTrainer
 

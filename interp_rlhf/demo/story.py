@@ -16,20 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from ..attachment import attach
+from .. import (
+    ConceptReward,
+    DriftConfig,
+    Readout,
+    attach,
+    check_card,
+    fit_probe,
+    load_card,
+    load_examples,
+    write_report,
+)
 from ..concepts.artifact import library_versions, write_atomically
-from ..concepts.card import load_card, with_evidence
-from ..concepts.examples import load_examples, write_jsonl
-from ..concepts.fitting import fit_probe, sweep_points
+from ..concepts.card import with_evidence
+from ..concepts.examples import write_jsonl
+from ..concepts.fitting import sweep_points
 from ..concepts.publish import publish
-from ..concepts.readout import Readout
 from ..concepts.sweep_plot import plot_sweep
-from ..drift.config import DriftConfig
 from ..embedded import MODEL_ID, load_or_embedded
-from ..report.page import write_report
-from ..training.rewards import ConceptReward
 from ..validation import measures
-from ..validation.check import check_card
 from ..validation.gate import require_passed
 from .gains import Judge, compared, difference_of_gains
 from .generate import ROLLOUT_TEMPERATURE, contrast, generate

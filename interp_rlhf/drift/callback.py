@@ -24,9 +24,9 @@ from ..activations.ranks import from_rank_zero
 from ..runlog.events import DriftEvent, SamplesEvent, VerdictEvent
 from ..runlog.log import read_events
 from ..runlog.recorder import record
+from ..sae.files import load_sae
 from .config import DriftConfig
-from .evaluation import metrics_in_words
-from .from_trainer import evaluation_of
+from .evaluation import evaluation_of, metrics_in_words
 from .last_good import LAST_GOOD, link_folder, link_or_copy, step_of_last_good
 from .logged import trainer_metrics
 from .own_text import per_prompt, sample_entries
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..sae.autoencoder import SparseAutoencoder
     from .battery import Battery
     from .evaluation import RawReading
     from .start import Observation
@@ -110,7 +111,8 @@ class DriftCallback(TrainerCallback):
     ):
         config = dataclasses.replace(config or DriftConfig(), **settings)
         self.trainer, self.config = trainer, dataclasses.replace(config, texts=texts) if texts is not None else config
-        self.evaluation = evaluation_of(trainer, self.config, monitors, pressure, holdouts, reference)
+        sae = _autoencoder(self.config.sae, trainer.model)
+        self.evaluation = evaluation_of(trainer, self.config, monitors, pressure, holdouts, reference, sae)
         self._baseline = _shifts(self.config.baseline) if self.config.baseline is not None else {}
         self._log = record(trainer, run_log)
         self.rechecks: list[Callable[[], None]] = []
@@ -317,3 +319,16 @@ def _shifts(path: str | Path) -> dict[str, float]:
             "same monitors there."
         )
     return {name: entry.shift for name, entry in events[-1].monitors.items() if entry.shift is not None}
+
+
+def _autoencoder(sae: str | Path | SparseAutoencoder | None, model: Any) -> SparseAutoencoder | None:
+    if sae is None:
+        return None
+    loaded = load_sae(sae, model=model) if isinstance(sae, str | Path) else sae
+    loaded.check_model(model)
+    if loaded.spec.output_point is not None:
+        raise ValueError(
+            f"`sae` is a transcoder from `{loaded.spec.hook_point}` to `{loaded.spec.output_point}` – expected an autoencoder of "
+            "one place. Its latents can be monitors: `probe fit --kind sae_latents`."
+        )
+    return loaded
