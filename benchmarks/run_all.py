@@ -1,7 +1,7 @@
 """Runs the benchmarks, one after the other, and writes their figures to the JSON files that the documents are rendered from.
 
     export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
-    python benchmarks/run_all.py                      everything that this environment can run, about two and a half hours
+    python benchmarks/run_all.py                      everything that this environment can run, about four and a quarter hours
     python benchmarks/run_all.py --only read drift    some of them
     python benchmarks/run_all.py --list               what there is, what it needs, and how long each takes
 
