@@ -300,7 +300,7 @@ def test_evidence_of_latents_needs_their_own_autoencoder(load, tokenizer, tmp_pa
     sae = planted_sae(model, tokenizer)
     card = load_card(latent_card(tmp_path, model, tokenizer, sae, evidence=False))
     train, test = make_examples(labelled_rows(24, seed=1)), make_examples(labelled_rows(40, seed=2))
-    with pytest.raises(ValueError, match=r"was given no `sae` – expected that autoencoder.*--sae"):
+    with pytest.raises(ValueError, match=r"got no `sae` – expected that autoencoder.*--sae"):
         check_card(card, model, tokenizer, train, test)
     with pytest.raises(ValueError, match="64 other latents"):
         check_card(card, model, tokenizer, train, test, sae=random_sae(size=64, width=32))
