@@ -249,7 +249,7 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def _same_files(one: str, other: str) -> bool:
-    """Whether two folders hold the same weights, by their files' digests."""
+    """True if two folders hold the same weights, by their files' digests."""
     return bool(mine := _digests(one)) and mine == _digests(other)
 
 

@@ -119,5 +119,5 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def _is_data_file(value: Any) -> TypeGuard[str | Path]:
-    """Whether a value is the path of a data file. (A single text is also a string, and no file.)"""
+    """True if a value is the path of a data file. (A single text is also a string, and no file.)"""
     return isinstance(value, str | Path) and Path(value).suffix.lower() in DATA_FILES

@@ -1,4 +1,4 @@
-"""One evaluation of drift: what is read of a model, and how two models compare. The callback and `compare` both use it.
+"""One evaluation of drift: how a model is read, and how two models compare. The callback and `compare` both use it.
 
 In: texts, labelled examples, monitors, prompts, an autoencoder; then models. Out: an `Observation` of each, and from two of
 them a `drift` event. It must not know when an evaluation happens, nor log files.

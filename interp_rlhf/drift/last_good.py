@@ -23,7 +23,7 @@ def step_of_last_good(output_dir: Path) -> int | None:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Put a folder's files under another name, in the place of what was there. Hard links take no space."""
+    """Put a folder's files under another name, replacing what was there. Hard links take no space."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary, copy_function=link_or_copy)

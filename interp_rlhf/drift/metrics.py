@@ -41,7 +41,7 @@ class DriftMetric:
         function (`Callable`): `before` and `after` to a number.
         kind (`str`): what it is given. `point`: activations (N, D) of all counted tokens at a hook point. `first_tokens`:
             activations of the first tokens of each text there. `output`: `Predictions`.
-        low, high (`float`): range of its values; infinite where it has no bound.
+        low, high (`float`): range of its values; infinite if it has no bound.
         unchanged (`float`, *optional*): its value where nothing changed.
         more_drift (`str`): `higher`, `lower` or `either`: which values mean more drift.
         source (`str`): file and name of the function. Two imports of one module register the same metric.
@@ -147,7 +147,7 @@ def relative_norm(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 class StreamingCKA:
-    """Linear centred kernel alignment with the unbiased estimator, over batches: memory in D², whatever N is.
+    """Linear centred kernel alignment with the unbiased estimator, over batches: memory in D², for any N.
 
     In [0, 1]; noise of the estimator may take it a little below 0. 1 = same geometry, lower = more drift. A rotation, one common
     scale and a shift do not change it, so it is blind to just what breaks a linear probe. Read it together with the cosine, the

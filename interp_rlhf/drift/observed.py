@@ -39,7 +39,7 @@ class Snapshot:
 
     @property
     def finite(self) -> bool:
-        """Whether no activation and no log-prob is NaN or infinite."""
+        """True if no activation and no log-prob is NaN or infinite."""
         tensors = (self.log_probs, *self.activations.values())
         return all(bool(torch.isfinite(values).all()) for values in tensors)
 

@@ -121,7 +121,7 @@ class OwnText:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the frozen reference can be read."""
+        """True if the frozen reference can be read."""
         return self.reference is not None or has_adapters(self.trainer.model)
 
     def _read(

@@ -40,20 +40,20 @@ class Movement:
     high: float
 
     def rose(self, by: float) -> bool:
-        """Whether it surely rose, and by at least `by`."""
+        """True if it surely rose, and by at least `by`."""
         return self.low > 0 and self.value >= by
 
     def fell(self, by: float) -> bool:
-        """Whether it surely fell, and by at least `by`."""
+        """True if it surely fell, and by at least `by`."""
         return self.high < 0 and self.value <= -by
 
     def held(self, within: float) -> bool:
-        """Whether it neither rose nor fell by `within`."""
+        """True if it neither rose nor fell by `within`."""
         return not self.rose(within) and not self.fell(within)
 
     @property
     def kept(self) -> bool:
-        """Whether an AUROC did not fall by `AUROC_LOST`, with an interval that is narrow enough to say so."""
+        """True if an AUROC did not fall by `AUROC_LOST`, with an interval that is narrow enough to say so."""
         return self.value > -AUROC_LOST and self.low > -AUROC_UNKNOWN
 
     def towards(self, sign: int) -> Movement:
@@ -121,7 +121,7 @@ class Verdict:
 
     @property
     def alarm(self) -> bool:
-        """Whether `on_verdict: stop` stops at it."""
+        """True if `on_verdict: stop` stops at it."""
         return self.name in ALARMS
 
 
@@ -160,7 +160,7 @@ def _obfuscated(e: DriftEvidence) -> list[str]:
             f"text that did not change{without}",
             *(f"`{name}` on the policy's own text, read on the policy: {change}" for change in on_policy.values()),
             *(f"{what}, in the rewarded direction: {change}" for what, change in texts.items()),
-            f"a probe fitted anew reads the concept as well as before: AUROC {refitted}",
+            f"a refitted probe reads the concept as well as before: AUROC {refitted}",
         ]
     return []
 
@@ -213,9 +213,7 @@ def _model_changed(e: DriftEvidence) -> list[str]:
             reasons.append(f"`{name}` on the policy's own text: {change}, by the text alone: {text}")
     for name, ways in e.auroc.items():
         if ways["refitted"].fell(AUROC_LOST):
-            reasons.append(
-                f"the concept of `{name}` is read worse even by a probe fitted anew: AUROC {ways['refitted']}"
-            )
+            reasons.append(f"the concept of `{name}` is read worse even by a refitted probe: AUROC {ways['refitted']}")
     reasons += [
         f"`{name}` moved by {shift:+.2f} standard deviations on fixed text"
         for name, shift in e.shift.items()
@@ -270,7 +268,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "activations obfuscated",
-        "A readout that training pushes moved as it was pushed, on text that is the same, while a probe fitted anew finds the "
+        "A readout that training pushes moved as it was pushed, on text that is the same, while a refitted probe finds the "
         "concept as before and the text did not move along (by less than a third as much): the activations left the probe.",
         _obfuscated,
         "Do not train through this probe: reward it on the frozen reference (`reader: reference`), use `ExplainAway`, or hold it "
@@ -285,9 +283,9 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(
         "monitor stale",
-        "A monitor that nothing trains reads worse, and a probe fitted anew does not: the activations moved away from the probe.",
+        "A monitor that nothing trains reads worse, and a refitted probe does not: the activations moved away from the probe.",
         _stale,
-        "Fit the monitor anew on this model before believing it; until then use its re-standardized or refitted reading.",
+        "Fit the monitor again on this model before you believe it; until then use its re-standardized or refitted reading.",
     ),
     Rule(
         "changed",
@@ -380,7 +378,7 @@ def _add_own_text(
 
 
 def _movement(change: Sequence[float | None] | None) -> Movement | None:
-    """[value, low, high] as a movement; None if there is none. A bound that is not known is NaN."""
+    """[value, low, high] as a movement; None if there is none. An unknown bound is NaN."""
     return Movement(*map(_known, change)) if change and len(change) == 3 else None
 
 

@@ -131,24 +131,24 @@ def _shown_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [_table(found, len(runs) > 1) for found in alike.values()]
 
 
-def _table(found: list[tuple[Run, ResultTable]], several: bool) -> dict[str, Any]:
-    first = found[0][1]
-    rows = [row for _, table in found for row in table.rows]
+def _table(tables: list[tuple[Run, ResultTable]], several: bool) -> dict[str, Any]:
+    first = tables[0][1]
+    rows = [row for _, table in tables for row in table.rows]
     columns = list(zip(first.columns, _numeric(rows, len(first.columns)), strict=True))
     shown = [[show(value) for value in row] for row in rows]
     title = first.title
-    if len(found) > 1:
+    if len(tables) > 1:
         columns = [("run", False), *columns]
-        names = [run.label for run, table in found for _ in table.rows]
+        names = [run.label for run, table in tables for _ in table.rows]
         shown = [[name, *row] for name, row in zip(names, shown, strict=True)]
     elif several:
-        title = f"{title} – {found[0][0].label}"
-    notes = dict.fromkeys(table.note for _, table in found if table.note)
+        title = f"{title} – {tables[0][0].label}"
+    notes = dict.fromkeys(table.note for _, table in tables if table.note)
     return {"title": title, "columns": columns, "rows": shown, "note": " ".join(notes)}
 
 
 def _numeric(rows: Iterable[Sequence[Any]], width: int) -> list[bool]:
-    """Whether a column holds numbers only (and holes)."""
+    """True if a column holds numbers only (and holes)."""
     columns = list(zip(*rows, strict=True)) or [()] * width
     return [
         any(as_number(value) is not None for value in column)

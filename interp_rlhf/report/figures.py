@@ -65,7 +65,7 @@ def metric_figures(runs: Sequence[Run], groups: Sequence[MetricGroup]) -> list[F
 
 
 def has_measure(groups: Sequence[MetricGroup]) -> bool:
-    """Whether any metric is a measure that no reward has seen."""
+    """True if any metric is a measure that no reward has seen."""
     return any(MEASURE.fullmatch(name) for group in groups for name in group.names)
 
 

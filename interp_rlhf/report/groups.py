@@ -49,7 +49,7 @@ _GROUPS: tuple[tuple[str, str, str, _Rank], ...] = (
     (
         "reward",
         "Reward and independent measure",
-        "What was optimized, and beside it what no reward saw. A reward that rises alone is a warning.",
+        "What was optimized, and next to it what no reward saw. A reward that rises alone is a warning.",
         _ranked("reward", MEASURE, _REWARD),
     ),
     (

@@ -84,8 +84,12 @@ def _summary_row(latent: Latent, names: list[str], detected: bool, labelled: boo
     ]
     cells += [show(latent.cosines.get(name)) for name in names]
     if detected:
-        found = latent.detection or {}
-        cells += [show(found.get("precision")), show(found.get("recall")), show((found.get("auroc") or [None])[0])]
+        detection = latent.detection or {}
+        cells += [
+            show(detection.get("precision")),
+            show(detection.get("recall")),
+            show((detection.get("auroc") or [None])[0]),
+        ]
     return cells
 
 
@@ -99,14 +103,14 @@ def _page(latent: Latent, key: str, concept: str) -> dict[str, Any]:
         *((f"cosine with {name}", show(value)) for name, value in latent.cosines.items()),
     ]
     if latent.detection:
-        found = latent.detection
-        auroc, low, high = interval(found.get("auroc"))
+        detection = latent.detection
+        auroc, low, high = interval(detection.get("auroc"))
         facts += [
-            (f"precision{concept}", show(found.get("precision"))),
-            (f"recall{concept}", show(found.get("recall"))),
-            ("threshold", show(found.get("threshold"))),
+            (f"precision{concept}", show(detection.get("precision"))),
+            (f"recall{concept}", show(detection.get("recall"))),
+            ("threshold", show(detection.get("threshold"))),
             ("AUROC", f"{show(auroc)} [{show(low)}, {show(high)}]"),
-            ("labelled examples", f"{show(found.get('examples'))}, {show(found.get('positives'))} positive"),
+            ("labelled examples", f"{show(detection.get('examples'))}, {show(detection.get('positives'))} positive"),
         ]
     highest = numbers["maximum"] or max((c.value or 0.0 for c in latent.contexts["top"]), default=0.0)
     return {

@@ -103,10 +103,10 @@ def _own_markdown(path: Path) -> bool:
 
 def _own_json(path: Path) -> bool:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and {"title", "runs"} <= set(found)
+    return isinstance(summary, dict) and {"title", "runs"} <= set(summary)
 
 
 def write_model_card(

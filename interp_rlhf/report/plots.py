@@ -98,7 +98,7 @@ def line_plot(
     """Series over step as an SVG document.
 
     Args:
-        title (`str`): shown above the plot, shortened in its middle where it is long.
+        title (`str`): shown above the plot, shortened in its middle if it is long.
         lines (`Sequence[Line]`): with two or more, a legend names the first, the last and up to four between.
         x_range (`tuple[int, int]`): first and last step of the axis, shared by the plots of a page.
         y_range (`tuple[float, float]`, *optional*): lowest and highest value, where plots share that axis too.
@@ -164,7 +164,7 @@ def heat_map(
 
 
 class _Drawing:
-    """A figure with the report's own settings, whatever the user's matplotlib is set to."""
+    """A figure with the report's own settings, independent of the user's matplotlib settings."""
 
     def __init__(self, legend_rows: int = 0, height: float = 2.5):
         self._height = height + 0.2 * legend_rows

@@ -103,13 +103,13 @@ class Run:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing but the start (and perhaps the end) was logged."""
+        """True if nothing but the start (and perhaps the end) was logged."""
         return not (
             self.metrics or self.evaluations or self.samples or self.tables or self.verdicts or self.inspections
         )
 
     @property
     def only_read(self) -> bool:
-        """Whether nothing was trained: a model was read to understand its latents."""
+        """True if nothing was trained: a model was read to understand its latents."""
         trained = self.trainer or self.metrics or self.evaluations or self.samples or self.verdicts
         return not trained and bool(self.inspections or self.searches)

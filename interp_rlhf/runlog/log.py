@@ -149,7 +149,7 @@ def _restarted_at(lines: Sequence[dict[str, Any]], position: int) -> int | None:
 
 
 def _undone(line: dict[str, Any], step: int) -> bool:
-    """Whether a restart from a step makes an earlier line of its arm invalid."""
+    """True if a restart from a step makes an earlier line of its arm invalid."""
     if step == 0:
         return True
     at = _step_of(line)

@@ -77,12 +77,12 @@ class ConceptReward:
             raise ValueError(
                 f"`readout` is {str(readout)!r} – expected a `Readout`. Use `ConceptReward.from_card(path)` for a card."
             )
-        for name, given, known in (
+        for name, value, known in (
             ("role", role, ("reward", "penalty")), ("reader", reader, ("reference", "policy", "both")),
         ):  # fmt: skip
-            if given not in known:
+            if value not in known:
                 words = ", ".join(f"`{word}`" for word in known)
-                raise ValueError(f"`{name}` of `ConceptReward` is {given!r} – expected one of {words}.")
+                raise ValueError(f"`{name}` of `ConceptReward` is {value!r} – expected one of {words}.")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"`weight` of `ConceptReward` is {weight!r} – expected a finite number.")
         self.readout = readout

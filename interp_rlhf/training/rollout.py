@@ -50,7 +50,7 @@ class Rollout:
     Attributes:
         own_forwards (`int`): readings that needed extra forward passes, counted per batch and model.
         taken (`int`): readings that were taken from a pass that TRL made anyway.
-        causes (`dict[str, Causes]`): of the `reference` and the `policy`: what is known that makes a pass another reading.
+        causes (`dict[str, Causes]`): of the `reference` and the `policy`: known reasons why a pass differs from a reading.
     """
 
     def __init__(self, trainer: Any, readouts: dict[Reader, list[Readout]], reference: nn.Module | None):

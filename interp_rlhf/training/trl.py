@@ -231,12 +231,12 @@ def without_kl_in_the_loss(trainer: Any) -> Any:
 
 
 def calling_instead(trainer: Any, functions: Sequence[Any]) -> Any:
-    """Context in which TRL calls these reward functions, in the order of its own."""
+    """Context in which TRL calls these reward functions, in the order of `trainer.reward_funcs`."""
     return _changed(trainer, "reward_funcs", list(functions))
 
 
 def using_given_reference(trainer: Any) -> Any:
-    """Context in which `DPOTrainer` takes the reference's log-probs from the batch, where it would run the reference."""
+    """Context in which `DPOTrainer` takes the reference's log-probs from the batch instead of running the reference."""
     return _changed(trainer, "precompute_ref_logps", True)
 
 

@@ -69,13 +69,13 @@ def load_policy(model: Any, args: PPOConfig, quantization_config: Any) -> Any:
     if not isinstance(model, str):
         return model
     set_seed(args.seed)
-    given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    keywords: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None:
-        given["quantization_config"] = quantization_config
+        keywords["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        given["device_map"] = None
-    given.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model, **given)
+        keywords["device_map"] = None
+    keywords.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **keywords)
 
 
 def with_value_head(peft_config: Any) -> Any:
@@ -89,9 +89,9 @@ def with_value_head(peft_config: Any) -> Any:
 
 def processing_class_of(model: Any, args: PPOConfig) -> Any:
     """Load the processing class of a path, of the model's revision, as `GRPOTrainer` does when it loads the model too."""
-    given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    keywords: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     return AutoProcessor.from_pretrained(
-        get_config_model_id(model.config), revision=given.get("revision"), truncation_side="left", padding_side="left",
+        get_config_model_id(model.config), revision=keywords.get("revision"), truncation_side="left", padding_side="left",
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
 

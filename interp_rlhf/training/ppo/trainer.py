@@ -171,10 +171,10 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """TRL's optimizer. The value function gets a separate parameter group if it has its own learning rate."""
-        given = self.optimizer is not None
+        made_by_user = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         rate = self.args.value_learning_rate
-        if rate is None or given or not self.has_critic:
+        if rate is None or made_by_user or not self.has_critic:
             return optimizer
         named = {id(p) for p in self._own_parameters(self.model if model is None else model)}
         for group in list(optimizer.param_groups):
