@@ -122,7 +122,7 @@ def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: interp-rlhf recipes copy . && accelerate launch --config_file recipes/accelerate_configs/cpu.yaml "
         "recipes/dpo.py --config recipes/keep_a_concept/dpo/config_anchor.yaml",
     )
-    copy.add_argument("folder", metavar="DIR", help="where `recipes/` goes")
+    copy.add_argument("folder", metavar="DIR", help="folder in which `recipes/` is made")
     copy.add_argument("--force", action="store_true", help="overwrite files that differ")
     copy.add_argument("--json", action="store_true", help="print the files as JSON")
     copy.set_defaults(run=("recipes", "recipes_copy"))

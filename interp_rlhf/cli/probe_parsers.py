@@ -24,7 +24,7 @@ def add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def add_drift(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the parser of `drift compare`."""
-    drift = commands.add_parser("drift", help="what a training changed inside a model").add_subparsers(
+    drift = commands.add_parser("drift", help="measure how a training changed a model").add_subparsers(
         title="commands", required=True, metavar="COMMAND"
     )
     _add_compare(drift)
@@ -41,13 +41,13 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     fit.add_argument("--data", required=True, help=DATA_HELP)
     fit.add_argument("--name", required=True, help="name of the concept: lower-case letters, digits, - and _")
-    fit.add_argument("--concept", help="one sentence that says what the concept is (default: the name)")
+    fit.add_argument("--concept", help="one sentence that describes the concept (default: the name)")
     fit.add_argument("--out", required=True, help="folder for the card and the artifact")
     fit.add_argument("--model", help=MODEL_HELP)
     where = fit.add_mutually_exclusive_group()
     where.add_argument(
         "--hook-point",
-        help="where to read, as a module path: model.layers.15; with `--sae` it replaces the hook point of the file",
+        help="module path that the probe reads: model.layers.15; with `--sae` it replaces the hook point of the file",
     )
     where.add_argument(
         "--sweep", type=int, metavar="N", help="choose among every N-th decoder layer by cross-validation (default: 3)"
@@ -162,7 +162,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--hook-point",
         action="append",
         metavar="PATH",
-        help="where to compare; may be repeated (default: four decoder layers)",
+        help="module path to compare at; may be repeated (default: four decoder layers)",
     )
     compare.add_argument(
         "--max", action="append", default=[], metavar="NAME=VALUE",

@@ -60,7 +60,7 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--dead-after",
         type=int,
         metavar="TOKENS",
-        help="a latent that is off for so many tokens counts as silent (default: one epoch)",
+        help="a latent that is off for this many tokens counts as silent (default: one epoch)",
     )
     how.add_argument("--context", type=int, default=128, help="tokens that the model reads at once (default: 128)")
     how.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
@@ -68,7 +68,7 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     keep.add_argument(
         "--cache",
         metavar="DIR",
-        help="store activations there, so that the model reads the texts once instead of in every epoch",
+        help="folder to store activations in, so that the model reads the texts once instead of in every epoch",
     )
     keep.add_argument(
         "--cache-type",
@@ -103,7 +103,7 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         type=int,
         default=2**17,
         metavar="N",
-        help="use so many of their tokens, evenly spread (default: %(default)s)",
+        help="use this many of their tokens, evenly spread (default: %(default)s)",
     )
     train.add_argument("--json", action="store_true", help="print training.json")
     train.set_defaults(run=("sae_training", "sae_train"))
@@ -143,7 +143,7 @@ def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParse
     which.add_argument("--random", type=int, metavar="N", help="N latents drawn from those that are on somewhere")
     inspect.add_argument("--contexts", type=int, default=10, help="windows of each kind per latent (default: 10)")
     inspect.add_argument(
-        "--context-length", type=int, default=256, help="cut texts after so many tokens (default: 256)"
+        "--context-length", type=int, default=256, help="cut texts after this many tokens (default: 256)"
     )
     inspect.add_argument("--window", type=int, default=16, help="tokens shown on either side (default: 16)")
     inspect.add_argument("--labelled", help="examples of a concept, for precision and recall; " + DATA_HELP)
@@ -154,7 +154,7 @@ def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParse
     inspect.add_argument(
         "--only-chosen",
         action="store_true",
-        help="read no other latents: quicker with --latents, but without FVU, L0 and dead latents",
+        help="read no other latents: faster with --latents, but without FVU, L0 and dead latents",
     )
     inspect.add_argument("--seed", type=int, default=0, help="seed of draws, split and bootstrap (default: 0)")
     inspect.add_argument("--out", default="inspect.html", help="the HTML page (default: %(default)s)")

@@ -22,7 +22,7 @@ MODEL_HELP = "folder or Hub id of the causal LM (default: the embedded SmolLM2-1
 def add_modules(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--module", action="append", default=[], metavar="NAME", dest="modules",
-        help="Python module to import first, for what it registers: poolings, measures, formats, metrics; may be repeated",
+        help="Python module to import first, which registers poolings, measures, formats or metrics; may be repeated",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ def print_aligned(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def shown_interval(interval: tuple[float, float, float], sign: str = "") -> str:
-    """A value with the bounds of its interval; `sign` is `+` where the value is a difference."""
+    """A value with the bounds of its interval; `sign` is `+` if the value is a difference."""
     value, low, high = (format(number, f"{sign}.3f") for number in interval)
     return f"{value} [{low}, {high}]" if math.isfinite(interval[1]) else f"{value} (not enough prompts)"
 

@@ -17,7 +17,7 @@ def demo(arguments: argparse.Namespace) -> int:
     """`interp-rlhf demo`."""
     if arguments.steps is not None and arguments.steps < 1:
         raise ValueError(f"`--steps` is {arguments.steps} – expected at least 1.")
-    # TRL takes seconds to import: a wrong `--steps` is refused at once.
+    # TRL takes seconds to import, so a wrong `--steps` is refused before that.
     from ..demo.story import DemoSettings, quick_settings, run_demo
 
     settings = DemoSettings(seed=arguments.seed)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_findings(title: str, findings: Findings) -> None:
-    """Print what the probe adds, all AUROCs, the calibration and the controls of one data set."""
+    """Print the gain from the probe, all AUROCs, the calibration and the controls of one data set."""
     near = f", {findings.near_duplicates} nearly rows of the fit" if findings.near_duplicates else ""
     print(f"\n{title}: {findings.examples} examples, {findings.positives} positive{near}")
     if findings.adds is None:

@@ -25,7 +25,7 @@ def latent_numbers(text: str | None) -> list[int] | None:
 
 
 def autoencoder_place(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """Keywords of `load_sae` that say where an autoencoder lies and what it reads."""
+    """Keywords of `load_sae` for the location and the hook point of an autoencoder."""
     return {name: getattr(arguments, name) for name in ("revision", "subfolder", "hook_point")}
 
 

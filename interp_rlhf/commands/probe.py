@@ -58,7 +58,7 @@ def probe_fit(arguments: argparse.Namespace) -> int:
 
 
 def _require_options_that_fit(arguments: argparse.Namespace, latents: list[int] | None) -> None:
-    """Raises `ValueError` where options of `probe fit` contradict each other. It runs before anything is loaded."""
+    """Raises `ValueError` if options of `probe fit` contradict each other. It runs before anything is loaded."""
     if (arguments.kind == "sae_latents") != (arguments.sae is not None and latents is not None):
         raise ValueError(
             f"`--kind` is {arguments.kind}, `--sae` {arguments.sae}, `--latents` {arguments.latents} – expected both with "
@@ -92,7 +92,7 @@ def _sae_of(arguments: argparse.Namespace, model: Any) -> SparseAutoencoder | No
 
 
 def _poolings_to_fit(pooling: str | None) -> str | list[str]:
-    """The poolings that a probe is fitted for, given `--pooling`. Poolings without a fit of their own read the mean's probe."""
+    """The poolings for which a probe is fitted, given `--pooling`. Poolings without their own fit use the probe of the mean."""
     return list(FITTED) if pooling == "best" else pooling if pooling in FITTED else "mean"
 
 

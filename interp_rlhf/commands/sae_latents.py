@@ -104,7 +104,7 @@ def sae_find(arguments: argparse.Namespace) -> int:
 
 
 def _two_sides(positive: str, negative: str) -> Examples:
-    """Texts of two files as labelled examples; the labels are called as the files are, where their names differ."""
+    """Texts of two files as labelled examples; the labels have the names of the files if these differ."""
     rows = [
         {**(text if isinstance(text, dict) else {"text": text}), "label": label}
         for label, path in ((1, positive), (0, negative))
@@ -132,7 +132,7 @@ def _print_ranking(latents: LatentsFound, names: Sequence[str]) -> None:
 
 
 def _page_path(path: str) -> Path:
-    """Where a page goes. It is checked before the work starts.
+    """Path of the page. It is checked before the work starts.
 
     Raises:
         `ValueError`: the path is no HTML file, or writing would replace a file that these commands did not write.
@@ -165,7 +165,7 @@ def _write_files(
 
 
 def _require_our_log(log: Path) -> None:
-    """Raises `ValueError` where a log would be replaced that these commands did not write."""
+    """Raises `ValueError` before a log is replaced that these commands did not write."""
     if not log.exists():
         return
     try:

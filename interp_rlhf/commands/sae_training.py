@@ -57,7 +57,7 @@ def sae_train(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a training left in memory.
+    """The results of a training that are still in memory.
 
     Attributes:
         sae (`SparseAutoencoder`): the trained autoencoder.
@@ -116,7 +116,7 @@ def _command() -> str:
 
 
 def _result(arguments: argparse.Namespace, outcome: _Outcome, out: Path) -> dict[str, Any]:
-    """What `training.json` says about a training."""
+    """The content of `training.json` for a training."""
     trained = outcome.sae.spec.source["metadata"]
     return {
         "sae": str(out / "sae"), "model": outcome.model_id, "data": arguments.data,

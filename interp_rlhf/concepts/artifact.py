@@ -34,7 +34,7 @@ class Header:
     Attributes:
         kind (`str`): `probe`, `direction` or `sae_latents`.
         method (`str`): `logistic_regression` or `difference_of_means`.
-        hook_point (`str`): module path where it reads.
+        hook_point (`str`): module path of the activation that it reads.
         width (`int`): D.
         model_id (`str`), identity (`str`): the model it was made on, see `activations.identity`.
         structure (`dict`): the architecture of that model. A tuned copy has the same.

@@ -2,12 +2,12 @@
 
 In: activations of the counted tokens of each example, labels. Out: a query, and attended activations (N, D) on which a linear
 probe is fitted as on means. The pooled score is Σ_t a_t ⟨h_t − μ, w⟩ with a_t = exp z_t / (1 + Σ_s exp z_s), z_t = ⟨h_t, q⟩ − c,
-over the counted tokens; μ is the mean activation. The 1 is a sink, as good as an average token: without it an example in which
-the concept does not stand rests on the extreme of its noise, which filler makes more extreme.
+over the counted tokens; μ is the mean activation. The 1 is a sink that counts like an average token. Without it, the score of an
+example without the concept would be the extreme of its noise, and filler makes that more extreme. It must not know models.
 
-The query is not learned by gradient descent, which on a few hundred examples fits their noise, but by turns: the query is the
-probe's own direction at some sharpness, the probe is fitted anew on what that attends to, and so on, while the sharpness grows.
-It starts next to mean pooling. Scores out of fold say where to stop, and whether the sink gets anything.
+The query is not learned by gradient descent, which fits the noise of a few hundred examples. Query and probe take turns: the
+query is the probe's direction, scaled to some sharpness, and the probe is fitted again on the attended activations. The sharpness
+grows with the turns; the first turn is close to mean pooling. Out-of-fold scores choose the last turn and the weight of the sink.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 # Standard deviations of ⟨h, q⟩ over tokens, each with the number of turns taken at it.
 SHARPNESS = ((0.25, 2), (0.5, 2), (1.0, 6), (1.5, 2), (2.0, 2), (3.0, 2))
-# Regularization of the turns: where to look is found with a strong one, what to make of it is chosen after.
+# Regularization of the turns. It is strong while the query is found; the final probe chooses its own.
 TURNING = 0.001
-# The sink's logit over the lower quartile, over examples, of the logarithm of Σ exp ⟨h, q⟩: next to nothing, or more than what
-# most examples without the concept have, tried from a sharpness of 1 on.
+# The sink's logit, relative to the lower quartile over examples of log Σ exp ⟨h, q⟩. The first gives the sink almost no weight.
+# The second gives it more weight than the tokens of most examples without the concept, and is tried from a sharpness of 1.
 SINKS = (-30.0, 4.0)
 SINK_FROM = 1.0
 
@@ -57,7 +57,7 @@ class Tokens:
 
     @classmethod
     def of(cls, values: np.ndarray, lengths: np.ndarray) -> Tokens:
-        """Tokens of examples that have so many each."""
+        """Tokens of examples with these numbers of tokens."""
         return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class Tokens:
         return self._weighted(np.repeat(1 / np.diff(self.starts), np.diff(self.starts)))
 
     def attended(self, query: Query) -> np.ndarray:
-        """Sum (N, D) of each example's activations over μ, weighed by attention, float64."""
+        """Sum (N, D) of each example's activations minus μ, weighted by attention, float64."""
         logits = self._logits(query.vector) - query.sink
         highest = np.maximum(np.maximum.reduceat(logits, self.starts[:-1]), 0)
         lengths = np.diff(self.starts)
@@ -107,7 +107,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Where to look.
+    """The query of an attention pooling.
 
     Attributes:
         vector (`np.ndarray` of shape (D,)): q.
@@ -124,12 +124,12 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """A query, and what the folds say of the probe on what it attends to.
+    """A query, and the cross-validated probe on the activations that it attends to.
 
     Attributes:
-        query (`Query`): of the fit on all examples.
-        features (`np.ndarray` of shape (N, D)): what it attends to.
-        chosen (`CrossValidated`): see there; its scores are without the folds' biases, as the readout's are without its own.
+        query (`Query`): the query of the fit on all examples.
+        features (`np.ndarray` of shape (N, D)): attended activations.
+        chosen (`CrossValidated`): the probe. Its out-of-fold scores leave out the biases, as the readout's scores do.
     """
 
     query: Query
@@ -138,7 +138,7 @@ class Attended:
 
 
 def queries(tokens: Tokens, labels: np.ndarray, method: str) -> Iterator[tuple[Query, np.ndarray]]:
-    """Queries from blunt to sharp, without and with a sink, each with what it attends to (N, D)."""
+    """Queries from blunt to sharp, without and with a sink, each with the activations (N, D) that it attends to."""
     center = tokens.values.mean(0, dtype=np.float64)
     weight = fit_path(tokens.pooled("mean"), labels, method, (TURNING,)).weights[0]
     for sharpness, turns in SHARPNESS:
@@ -159,26 +159,26 @@ def fit_attention(
     tokens: Tokens, labels: np.ndarray, splits: Sequence[tuple[np.ndarray, np.ndarray]], method: str,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Attended:  # fmt: skip
-    """A query whose sharpness and sink, and whose probe's regularization, have the lowest log-loss out of fold."""
+    """The query and the probe with the lowest out-of-fold log-loss, over sharpness, sink and regularization."""
     require_finite(tokens.pooled("mean"))
     if method == "difference_of_means":
         strengths = strengths[:1]
-    every: list[list[Path]] = []
+    fold_paths: list[list[Path]] = []
     scores: list[np.ndarray] = []  # (S, N) per query
     for train, test in splits:
         others = tokens.rows(test)
-        own = []
+        paths = []
         for number, (query, attended) in enumerate(queries(tokens.rows(train), labels[train], method)):
             path = fit_path(attended, labels[train], method, strengths)
             if number == len(scores):
                 scores.append(np.zeros((len(strengths), len(labels))))
             scores[number][:, test] = path.scores(others.attended(query))
-            own.append(path)
-        every.append(own)
+            paths.append(path)
+        fold_paths.append(paths)
     losses = np.array([[log_loss(labels, values) for values in of_query] for of_query in scores])
     number, place = map(int, np.unravel_index(losses.argmin(), losses.shape))
-    weights = np.stack([own[number].weights[place] for own in every])
-    biases = np.array([own[number].biases[place] for own in every])
+    weights = np.stack([paths[number].weights[place] for paths in fold_paths])
+    biases = np.array([paths[number].biases[place] for paths in fold_paths])
     out_of_fold = scores[number][place]
     for bias, (_, test) in zip(biases, splits, strict=True):
         out_of_fold[test] -= bias

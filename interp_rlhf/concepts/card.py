@@ -1,4 +1,4 @@
-"""Reward cards: versioned YAML that says what is read, where, how it is pooled, and which evidence there is.
+"""Reward cards: versioned YAML with the readout, its hook point, its pooling and the evidence.
 
 In: a path. Out: a checked `Card`, or one error with all problems. It must not know models, and imports neither torch nor TRL.
 """

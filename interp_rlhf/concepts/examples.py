@@ -1,4 +1,4 @@
-"""Labelled examples from a file. A probe is fitted on them and checked with others.
+"""Labelled examples from a file. One set fits a probe, another set checks it.
 
 In: a JSONL, CSV or Parquet file, or a folder or Hub id that `datasets` reads. Out: examples, 0/1 labels, label names and a
 fingerprint. It must not know models, and does not import torch.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONTENT = ("text", "messages", "prompt", "completion")
-# Columns that TRL renders together with these, and the ids of a completion as it was generated.
+# Columns that TRL renders together with the content, and the generated ids of a completion.
 BESIDE = ("completion_ids", "tools", "chat_template_kwargs")
 # Columns that hold text or messages. A file may hold messages as JSON.
 SPOKEN = ("messages", "prompt", "completion", "chosen", "rejected")
@@ -56,7 +56,7 @@ class Examples:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Text of each row's completion, which text baselines see: the text that the probe's counted tokens spell."""
+        """Text of each row's completion, as text baselines see it. The probe's counted tokens have the same text."""
         return [split_example(row)[1] for row in self.rows]
 
     @cached_property
@@ -66,8 +66,8 @@ class Examples:
 
     @cached_property
     def groups(self) -> list[str]:
-        """Group of each row, which folds do not split: a prompt, or a row without one. Form, case and white space do not tell two
-        prompts apart."""
+        """Group of each row: its prompt, or the row itself without one. Folds never split a group. Prompts that differ only in
+        form, case or white space are one group."""
         return [_digest(prompt or answer) for prompt, answer in map(spoken, self.rows)]
 
 
@@ -116,7 +116,7 @@ def make_examples(
         raise ValueError(
             f"`{source}`: row {strange[0]} is a {type(rows[strange[0]]).__name__} – expected a mapping with `label`."
         )
-    labels = [_plain(row.get("label")) for row in rows]
+    labels = [_python_label(row.get("label")) for row in rows]
     unlabelled = [i for i, label in enumerate(labels) if label is None or label == "" or label != label]
     if unlabelled:
         raise ValueError(
@@ -293,7 +293,7 @@ def _parsed_messages(source: str, name: str, value: Any) -> Any:
         parsed = json.loads(value)
     except ValueError:
         if not re.match(r"""\s*(\[\s*)?\{\s*["']""", value) or not re.search(r"""["']content["']\s*:""", value):
-            return value  # a text that only begins like messages
+            return value  # a text that only looks like messages at its start
         raise ValueError(
             f"`{source}`: the column `{name}` holds messages that are not JSON: {value[:60]!r} – expected messages such as "
             '[{"role": "user", "content": "…"}], in double quotes. Write them with `json.dumps`.'
@@ -358,7 +358,7 @@ def _label_name(value: Any) -> str:
     return re.sub(r"^([01])\.0+$", r"\1", str(value))
 
 
-def _plain(label: Any) -> Any:
+def _python_label(label: Any) -> Any:
     """A label as a plain Python value, if it is a scalar of numpy or torch."""
     return label.item() if hasattr(label, "item") and getattr(label, "ndim", 1) == 0 else label
 

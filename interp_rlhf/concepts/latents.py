@@ -1,8 +1,8 @@
-"""Latents of a sparse autoencoder as a readout: only the latents that somebody reads.
+"""Latents of a sparse autoencoder as a readout. Only the latents that are needed are computed where that is possible.
 
 In: an activation (..., D). Out: latents (..., K). If a latent depends on no other (ReLU, JumpReLU, gated), reading K latents
-touches K rows of the encoder and is exact. TopK and group-max need all S latents to know which are on. They are computed in
-blocks of tokens, so that (B, T, S) is never held. It must not know files, nor what its latents are used for.
+needs K rows of the encoder and is exact. TopK and group-max need all S latents to know which are on. They are computed in
+blocks of tokens, so that (B, T, S) is never in memory. It must not know files or the use of its latents.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ EPSILON = 1e-5
 # All latents are computed in blocks of tokens: as many tokens as give 16 MiB of pre-activations (tokens, S), and at least as many
 # as a matrix product needs to be fast.
 BLOCK_NUMBERS, BLOCK_TOKENS = 2**22, 128
-# `top` keeps little per block. There larger blocks are quicker: the encoder enters the cache less often.
+# `top` keeps little per block. Larger blocks are faster there, because the encoder is loaded into the cache less often.
 WHOLE_BLOCK_TOKENS = 512
-# Numbers that are masked at a time, and the fewest rows: their mask stays in the cache, and is never as large as all latents.
+# How many numbers are masked at a time, and the minimum of rows. Such a mask stays in the cache and is smaller than all latents.
 MASKED_NUMBERS, MASKED_ROWS = 2**16, 64
 
 
 class LatentSource(Protocol):
-    """What a fit on latents needs of a sparse autoencoder."""
+    """The part of a sparse autoencoder that a fit on latents needs."""
 
     def latents(self, indices: int | Sequence[int] | None = None, name: str = "sae") -> Latents:
         """Some of its latents as a readout."""
@@ -43,7 +43,7 @@ class LatentSource(Protocol):
         """Raises `ValueError` for a model that it was not trained on."""
 
     def description(self) -> dict[str, Any]:
-        """What an artifact says of it: size, architecture, k, grouped, normalization and source, as plain values."""
+        """Its description in an artifact: size, architecture, k, grouped, normalization and source, as plain values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Latents:
 
     Attributes:
         name (`str`): the key of its scores and metrics.
-        hook_point (`str`): module path where it reads.
+        hook_point (`str`): module path of the activation that it reads.
         encoder (`torch.FloatTensor` of shape (S, D)): one row per latent.
         bias (`torch.FloatTensor` of shape (S,)): bias of the latents. For gated latents, bias of the gate.
         center (`torch.FloatTensor` of shape (D,), *optional*): subtracted from the activation first.
@@ -66,10 +66,10 @@ class Latents:
             the norm √D, `layer_norm` to mean 0 and standard deviation 1.
         columns (`torch.LongTensor` of shape (K,), *optional*): indices of the latents that are returned, if all S are needed to
             compute them.
-        decoder (`torch.FloatTensor` of shape (K, D), *optional*): what each returned latent writes. Ablation and steering act
-            there.
+        decoder (`torch.FloatTensor` of shape (K, D), *optional*): direction that each returned latent writes. Ablation and
+            steering use it.
         claim (`tuple[Canaries, torch.Tensor]`, *optional*): canaries of the model that the autoencoder was trained on, and the
-            directions that they were read along.
+            directions along which the canaries were read.
 
     Example:
         >>> import torch
@@ -146,7 +146,7 @@ class Latents:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the model width."""
         return self.encoder.shape[1]
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Readout:
 
     Attributes:
         name (`str`): the card's name. It is the key of scores and metrics.
-        hook_point (`str`): module path where it reads.
+        hook_point (`str`): module path of the activation that it reads.
         weight (`torch.FloatTensor` of shape (D,)), bias (`float`): the score of a token is ⟨h, weight⟩ + bias. With `latents` the
             score is ⟨latents(h), weight⟩ + bias, and the weight has shape (K,).
         pooling (`str`): see `pooling.pool`.
@@ -138,18 +138,18 @@ class Readout:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the model width."""
         return len(self.weight) if self.latents is None else self.latents.width
 
     @property
     def direction(self) -> torch.Tensor:
-        """Direction (D,) of the concept: a probe's weight, or the weighed sum of what its latents write."""
+        """Direction (D,) of the concept: a probe's weight, or the weighted sum of the directions that its latents write."""
         weight = self.weight.detach().float().cpu()
         return weight if self.latents is None else weight @ self.latents.written.cpu()
 
     @property
     def directions(self) -> torch.Tensor:
-        """Directions (R, D) that span the concept: the weight, or what each latent writes."""
+        """Directions (R, D) that span the concept: the weight, or the direction that each latent writes."""
         return self.direction[None] if self.latents is None else self.latents.written.cpu()
 
     @property
@@ -197,7 +197,7 @@ class Readout:
         return scores if self.transform is None else self.transform(scores)
 
     def check_model(self, model: Any, exact: bool = True, trained: bool = False) -> None:
-        """Refuse a model that this readout was not made on.
+        """Refuse a model on which this readout was not made.
 
         Args:
             model (`nn.Module`): the model that will be read.
@@ -228,7 +228,7 @@ class Readout:
             require_identity(model, self.name, self.header)
 
     def _check_related(self, model: Any, trained: bool) -> None:
-        """Refuse a policy that is a stranger to the model that this readout was made on; warn of a relative."""
+        """Refuse a policy that is unrelated to the readout's model. Warn about a related one."""
         if self.canaries is None or self.header is None or not runs_here(model):
             return
         agrees = self._agreement(model, self.canaries)
@@ -246,11 +246,10 @@ class Readout:
         return agreement(model, canaries, self.hook_point, (self.made_of or self).read_directions)
 
     def check_canaries(self, model: Any) -> None:
-        """Read the artifact's canaries on a model that should be the one it was made on. All ranks call this together.
+        """Check that a model is the readout's own by reading the canaries. All ranks call this together.
 
         Raises:
-            `ValueError`: another model, or the same one with coarser numbers than its readings can bear. The message has the
-                numbers.
+            `ValueError`: another model, or the same model at too low a precision. The message has the numbers.
         """
         if self.canaries is None or self.header is None:
             return

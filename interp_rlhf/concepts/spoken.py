@@ -1,4 +1,4 @@
-"""The normalised text of a row of a data set. Two rows are the same if it is the same, even if their forms differ.
+"""The normalised text of a row of a data set. Rows with the same normalised text are the same, even if their forms differ.
 
 In: a row with a text, messages, or a prompt and a completion. Out: normalised text of its prompt and of its answer. It must not
 know models, and does not import torch.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Spoken = tuple[str, str]
 
 _ROLES = "system|developer|user|human|assistant|model|tool|ipython"
-# What chat templates put around messages, in normalised text.
+# Markers that chat templates put around messages, in normalised text.
 _MARKERS = re.compile(
     r"<\|(?:start_header_id|header_start|start_of_role)\|>[^<>|]{0,40}<\|(?:end_header_id|header_end|end_of_role)\|>"
     rf"|(?:<\|(?:im_start|start)\|>|<\|turn>|<start_of_turn>) ?(?:{_ROLES})\b"  # ChatML, gpt-oss, Gemma
@@ -27,7 +27,7 @@ _MARKERS = re.compile(
     r"|</?s>|<(?:bos|eos|pad|unk)>|\[/?(?:inst|system_prompt)\]|<</?sys>>"  # Llama 2, Mistral
     r"|<think> ?</think>"  # Qwen 3 without thinking
 )
-# Names of speakers in a dialogue that is written as plain text. They are removed only if both are there.
+# Names of speakers in a dialogue that is written as plain text. They are removed only if both speakers are named.
 _ASKED, _ANSWERED = re.compile(r"(?<!\w)(?:human|user):"), re.compile(r"(?<!\w)assistant:")
 _SPEAKERS = re.compile(r"(?<!\w)(?:human|user|system|assistant):")
 

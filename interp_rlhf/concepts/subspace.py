@@ -1,7 +1,7 @@
 """Subspaces of the residual stream: an orthonormal basis at a hook point.
 
-In: probes, directions, latents, or texts whose activations span it. Out: a `Subspace`. It must not know whether a training
-holds, measures or ablates it.
+In: probes, directions, latents, or texts. Out: a `Subspace` that they or their activations span. It must not know how a training
+uses it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Subspace:
     Attributes:
         hook_point (`str`): module path of the activation that it lives in.
         basis (`torch.FloatTensor` of shape (R, D)): orthonormal rows, float32.
-        sources (`tuple[Readout, ...]`): readouts that span it. They are claims about one model, and are checked against it.
-        claim (`tuple[Canaries, torch.Tensor]`, *optional*): canaries of the model whose activations it was made of, and the
-            directions (R, D) that they were read along.
+        sources (`tuple[Readout, ...]`): readouts that span it. Each is a claim about one model, and that model is checked.
+        claim (`tuple[Canaries, torch.Tensor]`, *optional*): canaries of the model whose activations span it, and the
+            directions (R, D) along which the canaries were read.
 
     Example:
         >>> from interp_rlhf import Subspace
@@ -57,7 +57,7 @@ class Subspace:
     claim: tuple[Canaries, torch.Tensor] | None = None
 
     def check_model(self, model: Any) -> None:
-        """Refuse a model that it was not made on.
+        """Refuse a model on which the subspace was not made.
 
         A subspace of principal components carries canaries. A related model, such as one that was trained further, is allowed
         with a warning.
@@ -131,14 +131,14 @@ class Subspace:
     ) -> Subspace:
         """Subspace of the principal components of a model's activations on the counted tokens of examples.
 
-        The mean is removed. Tokens whose norm stands out are left out.
+        The mean is removed. Tokens with outlying norms are left out.
 
         Args:
             model (`nn.Module`), tokenizer: the model to read, with its adapters as they are.
             examples (`list`): texts or examples, see `tokenize_examples`.
-            hook_point (`str`): module path where to read.
+            hook_point (`str`): module path of the activation.
             rank (`int`): R, the number of components.
-            progress (`bool`, defaults to `False`): has no effect: the reading is short.
+            progress (`bool`, defaults to `False`): has no effect, since the reading is short.
 
         Raises:
             `ValueError`: the examples have too few counted tokens for this rank.
@@ -181,7 +181,7 @@ class Subspace:
     def ablate(self, activation: torch.Tensor) -> torch.Tensor:
         """The activation without its component in the subspace: h − Qᵀ Q h.
 
-        It is computed in float32 for every precision of the model: in bfloat16 a part of the component would stay.
+        It is computed in float32 for every precision of the model: in bfloat16, part of the component would remain.
         """
         with torch.autocast(activation.device.type, enabled=False):
             basis = self.basis.detach().to(activation.device)

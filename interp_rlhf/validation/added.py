@@ -1,10 +1,10 @@
-"""What a probe adds to text baselines: all baselines together, with and without the probe's score, on examples of no fit.
+"""The gain from a probe over all text baselines together, on examples that no fit has seen.
 
-In: labels, scores of the probe and of the baselines, prompts. Out: `Added`. It must not know where a score comes from.
+In: labels, scores of the probe and of the baselines, prompts. Out: `Added`. It must not know the source of a score.
 
-Comparing two plain stacks, one with the probe as one more column, favours a probe that knows nothing new: a second copy of a
-baseline is shrunk less, a ready-made mix of baselines saves learning it, the log of a length is a better line than the length.
-So only the part of the probe's score that the baselines cannot predict is added to their prediction, with one coefficient.
+Comparing two plain stacks, one with the probe as one more column, favours a probe that knows nothing new. A second copy of a
+baseline is shrunk less. A ready-made mix of baselines need not be learned. The log of a length fits a line better than the
+length. So only the part of the score that the baselines cannot predict is added to their prediction, by one coefficient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAN = float("nan")
 
 OUTER_FOLDS = 5
 REPEATS = 3  # draws of the outer folds, over which log-odds are averaged
-# Penalties of `logistic`. The last ones are for labels that separate.
+# Penalties of `logistic`. The smallest ones are for labels that the baselines separate.
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-8)
 FARTHEST = 5.0  # standard deviations: where outliers are cut
 WIDER = (
@@ -34,7 +34,7 @@ WIDER = (
 
 @dataclass(frozen=True)
 class Added:
-    """What a probe's score adds to baselines.
+    """The gain from a probe's score over baselines.
 
     Attributes:
         auroc (`Interval`): AUROC with the probe minus AUROC without it, and its 95 % interval. Above 0 = it adds.
@@ -59,14 +59,14 @@ class Added:
 def added(
     labels: np.ndarray, probe: np.ndarray, baselines: Mapping[str, np.ndarray], groups: Sequence[str], seed: int
 ) -> Added:
-    """What the probe's score adds to all baselines together, by nested cross-validation over prompts.
+    """The gain from the probe's score over all baselines together, by nested cross-validation over prompts.
 
     For each of five outer folds, on the other four:
 
     1. Baselines together: ridge logistic regression on their standardized scores and normal scores of their ranks (so that a bent
        baseline counts as a straight one), its penalty chosen by log-loss in five inner folds. It gives log-odds out of fold.
     2. The new part of the probe: its score less what a linear regression on the same columns predicts at equal label.
-       This is how the log-odds of two normal classes part: those of the baselines, plus those of the probe given the baselines.
+       The log-odds of two normal classes split in this way: those of the baselines, plus those of the probe given the baselines.
     3. One coefficient for the new part, added to the log-odds of 1, times max(0, 1 − 2 var / coefficient²): one that is not
        clearly larger than its standard error counts as 0, and the two predictions are then the same.
 
@@ -78,9 +78,9 @@ def added(
     differ on other examples, too. Nadeau & Bengio (2003, "Inference for the generalization error") put the variance of K folds
     at 1/K + 1/(K − 1) instead of 1/K of a fold's. In simulations they hold 0 in 95 of 100 cases and more where nothing is added.
 
-    Limits. It speaks of these baselines as they were fitted: a probe that reads the same words with errors of its own adds to
-    them, as a second noisy reading adds to the first (Westfall & Yarkoni 2016), and with many prompts that shows. A baseline
-    counts as bent but not as turning back: what only very short and very long texts share is new to a length.
+    Limits. It speaks of these baselines as they were fitted: a probe that reads the same words with different errors adds to
+    them, as a second noisy reading adds to the first (Westfall & Yarkoni 2016). Many prompts make that visible. A baseline may be
+    bent but must be monotone: a property that only very short and very long texts share counts as new next to a length.
 
     Args:
         labels (`np.ndarray` of shape (N,)): 0 or 1.
@@ -160,18 +160,18 @@ def _standardized(fit: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nda
 def _together(
     fit: np.ndarray, labels: np.ndarray, inner: np.ndarray, test: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds by all baselines: of the fit's rows, out of inner folds, which choose the penalty; and of the test's rows."""
+    """Log-odds by all baselines for the fit's rows (out of the inner folds, which choose the penalty) and for the test's rows."""
     log_odds = np.zeros((len(RIDGES), len(labels)))
     for fold in range(OUTER_FOLDS):
         held = inner == fold
-        weights, found = equal_classes(labels[~held]), None
+        weights, solution = equal_classes(labels[~held]), None
         for i, penalty in enumerate(RIDGES):
-            found = logistic(fit[~held], labels[~held], weights, penalty, found)
-            log_odds[i, held] = found[0] + fit[held] @ found[1:]
+            solution = logistic(fit[~held], labels[~held], weights, penalty, solution)
+            log_odds[i, held] = solution[0] + fit[held] @ solution[1:]
     log_odds = np.clip(log_odds, -limit, limit)
     best = int(np.argmin([log_loss(labels, line) for line in log_odds]))
-    found = logistic(fit, labels, equal_classes(labels), RIDGES[best])
-    return log_odds[best], found[0] + test @ found[1:]
+    solution = logistic(fit, labels, equal_classes(labels), RIDGES[best])
+    return log_odds[best], solution[0] + test @ solution[1:]
 
 
 def _new_part(
@@ -184,11 +184,11 @@ def _new_part(
     ridge = np.full(rows.shape[1], 1e-3 * len(rows))  # scores and ranks of one baseline are nearly the same column
     ridge[:2] = 0
     inverse = np.linalg.inv(rows.T @ rows + np.diag(ridge))
-    found = inverse @ (rows.T @ fit)
+    coefficients = inverse @ (rows.T @ fit)
     leverage = np.einsum("ij,jk,ik->i", rows, inverse, rows)
-    left = (fit - rows @ found) / (1 - leverage) + found[1] * labels
+    left = (fit - rows @ coefficients) / (1 - leverage) + coefficients[1] * labels
     middle = float(equal_classes(labels) @ left)
-    return left - middle, test - found[0] - others @ found[2:] - middle
+    return left - middle, test - coefficients[0] - others @ coefficients[2:] - middle
 
 
 def _coefficient(new: np.ndarray, labels: np.ndarray, log_odds: np.ndarray, numbers: np.ndarray) -> float:
@@ -197,15 +197,15 @@ def _coefficient(new: np.ndarray, labels: np.ndarray, log_odds: np.ndarray, numb
     if spread < 1e-9:
         return 0.0
     weights, penalty = equal_classes(labels), 1e-3
-    bias, found = logistic((new / spread)[:, None], labels, weights, penalty, offset=log_odds)
-    likely = 1 / (1 + np.exp(-np.clip(log_odds + bias + found * new / spread, -500, 500)))
+    bias, slope = logistic((new / spread)[:, None], labels, weights, penalty, offset=log_odds)
+    likely = 1 / (1 + np.exp(-np.clip(log_odds + bias + slope * new / spread, -500, 500)))
     rows = np.stack([np.ones(len(new)), new / spread], axis=1)
     inverse = np.linalg.inv((rows * (weights * likely * (1 - likely))[:, None]).T @ rows + penalty * np.eye(2))
     gradients = rows * (weights * (labels - likely))[:, None]
     by_prompt = np.zeros((int(numbers.max()) + 1, 2))
     np.add.at(by_prompt, numbers, gradients)
     variance = (inverse @ by_prompt.T @ by_prompt @ inverse)[1, 1]
-    return float(found / spread * max(0.0, 1 - 2 * variance / found**2)) if found else 0.0
+    return float(slope / spread * max(0.0, 1 - 2 * variance / slope**2)) if slope else 0.0
 
 
 def _mean_losses(labels: np.ndarray, log_odds: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""`probe check`: a card's readout on data that its fit did not see, next to the controls that it must beat.
+"""`probe check`: a card's readout on data that its fit did not see, compared with controls.
 
 In: a card, the model, the fit's examples, other examples, optionally the model's own completions. Out: `Evidence`. It must not
-know what the evidence is used for: `gate` decides that.
+know how the evidence is judged: `gate` does that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKED_DICTIONARIES = 5
-NAMED = 3  # near-duplicates that a warning names
+NAMED = 3  # number of near-duplicates that a warning names
 
 
 def check_card(

@@ -1,4 +1,4 @@
-"""Controls of a check: probes that know nothing, which a card's probe must beat.
+"""Controls of a check: probes without knowledge of the concept. A card's probe must beat them.
 
 In: a card's readout, features and labels of the fit's examples. Out: one readout that scores all controls. It must not know the
 held-out examples.
@@ -23,7 +23,7 @@ RANDOM_DIRECTIONS = 200
 
 
 class Controls:
-    """Probes that know nothing, all in one readout: probes fitted on permuted labels, and random directions.
+    """Probes without knowledge of the concept, in one readout: probes fitted on permuted labels, and random directions.
 
     Random directions are drawn in the standardized space in which probes are fitted. In the raw space, the few dimensions with
     massive activations would decide alone. Each direction gets the better sign on the fit's examples: the same chance to be right
@@ -31,8 +31,9 @@ class Controls:
 
     Args:
         features (`np.ndarray` of shape (N, D)): pooled activations of the fit's examples, on which the probe was fitted.
-        permuted (`tuple[Latents, np.ndarray]`, *optional*): for a card of latents: see `permuted_choices`.
-        center (`np.ndarray` of shape (D,), *optional*): under `attention`, the mean activation, which is the sink's.
+        permuted (`tuple[Latents, np.ndarray]`, *optional*): needed for a card of latents, see `permuted_choices`.
+        center (`np.ndarray` of shape (D,), *optional*): under `attention`, the mean activation, which the sink
+            stands for.
     """
 
     name = "controls"

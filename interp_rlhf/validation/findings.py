@@ -37,7 +37,7 @@ def estimate(interval: Sequence[float]) -> Estimate:
 
 
 def added_finding(result: Added) -> Adds | None:
-    """What a probe adds, for a card. None with too few prompts to say anything."""
+    """The gain from a probe, for a card. None with too few prompts."""
     if not np.isfinite(result.auroc.value):
         return None
     return Adds(
@@ -61,7 +61,7 @@ def prompt_finding(
     *, tfidf: Estimate, both: Estimate, probe: Estimate, within: tuple[float, float, float, int], swapped: Swapped | None,
     seed: int,
 ) -> PromptFindings:  # fmt: skip
-    """What the prompt alone says, and which share of the score is due to the answer."""
+    """The score's dependence on the prompt alone, and the share of its variance that is due to the answer."""
     share = kept = None
     if swapped is not None and np.isfinite(swapped.share):
         bounds = [np.nan, np.nan]

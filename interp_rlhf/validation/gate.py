@@ -1,4 +1,4 @@
-"""The gate: is a card's evidence enough for a reward?
+"""The gate: it decides if a card's evidence is enough for a reward.
 
 In: a card. Out: the reasons why not; an empty list if it passes. A card that fails can still be a monitor. It must not know
 models, and imports neither torch nor TRL.
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 # With a smaller share of variance between answers, a score is nearly a function of the prompt: all answers to one prompt get
 # nearly the same reward.
 ANSWER_SHARE = 0.1
-# So is a score that keeps more than this share of its AUROC above 0.5 if each prompt has another prompt's answer.
+# The same holds for a score that keeps more than this share of its AUROC above 0.5 when each prompt has another prompt's answer.
 KEPT = 0.75
 
 
 def gate(card: Card) -> list[str]:
-    """Reasons why a card may not be a reward or a penalty; an empty list where it may.
+    """Reasons why a card may not be a reward or a penalty. The list is empty if it may.
 
     The probe's AUROC must lie above 0.5 and above both controls, by the lower bound of its 95 % interval against the 95th
     percentile of the control: on held-out examples, and on the model's own completions where the card has them. Latents of a
@@ -49,7 +49,7 @@ def gate(card: Card) -> list[str]:
 
 
 def require_passed(card: Card, path: object) -> None:
-    """Raises `ValueError` for a card that may not be a reward; warns of evidence that older versions wrote."""
+    """Raises `ValueError` for a card that may not be a reward. Warns about evidence that older versions wrote."""
     reasons = gate(card)
     if not reasons and card.evidence is not None and card.evidence.held_out.calibration is None:
         logger.warning(

@@ -69,12 +69,12 @@ def vader() -> Callable[[str], float]:
 
 
 def values_of(name: str, measure: Callable[[str], Any], texts: Sequence[str]) -> list[float]:
-    """A measure's values of texts; NaN where it gives None, because it does not apply.
+    """Values of a measure on texts. NaN if the measure returns None because it does not apply.
 
     Args:
-        name (`str`): the measure's, for errors.
+        name (`str`): name of the measure, for errors.
         measure (`Callable`): from a text to a number or None.
-        texts (`Sequence[str]`): what is measured.
+        texts (`Sequence[str]`): texts to measure.
 
     Raises:
         `ValueError`: it gives something else; the message names it.

@@ -1,7 +1,8 @@
 """Rows of held-out examples that the fit has already seen, in any form, and near-duplicates.
 
 In: the fit's examples and held-out ones. Out: row numbers. A conversation is the same row as messages, as prompt and
-completion, as plain text or rendered by a chat template; case and white space never tell two rows apart. It must not know models.
+completion, as plain text or rendered by a chat template; rows that differ only in case or white space are the same.
+It must not know models.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from ..concepts.examples import Examples
     from ..concepts.spoken import Spoken
 
-# Characters that an answer needs to stand for its row without the prompt: "Yes." answers many prompts.
+# An answer identifies its row without the prompt only if it has this many characters: "Yes." answers many prompts.
 TELLING = 20
 # Near-duplicates: Jaccard similarity of the sets of all pieces of five characters.
 SHINGLE = 5
 SIMILAR = 0.8
 FEWEST_SHINGLES = 10
 FEWEST_OF_AN_ANSWER = 40
-# A shingle in more rows than both of these is part of a template or of a common prompt: it is left out.
+# A shingle in more rows than both of these is part of a template or of a common prompt, and is left out.
 COMMON_SHARE, COMMON_ROWS = 0.1, 5
 SHINGLE_COLUMNS = 2**22
 COMPARED_ROWS = 256
@@ -34,13 +35,13 @@ COMPARED_ROWS = 256
 
 @dataclass(frozen=True)
 class Overlap:
-    """What held-out examples share with a fit's.
+    """Rows that held-out examples share with the examples of a fit.
 
     Attributes:
         rows (`list[int]`): held-out rows that the fit has seen.
         prompts (`list[int]`): held-out rows whose prompt is a prompt of the fit.
-        near (`list[tuple[int, int, float]]`): held-out row, the fit's row that is most like it, and their similarity in
-            [0.8, 1]. Without the rows in `rows` and `prompts`.
+        near (`list[tuple[int, int, float]]`): held-out row, the most similar row of the fit, and their similarity in
+            [0.8, 1]. The rows in `rows` and `prompts` are left out.
     """
 
     rows: list[int]
@@ -49,16 +50,16 @@ class Overlap:
 
 
 def overlap(fit: Examples, held_out: Examples, what: str = "held-out examples") -> Overlap:
-    """Held-out rows that the fit has seen, those whose prompt it has seen, and those that are nearly one of its rows.
+    """Held-out rows that the fit has seen, rows whose prompt it has seen, and near-duplicates of its rows.
 
-    A row is seen if its prompt and answer together are the same text as a row of the fit. Where one of the two has no prompt,
-    the answer alone is enough if it has at least 20 characters. The same answer to another prompt is another row.
+    A row is seen if its prompt and answer together are the same text as a row of the fit. If one of the two has no prompt,
+    the answer alone is enough, provided that it has at least 20 characters. The same answer to another prompt is another row.
 
     Near-duplicates have a Jaccard similarity of at least 0.8, of prompt and answer or of long answers alone. Shingles that
-    many rows share do not count, so a template, a system prompt or few-shot examples make no near-duplicates.
+    many rows share do not count, so a template, a system prompt or few-shot examples do not make rows near-duplicates.
 
     Args:
-        what (`str`): what an error calls the held-out examples.
+        what (`str`): name of the held-out examples in an error.
     """
     fit_rows, rows = _spoken_rows(fit, "fit's examples"), _spoken_rows(held_out, what)
     seen, prompts = _shared(fit_rows, rows)
@@ -69,33 +70,33 @@ def require_apart(fit: Examples, held_out: Examples, what: str = "held-out examp
     """Near-duplicates (see `Overlap.near`) of two sets of examples that share neither a row nor a prompt.
 
     Raises:
-        `ValueError`: they share one.
+        `ValueError`: they share a row or a prompt.
     """
-    found = overlap(fit, held_out, what)
-    if found.rows or found.prompts:
-        counts = [f"{len(found.rows)} rows"] * bool(found.rows)
-        if found.prompts:
-            counts.append(f"{len({spoken(held_out.rows[i])[0] for i in found.prompts})} prompts")
-        first = (found.rows or found.prompts)[0]
+    shared = overlap(fit, held_out, what)
+    if shared.rows or shared.prompts:
+        counts = [f"{len(shared.rows)} rows"] * bool(shared.rows)
+        if shared.prompts:
+            counts.append(f"{len({spoken(held_out.rows[i])[0] for i in shared.prompts})} prompts")
+        first = (shared.rows or shared.prompts)[0]
         text = _joined(spoken(held_out.rows[first]))
         text = text if len(text) <= 60 else text[:59] + "…"
-        why = "" if found.rows else ": answers to one prompt are alike, and the probe may know the prompt"
+        why = "" if shared.rows else ": answers to one prompt are alike, and the probe may know the prompt"
         raise ValueError(
             f"{' and '.join(counts)} of the {what} are among the fit's, the first is row {first}, {text!r} – expected data "
             f"that the fit did not see{why}. Case, white space and form (text, messages, prompt and completion) make no other "
             "row. Remove them."
         )
-    return found.near
+    return shared.near
 
 
 def _spoken_rows(examples: Examples, what: str) -> list[Spoken]:
-    found = []
+    texts = []
     for i, row in enumerate(examples.rows):
         try:
-            found.append(spoken(row))
+            texts.append(spoken(row))
         except ValueError as error:
             raise ValueError(f"Row {i} of the {what}: {error}") from None
-    return found
+    return texts
 
 
 def _joined(row: Spoken) -> str:
@@ -103,10 +104,10 @@ def _joined(row: Spoken) -> str:
 
 
 def _shared(fit: Sequence[Spoken], rows: Sequence[Spoken]) -> tuple[list[int], list[int]]:
-    """Numbers of the rows that are among the fit's, and of those whose prompt is."""
+    """Numbers of the rows that are also rows of the fit, and of the rows whose prompt is also a prompt of the fit."""
     wholes = {_joined(row) for row in fit}
     prompts = {prompt for prompt, _ in fit if prompt}
-    # A text is another row's answer, or its prompt and answer written without a space, as Chinese is.
+    # A plain text can be another row's answer, or its prompt and answer without a space between them, as in Chinese.
     texts = {answer for prompt, answer in fit if not prompt}
     parts = {part for prompt, answer in fit if prompt for part in (answer, prompt + answer)}
 
@@ -122,7 +123,7 @@ def _shared(fit: Sequence[Spoken], rows: Sequence[Spoken]) -> tuple[list[int], l
 
 
 def _near(fit: Sequence[Spoken], rows: Sequence[Spoken], skip: set[int]) -> list[tuple[int, int, float]]:
-    """Per row that is not in `skip`, the fit's row that is most like it, where one is like enough; the first of equals."""
+    """The most similar row of the fit for each row not in `skip`, if it is similar enough. Of equals, the first."""
     best: dict[int, tuple[float, int]] = {}
     wanted = np.array([i for i in range(len(rows)) if i not in skip], dtype=np.int64)
     views = [(FEWEST_SHINGLES, [_joined(row) for row in (*fit, *rows)])]
@@ -135,10 +136,10 @@ def _near(fit: Sequence[Spoken], rows: Sequence[Spoken], skip: set[int]) -> list
 
 
 def _pairs(texts: Sequence[str], split: int, wanted: np.ndarray, fewest: int) -> list[tuple[int, int, float]]:
-    """Best match among `texts[:split]` of each wanted one of `texts[split:]`: row, other, Jaccard similarity.
+    """Best match in `texts[:split]` for each wanted text of `texts[split:]`: row, other row, Jaccard similarity.
 
-    Exact, and without a comparison of all pairs (prefix filtering; Bayardo, Ma and Srikant 2007): sets with a similarity of at
-    least t share one of the n − ⌈tn⌉ + 1 rarest of the n members of either. Candidates share one; only they are compared.
+    The result is exact, without a comparison of all pairs (prefix filtering; Bayardo, Ma and Srikant 2007). Sets with a
+    similarity of at least t share one of the n − ⌈tn⌉ + 1 rarest of the n members of either. Only such pairs are compared.
     """
     shingles = _shingles(texts)
     sizes = np.diff(shingles.indptr)
@@ -149,7 +150,7 @@ def _pairs(texts: Sequence[str], split: int, wanted: np.ndarray, fewest: int) ->
     prefix.eliminate_zeros()
     fit, others = shingles[:split], prefix[:split].T.tocsr()
     member = np.zeros(shingles.shape[1], dtype=np.int32)
-    found = []
+    matches = []
     for start in range(0, len(wanted), COMPARED_ROWS):
         chunk: np.ndarray = split + wanted[start : start + COMPARED_ROWS]
         shared = prefix[chunk] @ others
@@ -159,19 +160,19 @@ def _pairs(texts: Sequence[str], split: int, wanted: np.ndarray, fewest: int) ->
             candidates = candidates[small >= SIMILAR * large]
             if not candidates.size:
                 continue
-            own = shingles.indices[shingles.indptr[row] : shingles.indptr[row + 1]]
-            member[own] = 1
+            row_shingles = shingles.indices[shingles.indptr[row] : shingles.indptr[row + 1]]
+            member[row_shingles] = 1
             both = fit[candidates] @ member
-            member[own] = 0
+            member[row_shingles] = 0
             similarity = both / (sizes[candidates] + sizes[row] - both)
             k = int(similarity.argmax())
             if similarity[k] >= SIMILAR:
-                found.append((row - split, int(candidates[k]), float(similarity[k])))
-    return found
+                matches.append((row - split, int(candidates[k]), float(similarity[k])))
+    return matches
 
 
 def _shingles(texts: Sequence[str]) -> Any:
-    """Hashed shingles of each text as a sparse matrix of ones (N, columns), the rarest columns first, without common ones."""
+    """Hashed shingles of each text as a sparse matrix of ones (N, columns), the rarest columns first and without common ones."""
     from scipy.sparse import csr_array
 
     rows = [_hashed(text) for text in texts]
@@ -184,9 +185,9 @@ def _shingles(texts: Sequence[str]) -> Any:
     owner = np.repeat(np.arange(len(rows)), [row.size for row in rows])[kept]
     ends = np.concatenate([[0], np.bincount(owner, minlength=len(rows)).cumsum()])
     indices = rank[columns[kept]]
-    found = csr_array((np.ones(indices.size, dtype=np.int32), indices, ends), shape=(len(rows), max(used.size, 1)))
-    found.sort_indices()
-    return found
+    matrix = csr_array((np.ones(indices.size, dtype=np.int32), indices, ends), shape=(len(rows), max(used.size, 1)))
+    matrix.sort_indices()
+    return matrix
 
 
 def _hashed(text: str) -> np.ndarray:
@@ -196,5 +197,7 @@ def _hashed(text: str) -> np.ndarray:
     value = np.zeros(count, dtype=np.uint64)
     for k in range(SHINGLE):
         value = value * np.uint64(0x9E3779B97F4A7C15) + letters[k : k + count]
-    value = (value ^ (value >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)  # mixed: the highest bits depend on all
+    value = (value ^ (value >> np.uint64(29))) * np.uint64(
+        0xBF58476D1CE4E5B9
+    )  # mixed, so that the highest bits depend on all
     return np.unique((value >> np.uint64(42)).astype(np.int32))

@@ -54,7 +54,7 @@ class CheckProbes:
     """Controls and baseline probes, fitted on the fit's examples before any other is read.
 
     Attributes:
-        controls (`Controls`): probes that know nothing.
+        controls (`Controls`): probes without knowledge of the concept.
         embedding (`tuple[str, np.ndarray]`): hook point and weight (D,) of a probe on mean embeddings.
         prompt (`np.ndarray` of shape (D,)): weight of a probe at the prompt's last token; zeros without prompts.
     """
@@ -68,7 +68,7 @@ class CheckProbes:
         cls, model: Any, batch: TokenBatch, examples: Examples, readout: Readout, seed: int,
         permuted: tuple[Latents, np.ndarray] | None, progress: str | None,
     ) -> CheckProbes:  # fmt: skip
-        """Fit them, by one pass over the fit's examples (two under `attention`)."""
+        """Fit them in one pass over the fit's examples (two under `attention`)."""
         assert readout.header is not None
         how = "last" if readout.header.pooling == "last" else "mean"
         point, embedding = readout.hook_point, embedding_point(model)

@@ -1,6 +1,7 @@
-"""Is a score of the answer, or of the prompt? Answers are put under each other's prompts and read again.
+"""Tells whether a score depends on the answer or on the prompt: answers are put under other prompts and read again.
 
-In: examples with prompts, a readout. Out: scores of the pairs as they are, and of each prompt with another's answer.
+In: examples with prompts, a readout. Out: scores of the original pairs, and of each prompt with another prompt's answer. It must
+not know how the scores are judged.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Swapped:
     """Scores of M prompts with their own answers and with those of other prompts.
 
     Attributes:
-        labels (`np.ndarray` of shape (M,)), groups (`list[str]`): of the prompt's own pair.
-        own, other (`np.ndarray` of shape (M,)): score with its own answer, and with another's.
+        labels (`np.ndarray` of shape (M,)), groups (`list[str]`): label and group of the original pair.
+        own, other (`np.ndarray` of shape (M,)): scores with the original answer, and with another prompt's.
     """
 
     labels: np.ndarray
@@ -40,8 +41,8 @@ class Swapped:
 
     @property
     def share(self) -> float:
-        """Share of the score's variance that is the answer's: within a prompt. Near 0 the score is a function of the prompt,
-        near 1 it does not mind it. NaN where the score is constant.
+        """Share of the score's variance within a prompt, which is due to the answer. Near 0, the score is a function of the
+        prompt; near 1, the prompt does not matter. NaN if the score is constant.
 
         Half the mean squared difference of two answers under one prompt, over the variance of all.
         """
@@ -51,16 +52,16 @@ class Swapped:
 def read_swapped(
     model: Any,
     rows: Examples,
-    own: np.ndarray,
+    scores: np.ndarray,
     tokens: Callable[[Examples], TokenBatch],
     readout: Readout,
     seed: int,
     progress: str | None,
 ) -> Swapped | None:
-    """Up to 60 prompts drawn at random, each with its own answer and with that of another; None with fewer than ten prompts.
+    """Up to 60 prompts drawn at random, each with its own answer and with another prompt's. None with fewer than ten prompts.
 
     Args:
-        own (`np.ndarray` of shape (N,)): scores of the rows as they are.
+        scores (`np.ndarray` of shape (N,)): scores of the original rows.
         tokens (`Callable`): makes a batch of examples.
     """
     form = {i: swappable(row) for i, row in enumerate(rows.rows)}
@@ -75,7 +76,7 @@ def read_swapped(
     for i in drawn:
         kinds.setdefault(form[i], []).append(i)
     places, partners = [], []
-    for same in kinds.values():  # each takes the answer of the next one, in one round
+    for same in kinds.values():  # each takes the answer of the next one, the last that of the first
         if len(same) > 1:
             places += same
             partners += same[1:] + same[:1]
@@ -84,8 +85,8 @@ def read_swapped(
     mixed = [with_answer(rows.rows[i], rows.rows[j]) for i, j in zip(places, partners, strict=True)]
     labels = rows.labels[places]
     batch = tokens(Examples(mixed, labels, rows.label_names, rows.fingerprint))
-    scores = read(model, batch, [readout], reader="reference", progress=progress)[readout.name]
-    return Swapped(labels, [groups[i] for i in places], own[places], np.array(readout.score(scores), dtype=float))
+    swapped = read(model, batch, [readout], reader="reference", progress=progress)[readout.name]
+    return Swapped(labels, [groups[i] for i in places], scores[places], np.array(readout.score(swapped), dtype=float))
 
 
 def swappable(row: dict[str, Any]) -> str | None:
@@ -99,7 +100,7 @@ def swappable(row: dict[str, Any]) -> str | None:
 
 
 def with_answer(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A row with another's answer."""
+    """A row with the answer of another row."""
     if "messages" in row:
         return {**row, "messages": [*list(row["messages"])[:-1], list(other["messages"])[-1]]}
     answer: dict[str, Any] = {key: other[key] for key in ("completion", "completion_ids") if key in other}
