@@ -162,33 +162,33 @@ def _plain_tokens(
 def _after(
     ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, place: torch.Tensor, gap: int = 1
 ) -> torch.Tensor:
-    """Where a pattern of ids is over: at its last token with `gap` 0, at the token after it with 1; within one text."""
+    """True where a pattern of ids is over: at its last token with `gap` 0, at the token after it with 1; within one text."""
     size = len(pattern)
-    found = torch.zeros_like(ids, dtype=torch.bool)
+    over = torch.zeros_like(ids, dtype=torch.bool)
     if not size or size + gap > ids.shape[1]:
-        return found
+        return over
     window = ids.unfold(1, size, 1)  # (B, T − size + 1, size)
     match = (window == _ids_like(pattern, ids, ordered=True)).all(-1)
     last = size - 1 + gap
-    found[:, last:] = match[:, : ids.shape[1] - last]
-    return found & (place - last >= start)
+    over[:, last:] = match[:, : ids.shape[1] - last]
+    return over & (place - last >= start)
 
 
 def _whole_patterns(last: torch.Tensor, size: int) -> torch.Tensor:
-    """All `size` tokens of patterns, of which `last` (B, T) says where each ends."""
-    found = last.clone()
+    """Mask of all `size` tokens of each pattern; `last` (B, T) marks the patterns' last tokens."""
+    inside = last.clone()
     for shift in range(1, min(size, last.shape[1])):
-        found[:, :-shift] |= last[:, shift:]
-    return found
+        inside[:, :-shift] |= last[:, shift:]
+    return inside
 
 
 def _begins(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Where a pattern of ids begins, within one text."""
+    """True where a pattern of ids begins, within one text."""
     size = len(pattern)
-    found = torch.zeros_like(ids, dtype=torch.bool)
+    begins = torch.zeros_like(ids, dtype=torch.bool)
     if 0 < size <= ids.shape[1]:
-        found[:, : ids.shape[1] - size + 1] = _after(ids, pattern, start, place, gap=0)[:, size - 1 :]
-    return found
+        begins[:, : ids.shape[1] - size + 1] = _after(ids, pattern, start, place, gap=0)[:, size - 1 :]
+    return begins
 
 
 def _ids_like(values: Collection[int], like: torch.Tensor, ordered: bool = False) -> torch.Tensor:

@@ -164,7 +164,7 @@ def tokenize_examples(
         tokenizer: the model's tokenizer.
         chat_template (`str`, *optional*), chat_template_kwargs (`dict`, *optional*): as the trainer was given them; an example's
             own `chat_template_kwargs` come first.
-        end_of_turn_ids (`set[int]`, *optional*): ids that end a completion, beside the tokenizer's end-of-sequence token and that
+        end_of_turn_ids (`set[int]`, *optional*): ids that end a completion, besides the tokenizer's EOS token and that
             by which the template closes a turn.
         include_end_of_turn (`bool`, defaults to `False`): count the end-of-turn token that closes a completion.
 
@@ -301,12 +301,12 @@ def _tools(example: Mapping[str, Any], index: int) -> Any:
 
 def _column_kwargs(example: Mapping[str, Any], index: int) -> dict[str, Any]:
     """The column `chat_template_kwargs`; what a data set filled up with None was not given."""
-    given = example.get("chat_template_kwargs")
-    if isinstance(given, str):
+    template_kwargs = example.get("chat_template_kwargs")
+    if isinstance(template_kwargs, str):
         try:
-            given = json.loads(given)
+            template_kwargs = json.loads(template_kwargs)
         except ValueError as error:
             raise ValueError(f"Example {index} has `chat_template_kwargs` that are no JSON ({error}).") from None
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"Example {index} has `chat_template_kwargs` {given!r} – expected a mapping.")
-    return dict(given or {})
+    if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
+        raise ValueError(f"Example {index} has `chat_template_kwargs` {template_kwargs!r} – expected a mapping.")
+    return dict(template_kwargs or {})

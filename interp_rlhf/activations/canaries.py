@@ -97,7 +97,7 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether it is the same model, as far as its precision can tell."""
+        """True if it is the same model, as far as its precision can tell."""
         return self.error <= ALLOWED[self.precision] and self.correlation >= RELATED
 
     def __str__(self) -> str:
@@ -146,11 +146,13 @@ def make_canaries(model: nn.Module, tokenizer: Any, hook_point: str, directions:
     """
     lines = [list(tokenizer(text=text)["input_ids"])[:CANARY_TOKENS] for text in SENTENCES]
     ids = tuple(tuple(int(token) for token in line) for line in lines if len(line) > 1)
-    found = _projected(model, ids, hook_point, few(directions))
-    if not torch.isfinite(found).all():
+    projections = _projected(model, ids, hook_point, few(directions))
+    if not torch.isfinite(projections).all():
         raise ValueError("The model's activations on plain sentences hold NaN or infinity – expected finite numbers.")
-    scores = tuple(tuple(row) for row in found[:, :-1].tolist())
-    return Canaries(ids, scores, float(found[:, -1].mean()), numbers_of(model), coarseness(model, adapters=False)[0])
+    scores = tuple(tuple(row) for row in projections[:, :-1].tolist())
+    return Canaries(
+        ids, scores, float(projections[:, -1].mean()), numbers_of(model), coarseness(model, adapters=False)[0]
+    )
 
 
 def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions: torch.Tensor) -> Agreement:
@@ -159,10 +161,10 @@ def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions:
     Raises:
         `ValueError`: its vocabulary lacks their tokens.
     """
-    found = _projected(model, canaries.ids, hook_point, few(directions)).double()
+    projections = _projected(model, canaries.ids, hook_point, few(directions)).double()
     then = torch.tensor(canaries.scores, dtype=torch.float64)
     spread = then.std(0, correction=0).clamp(min=1e-12)
-    now, before = (found[:, :-1] - then.mean(0)) / spread, (then - then.mean(0)) / spread
+    now, before = (projections[:, :-1] - then.mean(0)) / spread, (then - then.mean(0)) / spread
     error = float((now - before).pow(2).mean().sqrt())
     correlation = float(torch.corrcoef(torch.stack([now.flatten(), before.flatten()]))[0, 1])
     precision, why = coarseness(model, adapters=False)
@@ -170,8 +172,8 @@ def agreement(model: nn.Module, canaries: Canaries, hook_point: str, directions:
         precision, why = canaries.made_in, f"its canaries were made in {canaries.made_in}"
     if precision == "float32" and canaries.numbers == "float32" and numbers_of(model) == "16 bits":
         precision, why = "16 bits", "its weights were rounded to 16 bits"
-    ratio = float(found[:, -1].mean()) / max(canaries.mean_norm, 1e-12)
-    if not torch.isfinite(found).all():
+    ratio = float(projections[:, -1].mean()) / max(canaries.mean_norm, 1e-12)
+    if not torch.isfinite(projections).all():
         return Agreement(float("inf"), 0.0, ratio, precision, why)
     return Agreement(error, correlation, ratio, precision, why)
 

@@ -35,7 +35,7 @@ class ChatMarks:
         special (`frozenset[int]`): ids that are no text.
         parts (`bool`): whether the template takes a message's content as a list of parts only, as those of vision models do.
         asked (`tuple[int, ...]`): what opens a user's turn after an answer.
-        opener (`int`, *optional*): a mark of its own by which every turn opens (`<|im_start|>`).
+        opener (`int`, *optional*): a special token with which every turn opens (`<|im_start|>`).
         stem (`int`): how many ids of `header` come before its last white space, which may merge with an answer's own.
         lead (`str`): the end of the generation prompt as text: an answer is tokenized behind it.
         space (`str`): white space that a rendered conversation has between that and the answer.
@@ -149,8 +149,8 @@ def _around(tokenizer: Any, chat_template: str | None, kwargs: dict[str, Any]) -
         if (
             not header and _ANSWER in other
         ):  # a template without a generation prompt: what closes every question opens an answer
-            beside = _in_three(tokenizer, other, other.rfind(_ANSWER))[0]
-            header = before[len(before) - _common(before[::-1], beside[::-1]) :]
+            other_before = _in_three(tokenizer, other, other.rfind(_ANSWER))[0]
+            header = before[len(before) - _common(before[::-1], other_before[::-1]) :]
         within = _in_three(tokenizer, longer, longer.rfind(_ANSWER))[2] if _ANSWER in longer else ()
         asked: _Ids = ()
         if longer.rfind(second) > longer.rfind(_ANSWER) >= 0:

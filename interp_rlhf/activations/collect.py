@@ -76,13 +76,13 @@ def read_pooled(
     Returns:
         `dict[Any, torch.FloatTensor]`: name to activations (B, D), float32; a row without weights is 0.
     """
-    found: dict[Any, torch.Tensor] = {}
+    activations: dict[Any, torch.Tensor] = {}
     points = list(dict.fromkeys(point for point, _ in pooled.values()))
-    run_batch(model, batch, points, _pooling(batch, pooled, found), batch_tokens, progress)
-    return found
+    run_batch(model, batch, points, _pooling(batch, pooled, activations), batch_tokens, progress)
+    return activations
 
 
-def _pooling(batch: TokenBatch, pooled: ToPool, found: dict[Any, torch.Tensor]) -> Sink:
+def _pooling(batch: TokenBatch, pooled: ToPool, activations: dict[Any, torch.Tensor]) -> Sink:
     """A sink that adds up activations by their weights."""
     width = batch.input_ids.shape[1]
     flat = {name: weights.float().flatten() for name, (_, weights) in pooled.items()}
@@ -92,10 +92,10 @@ def _pooling(batch: TokenBatch, pooled: ToPool, found: dict[Any, torch.Tensor]) 
         for name, (point, _) in pooled.items():
             if point != hook_point:
                 continue
-            if name not in found:
-                found[name] = torch.zeros(len(batch), activation.shape[-1])
+            if name not in activations:
+                activations[name] = torch.zeros(len(batch), activation.shape[-1])
             weights = flat[name][places.clamp(min=0)].masked_fill(places < 0, 0).to(activation.device)
-            found[name][rows] = torch.einsum("btd,bt->bd", activation.detach().float(), weights).cpu()
+            activations[name][rows] = torch.einsum("btd,bt->bd", activation.detach().float(), weights).cpu()
 
     return sink
 
@@ -129,9 +129,9 @@ def read_with_likelihood(
             line = line[line >= 0]
             here = counted[line[1:]].nonzero().squeeze(1)  # predicted by the position before
             tokens = line[1:][here]
-            found = logits[row, here.to(logits.device)].float()
-            said = found.gather(1, ids[tokens, None].to(found.device))[:, 0]
-            log_probs[tokens] = (said - found.logsumexp(-1)).cpu()
+            row_logits = logits[row, here.to(logits.device)].float()
+            said = row_logits.gather(1, ids[tokens, None].to(row_logits.device))[:, 0]
+            log_probs[tokens] = (said - row_logits.logsumexp(-1)).cpu()
 
     points = list(dict.fromkeys([*groups, *(point for point, _ in pooled.values())]))
     run_batch(model, batch, points, sink, batch_tokens, progress, predictions)
@@ -154,9 +154,9 @@ def read_activations(
     Returns:
         `dict[str, torch.FloatTensor]`: hook point to activations (N, D), float32, N the number of counted tokens.
     """
-    found, sink = _collecting(batch.completion_mask if tokens is None else tokens)
+    activations, sink = _collecting(batch.completion_mask if tokens is None else tokens)
     run_batch(model, batch, list(dict.fromkeys(as_list(hook_points))), sink, batch_tokens, None)
-    return found
+    return activations
 
 
 def read_predictions(
@@ -176,7 +176,7 @@ def read_predictions(
         Activations by hook point; the log-prob (N,) of each counted token given what precedes it, NaN for the first token of a
         row; log-probs (K, V), float32, of the distributions that predict the kept tokens.
     """
-    found, sink = _collecting(batch.completion_mask)
+    activations, sink = _collecting(batch.completion_mask)
     counted = batch.completion_mask.flatten()
     target = counted.cumsum(0) - 1
     log_probs = torch.full((int(counted.sum()),), torch.nan)
@@ -191,27 +191,27 @@ def read_predictions(
             here = counted[line[1:]].nonzero().squeeze(1)  # predicted by the position before
             if not len(here):
                 continue
-            found = logits[row, here.to(logits.device)].float().log_softmax(-1).cpu()
+            log_softmax = logits[row, here.to(logits.device)].float().log_softmax(-1).cpu()
             tokens = line[1:][here]
-            log_probs[target[tokens]] = found.gather(1, ids[tokens, None])[:, 0]
-            for place, prediction in zip(wanted[target[tokens]].tolist(), found, strict=True):
+            log_probs[target[tokens]] = log_softmax.gather(1, ids[tokens, None])[:, 0]
+            for place, prediction in zip(wanted[target[tokens]].tolist(), log_softmax, strict=True):
                 if place >= 0:
                     rows[place] = prediction.clone()
 
     run_batch(model, batch, list(dict.fromkeys(as_list(hook_points))), sink, batch_tokens, None, predictions)
-    return found, log_probs, torch.stack([rows[i] for i in range(len(kept))])
+    return activations, log_probs, torch.stack([rows[i] for i in range(len(kept))])
 
 
 def _collecting(tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], Sink]:
     """A sink that keeps the activations of some tokens in the order of the batch, and where it keeps them."""
     counted = tokens.flatten()
     target = counted.cumsum(0) - 1  # row in the result of each counted token
-    found: dict[str, torch.Tensor] = {}
+    activations: dict[str, torch.Tensor] = {}
 
     def sink(hook_point: str, places: torch.Tensor, activation: torch.Tensor) -> None:
-        if hook_point not in found:
-            found[hook_point] = torch.zeros(int(counted.sum()), activation.shape[-1])
+        if hook_point not in activations:
+            activations[hook_point] = torch.zeros(int(counted.sum()), activation.shape[-1])
         wanted = (places >= 0) & counted[places.clamp(min=0)]
-        found[hook_point][target[places[wanted]]] = activation.detach().float().cpu()[wanted]
+        activations[hook_point][target[places[wanted]]] = activation.detach().float().cpu()[wanted]
 
-    return found, sink
+    return activations, sink

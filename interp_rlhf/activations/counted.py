@@ -2,7 +2,7 @@
 
 In: token ids, and what a chat template writes around an answer. Out: a mask. The rule:
 
-1. The first token of a row never counts. It draws attention whatever it is (an attention sink), so its activation says nothing of
+1. The first token of a row never counts. It draws attention with any content (attention sink), so its activation says nothing of
    the text.
 2. In a completion nothing counts from the end-of-turn token that closes it on, whatever follows (`include_end_of_turn` counts
    that one token too).
@@ -105,19 +105,19 @@ class Counted:
         places = self.mask.nonzero().tolist()
         owners = self.sequence.tolist()
         last: dict[int, tuple[int, int]] = {}
-        own: dict[int, set[int]] = {}
+        places_of: dict[int, set[int]] = {}
         for (row, place), sequence in zip(places, owners, strict=True):
             last[sequence] = (row, place)
-            own.setdefault(sequence, set()).add(place)
+            places_of.setdefault(sequence, set()).add(place)
         rows: list[list[int]] = [[] for _ in range(self.sequences)]
         counts: list[list[bool]] = [[] for _ in range(self.sequences)]
         for sequence, (row, end) in last.items():
             first = int(self.starts[row, : end + 1].nonzero()[-1])
             kept = [p for p in range(first, end + 1) if template or not self.template[row, p]]
             rows[sequence] = ids[row, kept].tolist()
-            counts[sequence] = [place in own[sequence] for place in kept]
+            counts[sequence] = [place in places_of[sequence] for place in kept]
             if dropped and not template:  # before the turn that is scored; earlier ones are as the template has them
-                answer = min(own[sequence])
+                answer = min(places_of[sequence])
                 opened: list[int] = self.opens[row, first : answer + 1].nonzero()[:, 0].tolist()
                 if opened:
                     at = sum(p < first + opened[-1] for p in kept)
@@ -154,7 +154,7 @@ def counted(
             mask = mask & inputs["tool_mask"].bool()
         mask = torch.cat([torch.zeros_like(inputs["prompt_ids"], dtype=torch.bool), mask], dim=1)
         real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()
-        # What a policy wrote is its answer, whatever marks it writes.
+        # All tokens that a policy wrote are its answer, even template marks among them.
         marks = ChatMarks(ends=marks.ends, special=marks.special)
     else:
         mask = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"].bool()
@@ -163,14 +163,14 @@ def counted(
             position_ids = inputs.get("position_ids")
         real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(mask)
     starts = real & (real.cumsum(1) == 1) if position_ids is None else position_ids == 0
-    found = find_answers(ids, mask & real, starts, marks, include_end_of_turn, texts="labels" in inputs)
+    answers = find_answers(ids, mask & real, starts, marks, include_end_of_turn, texts="labels" in inputs)
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
     sequences = len(ids)
     if "labels" in inputs:
         # A pack holds several texts, and a conversation several turns: each that has a counted token is a sequence.
         texts = starts.flatten().cumsum(0).view_as(ids)
-        keys = texts * (int(found.turn.max()) + 1) + found.turn
-        present = keys[found.mask].unique()
+        keys = texts * (int(answers.turn.max()) + 1) + answers.turn
+        present = keys[answers.mask].unique()
         rows = torch.searchsorted(present, keys.contiguous())
         sequences = len(present)
-    return Counted(found.mask, rows[found.mask], sequences, found.template, starts, found.opens)
+    return Counted(answers.mask, rows[answers.mask], sequences, answers.template, starts, answers.opens)

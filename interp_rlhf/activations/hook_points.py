@@ -1,7 +1,7 @@
 """Hook points: module paths in the unwrapped causal LM, `model.layers.15`, meaning that module's output;
 `model.layers.0.input` is what a module is given, where no other module gives it out.
 
-In: a model in whatever wrapping (PEFT, DDP, DeepSpeed, FSDP, `torch.compile`). Out: the module itself, or its activation in a
+In: a model in any wrapping (PEFT, DDP, DeepSpeed, FSDP, `torch.compile`). Out: the module itself, or its activation in a
 hook.
 """
 
@@ -41,7 +41,7 @@ def without_engine(model: nn.Module) -> Any:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT wraps the model, so that its own weights are frozen and adapters can be switched off.
+    """True if PEFT wraps the model: its own weights are frozen, and adapters can be switched off.
 
     Adapters that transformers loaded itself (`model.add_adapter`, `from_pretrained(ADAPTER)`) are part of the model: TRL knows no
     reference below them either.
@@ -50,22 +50,22 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
-    """Whether PEFT put this module around one of the model's own: it has a property that says whether adapters are off."""
+    """True if PEFT wrapped this module around one of the model's modules. Such a layer has a property `disable_adapters`."""
     return isinstance(getattr(type(module), "disable_adapters", None), property)  # a `PreTrainedModel` has a method
 
 
 def adapter_parts(base: nn.Module) -> set[str]:
     """Names of the modules of a causal LM that belong to adapters: inside of PEFT's layers, but for what these wrap."""
-    found: set[str] = set()
+    parts: set[str] = set()
     for name, _module in base.named_modules():
-        parent, _, own = name.rpartition(".")
-        if parent in found or (own not in WRAPPED and is_tuner_layer(base.get_submodule(parent))):
-            found.add(name)
-    return found
+        parent, _, child = name.rpartition(".")
+        if parent in parts or (child not in WRAPPED and is_tuner_layer(base.get_submodule(parent))):
+            parts.add(name)
+    return parts
 
 
 def adapters_on(model: nn.Module) -> bool:
-    """Whether an adapter changes the model's activations as it stands."""
+    """True if an adapter changes the model's activations now."""
     layer = first_adapter_layer(model)
     return layer is not None and not layer.disable_adapters and bool(layer.active_adapters)
 
@@ -79,7 +79,7 @@ def first_adapter_layer(model: nn.Module) -> Any:
 
 
 def adapters_off(layer: Any) -> bool:
-    """Whether a pass is one of the reference, by what such a layer says: no adapter, or the one named `ref`."""
+    """True if the layer's state is that of a reference pass: no adapter is active, or only the one named `ref`."""
     if layer is None:
         return False
     return bool(layer.disable_adapters) or list(layer.active_adapters) == ["ref"]
@@ -142,7 +142,7 @@ def decoder_layers(model: nn.Module) -> list[str]:
     """Paths of the decoder layers in the order in which they run.
 
     Source: the rule of EleutherAI/sparsify, the only `ModuleList` whose length is the config's number of layers; of several, the
-    outermost. Deviation: it is looked for in the text decoder where the model names one, not in a vision tower beside it.
+    outermost. Deviation: it is looked for in the text decoder where the model names one, not in a vision tower next to it.
 
     Raises:
         `ValueError`: the model has no such list, or is an encoder-decoder.
@@ -187,9 +187,9 @@ def _decoder_path(base: Any) -> str:
 
 
 def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
-    """Whether the output at `hook_point` is there no sooner than that at `other`, so that a change at `other` is seen at it.
+    """True if `hook_point` runs at or after `other`, so that a change at `other` reaches it.
 
-    By the order in which modules are registered, which is that in which a decoder runs them; a module is done after its parts.
+    A decoder runs its modules in the order of registration. A module is done after its parts.
     """
     names = [name for name, _ in unwrap(model).named_modules()]
 
@@ -205,7 +205,7 @@ def runs_after(model: nn.Module, hook_point: str, other: str) -> bool:
 
 
 def embedding_point(model: nn.Module) -> str:
-    """Hook point of the token embedding's output: what a probe reads before any attention."""
+    """Hook point of the token embedding's output, before any attention."""
     base = unwrap(model)
     embedding = base.get_input_embeddings()
     return next(name for name, module in base.named_modules() if module is embedding)
@@ -217,7 +217,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def predicts(model: nn.Module) -> bool:
-    """Whether the model has a language-model head, so that it predicts next tokens: a reward model or a classifier has none."""
+    """True if the model has a language-model head and predicts next tokens. Reward models and classifiers have no such head."""
     base = unwrap(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     return isinstance(head, nn.Module)

@@ -38,7 +38,7 @@ STRUCTURE = (
 
 
 def structure(model: nn.Module) -> dict[str, object]:
-    """What an artifact's header says of the architecture it was made on."""
+    """Architecture of a model, as an artifact's header records it."""
     config = unwrap(model).config.get_text_config()
     return {key: _as_written(value) for key in STRUCTURE if (value := getattr(config, key, None)) is not None}
 

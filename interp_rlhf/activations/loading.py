@@ -17,7 +17,7 @@ _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "LMHead"
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base that a folder with a PEFT adapter names; None where it holds none.
+    """The base that a folder with a PEFT adapter names; None if the folder holds no adapter.
 
     Raises:
         `ValueError`: its configuration names no base, or is not whole.
@@ -35,7 +35,7 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def _task(path: str | Path) -> str | None:
-    """What an adapter's configuration says that it does; None where it does not say."""
+    """Task type in an adapter's configuration; None if it names no task."""
     found = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
     return None if found is None else str(found)
 
@@ -80,11 +80,11 @@ def load_model(path: str | Path, base: str | Path | None = None, dtype: torch.dt
             "classifier predicts no tokens. Name the model that it was made from, or an adapter that was trained with it."
         )
     rows = _embedding_rows(Path(path))
-    own = model.get_input_embeddings().num_embeddings
-    if rows is not None and rows != own:
+    base_rows = model.get_input_embeddings().num_embeddings
+    if rows is not None and rows != base_rows:
         raise ValueError(
-            f"The adapter `{path}` holds an embedding of {rows} tokens – its base `{place}` has {own}: tokens were added in "
-            "training. Merge it into its base with the embedding resized, and name the merged model."
+            f"The adapter `{path}` holds an embedding of {rows} tokens – its base `{place}` has {base_rows}: tokens were added "
+            "in training. Merge it into its base with the embedding resized, and name the merged model."
         )
     return PeftModel.from_pretrained(model, str(path)).eval()
 
@@ -107,7 +107,7 @@ def load_tokenizer(*places: str | Path) -> Any:
 
 
 def has_tokenizer(place: str | Path) -> bool:
-    """Whether a place has a tokenizer; a Hub id is taken to have one."""
+    """True if a place has a tokenizer. A Hub id is assumed to have one."""
     folder = Path(place)
     return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZERS)
 
@@ -123,7 +123,7 @@ def _class_of(config: Any, names: list[str]) -> Any:
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    """Rows of the embedding that an adapter brings; None where it brings none."""
+    """Rows of the embedding that an adapter holds; None if it holds no embedding."""
     from safetensors import safe_open
 
     file = folder / "adapter_model.safetensors"

@@ -86,7 +86,7 @@ def causes(model: nn.Module, args: Any = None) -> Causes:
     padding: list[str] = []
     if runs_here(base):
         drawn, moved, limit = _how_far_it_moves(base)
-        known = [found for found in noise if not found.startswith("dropout")]
+        known = [source for source in noise if not source.startswith("dropout")]
         rare = _rare(base, inside)
         if drawn > limit:
             what = (
@@ -114,10 +114,10 @@ def rope_reach(model: nn.Module) -> int | None:
     trained on.
     """
     config = unwrap(model).config.get_text_config()
-    given = getattr(config, "rope_parameters", None)
-    if not isinstance(given, Mapping):
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, Mapping):
         return None
-    parts = [part for part in given.values() if isinstance(part, Mapping) and "rope_type" in part] or [given]
+    parts = [part for part in rope.values() if isinstance(part, Mapping) and "rope_type" in part] or [rope]
     reaches = [
         int(part.get("original_max_position_embeddings") or config.max_position_embeddings)
         for part in parts
@@ -159,7 +159,7 @@ def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
 
 
 def runs_here(model: nn.Module) -> bool:
-    """Whether the model can be run by this process alone: not where an engine has taken it apart or will put it together."""
+    """True if this process alone can run the model: no engine has sharded it, and no weight is on the meta device."""
     base = unwrap(model)
     return not is_sharded(base) and not any(p.is_meta for p in base.parameters())
 
@@ -190,25 +190,25 @@ def _rare(base: Any, inside: set[str]) -> list[str]:
         for key, value in vars(module).items()
         if isinstance(value, int | float) and any(word in key.lower() for word in _RARE)
     ]
-    found = [said for said, _, value in held if _rate(value)]
+    sources = [said for said, _, value in held if _rate(value)]
     if not any(key for _, key, _ in held if "jitter" not in key):
         config = vars(base.config.get_text_config()).items()
         words = [word for word in _RARE if word != "jitter"]
-        found += [f"`{k}` {v}" for k, v in config if _rate(v) and any(w in k for w in words) and "encoder" not in k]
-    return found
+        sources += [f"`{k}` {v}" for k, v in config if _rate(v) and any(w in k for w in words) and "encoder" not in k]
+    return sources
 
 
 def _of_adapters(model: nn.Module) -> list[str]:
     """Dropout in adapters: of modules, of rates that tuner layers hold, and of configurations whose layers show neither."""
     base = unwrap(model)
     modules, inside = dict(base.named_modules()), adapter_parts(base)
-    found, shown = [], False
+    sources, shown = [], False
     for name in sorted(inside):
         module = modules[name]
         if "dropout" in type(module).__name__.lower():
             shown = True
             if _rate(getattr(module, "p", 0)):
-                found.append(f"dropout {module.p} (`{name}`)")
+                sources.append(f"dropout {module.p} (`{name}`)")
     for name, module in modules.items():
         if not is_tuner_layer(module):
             continue
@@ -217,14 +217,14 @@ def _of_adapters(model: nn.Module) -> list[str]:
             rates = vars(module).get(key)
             for rate in rates.values() if isinstance(rates, Mapping) else [rates]:
                 if _rate(rate):
-                    found.append(f"`{key}` {rate} (`{name}`)")
+                    sources.append(f"`{key}` {rate} (`{name}`)")
     if not shown:
         peft_model = without_engine(model)
         configs = getattr(peft_model, "peft_config", None) or getattr(base, "peft_config", None) or {}
         for adapter, config in configs.items():
             rates = {key: rate for key, rate in vars(config).items() if "dropout" in key and _rate(rate)}
-            found += [f"`{key}` {rate} (adapter `{adapter}`)" for key, rate in rates.items()]
-    return found
+            sources += [f"`{key}` {rate} (adapter `{adapter}`)" for key, rate in rates.items()]
+    return sources
 
 
 def _neftune(base: Any) -> float:
@@ -246,8 +246,8 @@ def _how_far_it_moves(base: Any) -> tuple[float, float, float]:
     def last(input_ids: torch.Tensor, mask: torch.Tensor, training: bool) -> torch.Tensor:
         for module, _ in flags:
             module.training = training
-        found: torch.Tensor = core(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
-        return found[0, -TOKENS + 1 :].double()
+        states: torch.Tensor = core(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        return states[0, -TOKENS + 1 :].double()
 
     devices = [device] if device.type == "cuda" else []
     layer = first_adapter_layer(base)

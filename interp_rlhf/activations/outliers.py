@@ -14,8 +14,8 @@ OUTLIER = 6.0
 
 def norm_outliers(*activations: torch.Tensor, factor: float = OUTLIER) -> torch.Tensor:
     """Tokens (N,) whose norm is above `factor` times the median norm in any of the given activations (N, D)."""
-    found = torch.zeros(len(activations[0]), dtype=torch.bool)
+    outliers = torch.zeros(len(activations[0]), dtype=torch.bool)
     for values in activations:
         norms = values.double().norm(dim=1).cpu()
-        found |= norms > factor * norms.median()
-    return found
+        outliers |= norms > factor * norms.median()
+    return outliers

@@ -29,7 +29,7 @@ def reading() -> Iterator[None]:
 
 
 def is_reading() -> bool:
-    """Whether the pass that runs now is one of `read()`'s."""
+    """True if `read()` makes the pass that runs now."""
     return _reading.get()
 
 

@@ -41,7 +41,7 @@ def coarseness(model: nn.Module, adapters: bool = True) -> tuple[str, str]:
         adapters (`bool`, defaults to `True`): look at adapters too, not only at the base that canaries are about.
     """
     base = unwrap(model)
-    given = getattr(base.config, "quantization_config", None)
+    quantization = getattr(base.config, "quantization_config", None)
     bits = {8: "8 bits", 4: "4 bits"}
     left_out = set() if adapters else adapter_parts(base)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -53,8 +53,12 @@ def coarseness(model: nn.Module, adapters: bool = True) -> tuple[str, str]:
                 return name, f"`{type(module).__name__}` modules"
         if "quantized" in type(module).__module__:
             return "8 bits", f"`{type(module).__module__}` modules"
-    if given is not None and not getattr(given, "dequantize", False) and any(map(_is_quantized, modules)):
-        return "4 bits" if "4" in str(given) else "8 bits", "its `quantization_config`"
+    if (
+        quantization is not None
+        and not getattr(quantization, "dequantize", False)
+        and any(map(_is_quantized, modules))
+    ):
+        return "4 bits" if "4" in str(quantization) else "8 bits", "its `quantization_config`"
     types = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
     if whole := sorted(str(kind) for kind in types if kind not in READABLE):
         return "8 bits", f"weights of type {', '.join(whole)}"
@@ -69,7 +73,7 @@ def coarseness(model: nn.Module, adapters: bool = True) -> tuple[str, str]:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module holds quantized numbers, as a configuration says: one may be left over from what was dequantized."""
+    """True if a module really holds quantized numbers. A dequantized model may still carry the configuration."""
     own = list(module.parameters(recurse=False))
     if any(p.dtype not in READABLE or type(p.data).__module__.startswith(("torchao", "optimum")) for p in own):
         return True

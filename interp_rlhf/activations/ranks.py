@@ -1,4 +1,4 @@
-"""What several processes decide together.
+"""Decisions that several processes make together.
 
 In: what one process sees. Out: what all of them go by. Every function is called by all ranks, at the same place of their work,
 and costs nothing where there is one process. An error that one rank meets in here ends all of them, with its message.
@@ -17,12 +17,12 @@ Gathered = TypeVar("Gathered")
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """True if there are other processes."""
     return torch.distributed.is_available() and torch.distributed.is_initialized() and _size() > 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that decides and writes."""
+    """True if this process is the one that decides and writes."""
     return not several() or torch.distributed.get_rank() == 0
 
 
@@ -36,10 +36,10 @@ def most_of_all_ranks(count: int, device: torch.device) -> int:
 
 
 def from_rank_zero(work: Callable[[], Gathered]) -> Gathered:
-    """What `work` gives on rank 0, where alone it is done.
+    """Result of `work`, which only rank 0 runs.
 
     Raises:
-        `RuntimeError`: it failed there; the message is that of rank 0, which raises its own error.
+        `RuntimeError`: `work` failed on rank 0. The other ranks raise this error; rank 0 raises the original.
     """
     if not several():
         return work()

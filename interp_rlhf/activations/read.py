@@ -1,7 +1,7 @@
 """`read()`: batched scoring of texts or token batches by a model, stopping at the deepest hook point.
 
 In: a model, a token batch (or texts and a tokenizer), readouts. Out: scores per token, aligned with the batch that came
-in. Padding never reaches the scores: rows are stripped of it, sorted by length and padded anew on the right, so that
+in. Padding never reaches the scores: rows are stripped of it, sorted by length and padded again on the right, so that
 position ids are right on every architecture.
 """
 

@@ -83,13 +83,11 @@ class Recheck:
         spread: dict[str, torch.Tensor] | None,
         args: Any = None,
     ) -> None:
-        """Compare what was taken of a row with what it reads alone; see `__call__`."""
-        found = self._differs(model, taken, again, spread)
+        """Compare the values taken from a row with those of the row read alone; see `__call__`."""
+        difference = self._differs(model, taken, again, spread)
         problem = None
-        if found is not None:
-            problem = (
-                f"{found} when they are read again, alone and in evaluation mode{self._end(model, _why(model, args))}"
-            )
+        if difference is not None:
+            problem = f"{difference} when they are read again, alone and in evaluation mode{self._end(model, _why(model, args))}"
         raise_on_all_ranks(problem)
 
     def still(self, model: nn.Module) -> None:
@@ -101,15 +99,15 @@ class Recheck:
         problem = None
         if self._first is not None:
             row, before = self._first
-            found = self._differs(model, before, self._read(model, row), None)
-            if found is not None:
+            difference = self._differs(model, before, self._read(model, row), None)
+            if difference is not None:
                 cause = "the reference has moved: something trains it, or has loaded other weights into it"
-                problem = f"{found} when the first row of the run is read again{self._end(model, cause)}"
+                problem = f"{difference} when the first row of the run is read again{self._end(model, cause)}"
         raise_on_all_ranks(problem)
 
     def _read(self, model: nn.Module, row: TokenBatch) -> dict[str, torch.Tensor]:
-        found = read(model, row, self.readouts, reader=self.what)
-        return {name: scores.scores[scores.mask] for name, scores in found.items()}
+        readings = read(model, row, self.readouts, reader=self.what)
+        return {name: scores.scores[scores.mask] for name, scores in readings.items()}
 
     def _differs(
         self,
@@ -146,10 +144,10 @@ class Recheck:
 
 
 def _why(model: nn.Module, args: Any) -> str:
-    found = causes(model, args)
-    named = [*found.noise, *found.adapters, *found.padding]
-    if found.reach is not None:
-        named.append(f"rotary positions that depend on the longest row of the batch, from {found.reach} tokens on")
+    known = causes(model, args)
+    named = [*known.noise, *known.adapters, *known.padding]
+    if known.reach is not None:
+        named.append(f"rotary positions that depend on the longest row of the batch, from {known.reach} tokens on")
     return "; ".join(named) or (
         "none of the known ones (noise hooks, dropout, router jitter, padding, a moved reference). Look for hooks on the "
         "model and for what it does in training mode only"

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 # Initializations of LoRA that change the base model's own weights.
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# Parts of a parameter's name by which PEFT marks what belongs to an adapter, beside each tuner's own prefix.
+# Parts of a parameter's name by which PEFT marks what belongs to an adapter, in addition to each tuner's own prefix.
 _OF_ADAPTERS = ("modules_to_save.", "trainable_tokens_", "original_module.")
 
 
 @contextmanager
 def adapters_off_in(model: nn.Module) -> Iterator[nn.Module]:
-    """The model below its adapters, whatever they are; as it is where it has none."""
+    """The model below its adapters of any kind; the model itself if it has no adapters."""
     peft_model = without_engine(model)
     with peft_model.disable_adapter() if hasattr(peft_model, "disable_adapter") else nullcontext():
         yield model

@@ -1,6 +1,6 @@
 """Models whose parameters an engine keeps in pieces (DeepSpeed ZeRO-3, FSDP2): what can be run on them, and by whom.
 
-In: a model in whatever wrapping. Out: whether it is one of those, its small parameters in one piece, and what its forward needs
+In: a model in any wrapping. Out: whether it is one of those, its small parameters in one piece, and what its forward needs
 to be run whole. Everything here but `is_sharded` is for all ranks together. It must not know readouts.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward needs other ranks: parameters are in ZeRO-3's partitions, or `DTensor`s (FSDP2, tensor parallelism)."""
+    """True if a forward needs other ranks: parameters are in ZeRO-3's partitions, or `DTensor`s (FSDP2, tensor parallelism)."""
     return any(_in_zero3(p) or _is_dtensor(p) for p in model.parameters())
 
 

@@ -25,7 +25,7 @@ class _FirstLayerReached(Exception):
 
 
 def stream_point(model: nn.Module) -> str:
-    """Hook point of the residual stream before the first layer: what that layer is given.
+    """Hook point of the residual stream before the first layer: that layer's input.
 
     The module that gives it out where there is one (the embedding in Llama, the dropout after it in GPT-2), found by running the
     model on three tokens; else the first layer's input: some models scale or normalize the embedding outside of any module.
@@ -36,13 +36,13 @@ def stream_point(model: nn.Module) -> str:
     blocks = first.rpartition(".")[0]
     names = [name for name, _ in base.named_modules() if name and not f"{name}.".startswith(f"{blocks}.")]
     before = [name for name in names if not blocks.startswith(f"{name}.") and name != blocks]
-    given: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: given.__setitem__(name, output)
+        return lambda module, args, output: outputs.__setitem__(name, output)
 
     def stop(activation: torch.Tensor) -> None:
-        given[""] = activation
+        outputs[""] = activation
         raise _FirstLayerReached
 
     modules = dict(base.named_modules())
@@ -57,7 +57,7 @@ def stream_point(model: nn.Module) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    same = [name for name, output in given.items() if name and _equal(output, given[""])]
+    same = [name for name, output in outputs.items() if name and _equal(output, outputs[""])]
     return same[-1] if same else f"{first}{INPUT}"
 
 

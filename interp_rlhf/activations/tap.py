@@ -219,7 +219,7 @@ def group_by_hook_point(readouts: Sequence[TokenReadout]) -> dict[str, list[Toke
 
 
 def run_readouts(readouts: Sequence[TokenReadout], activation: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-    """Scores of one activation (B, T, D), computed in float32 whatever the model's precision."""
+    """Scores of one activation (B, T, D), computed in float32 at any precision of the model."""
     with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
         activation = activation.detach().float()
         for readout in readouts:
