@@ -54,7 +54,7 @@ class Registry(Mapping[str, T], Generic[T]):
             known = self._entries.get(name)
             if known is not None and _origin(known) != _origin(entry):
                 raise ValueError(
-                    f"`{name}` is already registered as {self.what}: {known!r} – expected a new name. Choose another one."
+                    f"`{name}` is already registered as {self.what}, by {_place(known)} – expected a new name."
                 )
             self._entries[name] = entry
             return entry
@@ -75,6 +75,11 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _place(entry: object) -> str:
+    """Where an object comes from, for errors."""
+    return f"`{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', repr(entry))}`"
 
 
 def _origin(entry: object) -> tuple[object, object]:

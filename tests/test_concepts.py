@@ -90,10 +90,8 @@ def test_a_row_without_counted_tokens_is_nan_and_scores_none(load):
         assert torch.isnan(pool(*with_logits(scores, scores, pooling), mask, pooling)).tolist() == [[False], [True]]
     readout = make_readout(load())
     assert readout.score(ConceptScores(scores, mask, torch.zeros(2, 3), "concept"))[1] is None
-    with pytest.raises(
-        ValueError, match="`pooling` is 'median' – expected one of attention, ema_max, last, max, mean"
-    ):
-        pool(scores, mask, "median")
+    with pytest.raises(ValueError, match=f"`pooling` is 'unheard_of' – expected one of {', '.join(sorted(POOLINGS))}"):
+        pool(scores, mask, "unheard_of")
 
 
 def test_a_registered_pooling_is_calibrated_by_the_fit_and_known_to_cards(load, tokenizer, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_the_examples_are_short_and_there_is_one_of_each_kind():
 
 def test_the_command_writes_a_card_with_the_pooling_of_the_module(folder):
     card = yaml.safe_load((folder / "cards" / "monitor.v1.yaml").read_text())
-    assert card["readout"]["pooling"] == "median"
+    assert card["readout"]["pooling"] == "my_median"
 
 
 def test_the_recipe_uses_what_the_module_registers_by_its_name(folder, model_folder):

@@ -40,7 +40,7 @@ def test_one_text_card_prompt_or_mapping_is_that_one(load, model_folder, tokeniz
     row = {"prompt": "what is it", "completion": "warm rain"}
     assert scores(row) == pytest.approx(scores([row]))
     trainer = make_trainer("SFT", str(model_folder()), tokenizer, tmp_path)
-    assert DriftCallback(trainer, prompts="How are you?")._own.prompts == ["How are you?"]
+    assert DriftCallback(trainer, prompts="How are you?").evaluation.own_text.prompts == ["How are you?"]
     talk = [{"role": "user", "content": "How are you?"}]
     assert DriftConfig(prompts=talk).prompts == [talk]
     assert len(DriftCallback(trainer, texts="The old road follows the river.").battery) == 1
@@ -193,7 +193,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, model_folder, tmp_path
             "role": "row 3: it has `messages` that do not end with the assistant",
             "tool_call": "row 3: the assistant's message has no `content` and calls tools",
             "image": "row 3: a message has a part of type `image`",
-            "text": "row 3: 'a string' is no conversation",
+            "text": "row 3: 'a string' is not a conversation",
         }[case]
     code = main(
         ["probe", "fit", "--data", str(name), "--name", "c", "--out", str(tmp_path / "out"), "--model", str(model_folder()),

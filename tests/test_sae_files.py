@@ -372,23 +372,30 @@ def test_all_problems_of_a_file_are_in_one_error(tmp_path):
 
 @pytest.mark.parametrize("form", known_formats(), ids=lambda form: form.title)
 def test_every_format_lists_all_problems_of_a_file_in_one_error(tmp_path, form):
-    """Three tensors are wrong in each format, and the file does not say its hook point."""
-    tensors = {"W_dec": torch.full((3, 2), float("nan")), "extra": torch.ones(1)}
-    if form.weights.endswith(".npz"):
-        numpy.savez(tmp_path / form.weights, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    else:
-        save_file(tensors, tmp_path / form.weights)
+    """Three tensors are wrong, and the file does not say its hook point. Each format names its tensors as it likes."""
+
+    def save(tensors):
+        if form.weights.endswith(".npz"):
+            numpy.savez(tmp_path / form.weights, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        else:
+            save_file(tensors, tmp_path / form.weights)
+
+    save({"extra": torch.ones(1)})
     if form.config is not None:
         metadata = {"metadata": {"sae_lens_version": "6.54.12"}} if form.title == "sae-lens" else {}
         config = {"architecture": "standard", "d_in": 2, "d_sae": 3, "num_latents": 3, "k": 2} | metadata
         (tmp_path / form.config).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no tensor `") as without:
+        load_sae(tmp_path)
+    own_name = re.search(r"no tensor `([^`]+)`", str(without.value)).group(1)
+    save({own_name: torch.full((3, 2), float("nan")), "extra": torch.ones(1)})
     with pytest.raises(ValueError, match=re.escape(f"`{tmp_path / form.weights}` ({form.title}) has ")) as caught:
         load_sae(tmp_path)
     said = str(caught.value)
     for problem in (
         "no tensor `",
         "tensor `extra` is unknown",
-        "`W_dec` is not finite",
+        f"`{own_name}` is not finite",
         "does not say its hook point",
     ):
         assert problem in said, problem

@@ -1,6 +1,7 @@
 """The contract of every registered term, a user's own included: what holds for one holds for all.
 
-A term whose only field without a default is `readout` is tested without a line here. Another one gets a line in `FIELDS`.
+A term whose only field without a default is `readout` or `hook_point` is tested without a line here. Another one gets a line in
+`FIELDS` (objects) and in `OPTIONS` (the same as a recipe writes them; `"card": None` if it takes no card).
 """
 
 from __future__ import annotations
@@ -57,12 +58,21 @@ OPTIONS = {
 }
 
 
+def needs_hook_point(kind):
+    """True if a term has no readout and says its hook point itself."""
+    return any(
+        field.name == "hook_point" and field.default is dataclasses.MISSING
+        for field in dataclasses.fields(TERMS[kind])
+    )
+
+
 def make_term(kind, model, weight=0.5, point=LAYER, **fields):
     """A term of a kind on a tiny model."""
     known = {field.name for field in dataclasses.fields(TERMS[kind])}
     readout = {"readout": dataclasses.replace(make_readout(model), hook_point=point)} if "readout" in known else {}
+    usual = readout or ({"hook_point": point} if needs_hook_point(kind) else {})
     return TERMS[kind](
-        weight=weight, **{"name": "term", **readout, **FIELDS.get(kind, lambda point: {})(point), **fields}
+        weight=weight, **{"name": "term", **usual, **FIELDS.get(kind, lambda point: {})(point), **fields}
     )
 
 
@@ -232,7 +242,7 @@ def test_a_negative_weight_is_refused_unless_it_means_something(kind, load):
 def test_a_recipe_can_name_every_term(kind, load, tokenizer, tmp_path):
     card = str(make_card(tmp_path, load(), tokenizer))
     mapping = {"kind": kind, "card": card, "weight": 0.5, "schedule": {"kind": "warmup", "steps": 1e1}}
-    mapping |= OPTIONS.get(kind, {})
+    mapping |= {"hook_point": LAYER, "card": None} if needs_hook_point(kind) else OPTIONS.get(kind, {})
     term = make_regularizer({key: value for key, value in mapping.items() if value is not None})
     assert type(term) is TERMS[kind]
     assert term.kind == kind

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, "modules", None):
             sys.path.insert(0, os.getcwd())  # as `python -m` does
             import_modules(arguments.modules, "--module")
+        if getattr(arguments, "json", False):
+            _keep_stdout_for_json()
         # Only the file of this command is loaded.
         return int(getattr(import_module(f"..commands.{module}", __package__), name)(arguments))
     except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
@@ -48,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files written so far are kept", file=sys.stderr)
         return 130
+
+
+def _keep_stdout_for_json() -> None:
+    """Import DeepSpeed, if it is installed, with its log on stderr: transformers imports it, and it then logs to stdout."""
+    if find_spec("deepspeed") is not None:
+        with redirect_stdout(sys.stderr):
+            import_module("deepspeed")
 
 
 def build_parser() -> argparse.ArgumentParser:

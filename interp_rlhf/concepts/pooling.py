@@ -55,13 +55,13 @@ def register_pooling(
     Example:
         >>> import torch
         >>> from interp_rlhf import register_pooling
-        >>> @register_pooling("median")
-        ... def median(scores, mask):
+        >>> @register_pooling("my_median")
+        ... def my_median(scores, mask):
         ...     return scores.masked_fill(~mask.unsqueeze(-1), torch.nan).nanmedian(dim=1).values
         >>> from interp_rlhf.concepts.pooling import pool
         >>> scores = torch.tensor([1.0, 2.0, 9.0, 50.0]).reshape(1, 4, 1)
         >>> mask = torch.tensor([[True, True, True, False]])
-        >>> pool(scores, mask, "median").item()
+        >>> pool(scores, mask, "my_median").item()
         2.0
     """
     return POOLINGS.register(name)
