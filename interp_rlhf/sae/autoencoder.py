@@ -92,13 +92,13 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, spec: SaeSpec, **tensors: torch.Tensor | None):
         super().__init__()
         self.spec = spec
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        problems = _problems(spec, given)
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        problems = _problems(spec, present)
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise ValueError(f"The sparse autoencoder has {len(problems)} problem(s):\n{listed}")
         for name in TENSORS:
-            tensor = given.get(name)
+            tensor = present.get(name)
             self.register_buffer(name, None if tensor is None else tensor.detach().float().contiguous())
         self._all: tuple[torch.Tensor, Latents] | None = None
 
@@ -141,19 +141,19 @@ class SparseAutoencoder(nn.Module):
             `ValueError`: an index out of range.
         """
         if self._all is None or self._all[0] is not self.encoder:  # moved to another device since
-            found = Latents(
+            latents = Latents(
                 "sae", self.spec.hook_point, self.encoder, self.encoder_bias, self.center, self.threshold, self.gate_scale,
                 self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None,
                 self.decoder if self.spec.output_point is None else None,  # a transcoder writes elsewhere than it reads
                 None if self._canaries is None else (self._canaries, self.encoder),
             )  # fmt: skip
-            self._all = (self.encoder, found)
-        found = self._all[1]
+            self._all = (self.encoder, latents)
+        latents = self._all[1]
         if isinstance(indices, int):
             indices = [indices]
         if indices is not None:
-            return found.choose(indices, name)
-        return found if name == found.name else replace(found, name=name)
+            return latents.choose(indices, name)
+        return latents if name == latents.name else replace(latents, name=name)
 
     def encode(self, activation: torch.Tensor) -> torch.Tensor:
         """Latents (..., S) of an activation (..., D), float32: all of them, dense."""
@@ -208,10 +208,10 @@ class SparseAutoencoder(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of its weights."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for _, tensor in sorted(self.named_buffers()):
-            found.update(tensor.cpu().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_model(self, model: Any) -> None:
         """Refuse a model that it was not trained on.
@@ -235,20 +235,20 @@ class SparseAutoencoder(nn.Module):
                 )  # fmt: skip
             return
         with adapters_off_in(model) as bare:
-            found = agreement(bare, canaries, self.spec.hook_point, self.encoder)
-        if found.agrees:
+            verdict = agreement(bare, canaries, self.spec.hook_point, self.encoder)
+        if verdict.agrees:
             return
-        if found.correlation < RELATED:
+        if verdict.correlation < RELATED:
             raise ValueError(
                 f"The autoencoder was trained on `{name}` at `{training.get('hook_point', self.spec.hook_point)}` and this "
                 "model at "
-                f"`{self.spec.hook_point}` is not that one: {found}. Its latents mean nothing here – expected the model that "
+                f"`{self.spec.hook_point}` is not that one: {verdict}. Its latents mean nothing here – expected the model that "
                 "it was trained on, or one that was made from it. Train one on this model (`interp-rlhf sae train`)."
             )
         logger.warning(
             "The autoencoder was trained on `%s`: %s. Look at the variance that it leaves unexplained here.",
             name,
-            found,
+            verdict,
         )
 
     def _reconstruct(self, flat: torch.Tensor) -> torch.Tensor:

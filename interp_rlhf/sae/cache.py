@@ -123,11 +123,11 @@ def fill_cache(
             if path.exists():
                 bar.update(sum(int(contexts.starts[row + 1] - contexts.starts[row]) for row in part))
                 continue
-            found = []
+            blocks = []
             for rows in in_order(model, contexts, hook_point, part):
-                found.append(rows.to(getattr(torch, dtype)))
+                blocks.append(rows.to(getattr(torch, dtype)))
                 bar.update(len(rows))
-            activations = torch.cat(found)
+            activations = torch.cat(blocks)
             if not torch.isfinite(activations).all():
                 raise ValueError(
                     f"Activations at `{hook_point}` do not fit into {dtype} – expected finite numbers. "

@@ -54,13 +54,13 @@ def load_checkpoint(folder: Path, keys: Collection[str] = ()) -> tuple[dict[str,
     """
     from safetensors import SafetensorError
 
-    found = [
+    whole = [
         path for _, path in _checkpoints(folder) if any((path / name).exists() for name in (_TENSOR_FILE, _STATE_FILE))
     ]
-    if not found:
+    if not whole:
         return None
-    path = found[-1]
-    before = f"from `{found[-2].name}`" if len(found) > 1 else "from its start"
+    path = whole[-1]
+    before = f"from `{whole[-2].name}`" if len(whole) > 1 else "from its start"
     todo = f"It may be truncated. Delete `{path}`: the training then goes on {before}."
     for name in (_STATE_FILE, _TENSOR_FILE):
         if not (path / name).exists():

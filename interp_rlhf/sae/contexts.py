@@ -292,26 +292,26 @@ class _Chosen:
 
     def _window_of(self, block: Block, row: int, place: int, values: torch.Tensor, value: float | None) -> Window:
         length = int(block.batch.attention_mask[row].sum())
-        own = slice(max(0, place - self.window), min(length, place + self.window + 1))
-        counts = block.counted[row, own].tolist()
-        activations = [x if counted else None for x, counted in zip(values[own].tolist(), counts, strict=True)]
-        ids = block.batch.input_ids[row, own].tolist()
-        return Window(block.texts[row], block.starts[row] + place, [], ids, activations, place - own.start, value)
+        shown = slice(max(0, place - self.window), min(length, place + self.window + 1))
+        counts = block.counted[row, shown].tolist()
+        activations = [x if counted else None for x, counted in zip(values[shown].tolist(), counts, strict=True)]
+        ids = block.batch.input_ids[row, shown].tolist()
+        return Window(block.texts[row], block.starts[row] + place, [], ids, activations, place - shown.start, value)
 
     def finish(self, tokenizer: Any) -> list[LatentContexts]:
-        found = []
+        entries = []
         for i, index in enumerate(self.indices):
             windows = {
                 kind: [_with_pieces(w, tokenizer) for w in best[i].windows()] for kind, best in self.best.items()
             }
             on = int(self.on[i])
-            found.append(
+            entries.append(
                 LatentContexts(
                     index, on / max(self.tokens, 1), float(self.sum[i]) / max(on, 1), float(self.maximum[i]),
                     self._histogram(i), **windows,
                 )
             )  # fmt: skip
-        return found
+        return entries
 
     def _histogram(self, i: int) -> dict[str, list[float]]:
         """Up to the highest bin that holds something: 17 to 32 bins."""

@@ -50,7 +50,7 @@ def promotions(
         return [([], []) for _ in indices]
     unembedding = head.weight[: len(tokenizer)].float()
     gain, centred = final_gain(model)
-    found = []
+    tokens_moved = []
     for start in range(0, len(indices), _ROWS):
         rows = sae.decoder[list(indices[start : start + _ROWS])].to(unembedding.device)
         rows = rows - rows.mean(1, keepdim=True) if centred else rows
@@ -66,8 +66,8 @@ def promotions(
                 ]
                 for end in ends
             )
-            found.append((promoted, suppressed))
-    return found
+            tokens_moved.append((promoted, suppressed))
+    return tokens_moved
 
 
 def final_gain(model: Any) -> tuple[torch.Tensor, bool]:

@@ -107,12 +107,12 @@ def read_held_out(
     model: nn.Module, contexts: Contexts, hook_point: str, progress: str | None = None
 ) -> list[torch.Tensor]:
     """Activations of all contexts in blocks; float32, 4 D bytes a token."""
-    found = []
+    blocks = []
     with tqdm(total=contexts.tokens, desc=progress, unit="token", disable=progress is None, leave=False) as bar:
         for rows in in_order(model, contexts, hook_point):
-            found.append(rows)
+            blocks.append(rows)
             bar.update(len(rows))
-    return found
+    return blocks
 
 
 @torch.no_grad()

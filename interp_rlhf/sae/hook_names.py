@@ -174,11 +174,11 @@ def _module_path(name: str, layout: Layout) -> str:
 
 def _input_of(name: str, layout: Layout) -> str:
     path = _module_path(name, layout)
-    found = _BLOCK.fullmatch(path)
-    if found is not None:
+    block = _BLOCK.fullmatch(path)
+    if block is not None:
         parts = {"": "stream"} | dict.fromkeys(_MLPS, "mlp_in") | dict.fromkeys(_ATTENTIONS, "attention_in")
-        part = parts.get(found[2].removeprefix("."))
-        before = layout.part(int(found[1]), part) if part else None
+        part = parts.get(block[2].removeprefix("."))
+        before = layout.part(int(block[1]), part) if part else None
         if before is not None:
             return before
     raise ValueError(_refusal(f"{name}.input", f"what `{path}` reads, which no module gives out", ""))

@@ -117,10 +117,10 @@ def pool_latents(
         part = batch.part(slice(start, start + rows))
         found = read_activations(model, part, [point])[point]
         for row, every in enumerate(found.split(part.completion_mask.sum(1).tolist()), start):
-            own = every[~norm_outliers(every)]
-            activations[row], tokens[row] = own.mean(0), len(own)
+            kept = every[~norm_outliers(every)]
+            activations[row], tokens[row] = kept.mean(0), len(kept)
             for i, latents in enumerate(readouts):
-                for few in blocks(own.to(latents.encoder.device), len(latents.encoder)):
+                for few in blocks(kept.to(latents.encoder.device), len(latents.encoder)):
                     values = latents(few)
                     sums[i][row] += values.sum(0).cpu()
                     maxima[i][row] = torch.maximum(maxima[i][row], values.amax(0).cpu())
@@ -148,12 +148,12 @@ def read_blocks(
             for row, (length, (*_, counts)) in enumerate(zip(lengths, pending, strict=True)):
                 counted[row, :length] = torch.tensor(counts)
             every = batch.attention_mask
-            found = read_activations(model, batch, [point, target], tokens=every, batch_tokens=how.batch_tokens)
-            apart = torch.cat([norm_outliers(own) for own in found[point].split(lengths)])
+            activations = read_activations(model, batch, [point, target], tokens=every, batch_tokens=how.batch_tokens)
+            apart = torch.cat([norm_outliers(own) for own in activations[point].split(lengths)])
             outliers = int((counted[batch.attention_mask] & apart).sum())
             counted[batch.attention_mask] &= ~apart
             numbers, starts = [number for number, *_ in pending], [start for _, start, *_ in pending]
-            yield Block(batch, counted, numbers, starts, found[point], found[target], outliers)
+            yield Block(batch, counted, numbers, starts, activations[point], activations[target], outliers)
             bar.update(numbers[-1] + 1 - bar.n)
 
 

@@ -91,11 +91,11 @@ class _WithMatrix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, found: torch.Tensor, matrix: torch.Tensor, values: torch.Tensor, entries: Entries
+        ctx: Any, activation: torch.Tensor, matrix: torch.Tensor, values: torch.Tensor, entries: Entries
     ) -> torch.Tensor:
         ctx.entries = entries
         ctx.save_for_backward(values)
-        return found.view_as(found)
+        return activation.view_as(activation)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

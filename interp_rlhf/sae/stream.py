@@ -131,10 +131,10 @@ def cut(texts: Iterable[str], tokenizer: Any, length: int) -> Contexts:
         sizes += [piece.stop - piece.start for piece in pieces]
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
     ids = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)
-    found = Contexts(ids, torch.tensor(sizes).cumsum(0), prefix, special, length)
-    if found.tokens < 1:
+    contexts = Contexts(ids, torch.tensor(sizes).cumsum(0), prefix, special, length)
+    if contexts.tokens < 1:
         raise ValueError(f"{len(parts)} texts without a token that counts – expected some text.")
-    return found
+    return contexts
 
 
 class Source(Protocol):

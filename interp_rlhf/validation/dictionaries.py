@@ -61,14 +61,14 @@ class RandomDictionaries:
 
     def scores(self, model: Any, batch: TokenBatch, pooling: str, progress: bool = False) -> np.ndarray:
         """Pooled scores (N, dictionaries) of a batch."""
-        found = []
+        pooled = []
         point = self.readouts[0][0].hook_point
         for part, read in _parts(model, batch, [point], "random dictionaries" if progress else None):
             scores = torch.zeros(*part.completion_mask.shape, len(self.readouts))
             columns = [latents(read[point]) @ weight for latents, weight in self.readouts]
             scores[part.completion_mask] = torch.stack(columns, dim=-1)
-            found.append(pool(scores, part.completion_mask, pooling).double().numpy())
-        return np.concatenate(found)
+            pooled.append(pool(scores, part.completion_mask, pooling).double().numpy())
+        return np.concatenate(pooled)
 
 
 def permuted_choices(
@@ -117,11 +117,11 @@ def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress
     """
     point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
     read: dict[str, list[torch.Tensor]] = {point: [], target: []}  # one, of an autoencoder
-    for part, found in _parts(model, batch, list(read), "the autoencoder on the text" if progress else None):
+    for part, activations_at in _parts(model, batch, list(read), "the autoencoder on the text" if progress else None):
         real = part.attention_mask.bool()
         first = (real & (real.cumsum(1) == 1))[part.completion_mask]
         for name, parts in read.items():
-            parts.append(found[name][~first])
+            parts.append(activations_at[name][~first])
     whole = {name: torch.cat(parts) for name, parts in read.items()}
     kept = ~norm_outliers(whole[point])
     whole = {name: activations[kept] for name, activations in whole.items()}
@@ -142,18 +142,18 @@ def all_mean_latents(
 
     (T, S) is held for a block of tokens only.
     """
-    found: list[list[torch.Tensor]] = [[] for _ in saes]
+    means_of: list[list[torch.Tensor]] = [[] for _ in saes]
     point = saes[0].spec.hook_point
     for part, read in _parts(model, batch, [point], progress):
         activations = read[point]
         rows = part.completion_mask.nonzero()[:, 0]
         lengths = part.completion_mask.sum(1).clamp(min=1)
-        for sae, means in zip(saes, found, strict=True):
+        for sae, means in zip(saes, means_of, strict=True):
             total = torch.zeros(len(part), sae.size, dtype=torch.float64)
             for start in range(0, len(rows), 512):
                 total.index_add_(0, rows[start : start + 512], sae.encode(activations[start : start + 512]).double())
             means.append(total / lengths[:, None])
-    return [torch.cat(means).numpy() for means in found]
+    return [torch.cat(means).numpy() for means in means_of]
 
 
 def aurocs(values: np.ndarray, labels: np.ndarray) -> np.ndarray:

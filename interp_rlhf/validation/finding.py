@@ -193,7 +193,7 @@ def _rank(
 
 
 def _ranking(read: PooledLatents, labels: np.ndarray, top: int) -> _Ranking:
-    aurocs_of = {"mean": _aurocs(read.means, labels), "max": _aurocs(read.maxima, labels)}
+    aurocs_of = {"mean": _aurocs_of_latents(read.means, labels), "max": _aurocs_of_latents(read.maxima, labels)}
     apart = {pooling: np.abs(values - 0.5) for pooling, values in aurocs_of.items()}
     pooling = max(apart, key=lambda name: apart[name].max())  # the first of equal ones
     order = np.argsort(-apart[pooling], kind="stable")[:top]
@@ -215,6 +215,6 @@ def _score(
     return values, means
 
 
-def _aurocs(values: torch.Tensor, labels: np.ndarray) -> np.ndarray:
+def _aurocs_of_latents(values: torch.Tensor, labels: np.ndarray) -> np.ndarray:
     """AUROC of every column of (N, S), some at a time: ranks are of float64."""
     return np.concatenate([aurocs(part.numpy(), labels) for part in values.split(_COLUMNS, dim=1)])

@@ -249,12 +249,12 @@ def _five_digits(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _choose_by_rule(found: Survey, norms: torch.Tensor, top: int, seed: int | None) -> tuple[list[int], str]:
+def _choose_by_rule(survey: Survey, norms: torch.Tensor, top: int, seed: int | None) -> tuple[list[int], str]:
     """Indices, and the rule in words."""
-    alive = (found.density > 0).nonzero().squeeze(1)
+    alive = (survey.density > 0).nonzero().squeeze(1)
     if not len(alive) or top < 1:
         raise ValueError(
-            f"{len(alive)} latents are on anywhere in {found.tokens} tokens, and `top` is {top} – expected at least one of each. "
+            f"{len(alive)} latents are on anywhere in {survey.tokens} tokens, and `top` is {top} – expected one of each or more. "
             "Is this the autoencoder of this model and hook point?"
         )
     if seed is not None:
@@ -262,7 +262,7 @@ def _choose_by_rule(found: Survey, norms: torch.Tensor, top: int, seed: int | No
         return sorted(
             alive[drawn].tolist()
         ), f"drawn at random (seed {seed}) among the {len(alive)} that are on somewhere"
-    order = (found.mean * norms.double()).argsort(descending=True, stable=True)[: min(top, len(alive))]
+    order = (survey.mean * norms.double()).argsort(descending=True, stable=True)[: min(top, len(alive))]
     return order.tolist(), "those that write most: mean activation times the norm of the decoder row"
 
 
