@@ -27,8 +27,8 @@ THEIRS = "TRL"
 ENTRY_POINTS: list[tuple[type, str, str]] = [
     (Tap, "_begin", "Tap._begin"),
     (Tap, "_end", "Tap._end"),
-    (RolloutMixin, "tokenize_prompts", "mixin"),
-    (RolloutMixin, "calculate_rewards", "mixin"),
+    (RolloutMixin, "interp_tokenize_prompts", "mixin"),
+    (RolloutMixin, "interp_calculate_rewards", "mixin"),
     (Rollout, "open", "Rollout.open"),
     (ConceptReward, "__call__", "ConceptReward"),
     (RolloutWatch, "__call__", "watchers"),

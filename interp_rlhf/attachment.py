@@ -120,8 +120,8 @@ def attach(
     """Put concepts into the training of a built trainer: rewards, regularizers, interventions, and what only watches.
 
     Every `ConceptReward` among the trainer's `reward_funcs` is bound to it. Call it once, before `trainer.train()`.
-    `trainer.train(resume_from_checkpoint=True)` then takes the last checkpoint that is complete. If it raises, the trainer is as
-    it was.
+    `trainer.train(resume_from_checkpoint=True)` then takes the last checkpoint that is complete. If it raises, the trainer's
+    class, callbacks and loss are as they were.
 
     Args:
         trainer (`DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` or `RLOOTrainer`): for `drift` alone, any trainer of TRL

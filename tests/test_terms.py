@@ -317,3 +317,19 @@ def test_a_class_that_is_no_whole_term_cannot_be_registered():
         register_term("concept_anchor")(dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(type(
             "Other", (ScoreInTests,), {"__module__": __name__})))  # fmt: skip
     assert not {"bare", "half", "number"} & set(TERMS)
+
+
+def test_features_come_from_an_autoencoder_or_from_a_card(load, tokenizer, tmp_path):
+    card = str(make_card(tmp_path, load(), tokenizer))
+    with pytest.raises(ValueError, match="`sae` and `card` are both given"):
+        make_regularizer({"kind": "feature_constraint", "sae": "somewhere", "card": card, "weight": 0.5})
+
+
+def test_a_shift_of_single_sequences_is_refused():
+    with pytest.raises(ValueError, match="`Shifts` shifts the reference and its `per_pair` is False"):
+
+        @register_term("shifts_in_tests")
+        @dataclass(frozen=True, eq=False, kw_only=True)
+        class Shifts(ScoreInTests):
+            def shift_reference(self, log_probs, batch, loss, weight):
+                return log_probs - weight

@@ -87,11 +87,11 @@ def test_metrics_are_averaged_by_mode_in_every_trainer(owner):
     assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
 
 
-@pytest.mark.parametrize("name", ["tokenize_prompts", "calculate_rewards", "generate_and_score"])
+@pytest.mark.parametrize("name", ["interp_tokenize_prompts", "interp_calculate_rewards", "interp_generate_and_score"])
 def test_no_public_name_of_ours_hides_one_of_trl(name):
     for owner in (GRPOTrainer, RLOOTrainer):
         assert not hasattr(owner, name)
-    for name in ("save_checkpoint", "save_weights"):
+    for name in ("interp_save_checkpoint", "interp_save_weights"):
         assert not hasattr(GRPOTrainer, name)
 
 

@@ -131,17 +131,17 @@ def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
     """Gives a function that makes rotary positions forget the rows that they have seen; afterwards they are as they were."""
     modules = [m for m in unwrap(model).modules() if hasattr(m, "original_max_seq_len")]
     kept = [
-        (m, dict(m.named_buffers(recurse=False)), {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k})
+        (
+            m,
+            dict(m.named_buffers(recurse=False, remove_duplicate=False)),
+            {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k},
+        )
         for m in modules
     ]
 
     def forget() -> None:
         for module in modules:
-            for name in [
-                n
-                for n in (*vars(module), *dict(module.named_buffers(recurse=False)))
-                if n.endswith("original_inv_freq")
-            ]:
+            for name in [n for n in (*vars(module), *_buffers_of(module)) if n.endswith("original_inv_freq")]:
                 prefix = name.removesuffix("original_inv_freq")
                 current = getattr(module, f"{prefix}inv_freq")
                 module.register_buffer(
@@ -156,6 +156,11 @@ def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
             vars(module).update(numbers)
+
+
+def _buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's buffers by name; one tensor may have two names."""
+    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
 def runs_here(model: nn.Module) -> bool:

@@ -71,8 +71,8 @@ def from_fields(made: type[Any], options: Mapping[str, Any], what: str, kind: st
         in_files = {"readout": "card", "subspace": "cards"}
         known = sorted(in_files.get(key, key) for key in fields)
         raise ValueError(
-            f"{', '.join(f'`{in_files.get(key, key)}`' for key in unknown)} – expected options of `{kind}`: "
-            f"{', '.join(f'`{key}`' for key in known)}.{_nearest(in_files.get(unknown[0], unknown[0]), known)}"
+            f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: "
+            f"{', '.join(f'`{key}`' for key in known)}.{_nearest(unknown[0], known)}"
         )
     needed = [
         key

@@ -70,30 +70,30 @@ class RolloutMixin(LossMixin, RolloutSteps):
         interp_abstaining (`list[int]`): which reward functions are concept rewards.
         interp_watchers (`list`): called after the rewards with (prompts, completions, rewards as TRL gathered them, rewards as it
             trains on them).
-        writes_samples (`bool`): the trainer writes samples to the run log itself, token by token (PPO).
-        sample_scores (`dict`, *optional*): for such a trainer: what the watchers measured on the present rollout.
+        interp_writes_samples (`bool`): the trainer writes samples to the run log itself, token by token (PPO).
+        interp_sample_scores (`dict`, *optional*): for such a trainer: what the watchers measured on the present rollout.
     """
 
     interp_terms: RolloutTerms | None = None
     interp_rollout: Rollout | None = None
     interp_watchers: list[Any]
     interp_abstaining: list[int] = []  # noqa: RUF012
-    writes_samples = False
-    sample_scores: dict[str, Any] | None = None
+    interp_writes_samples = False
+    interp_sample_scores: dict[str, Any] | None = None
     _interp_prompt_ids: list[list[int]]
 
-    def tokenize_prompts(self, prompts: list[Any]) -> Any:
+    def interp_tokenize_prompts(self, prompts: list[Any]) -> Any:
         if self.interp_rollout is not None:
             self.interp_rollout.start()
-        result = super().tokenize_prompts(prompts)
+        result = super().interp_tokenize_prompts(prompts)
         self._interp_prompt_ids = result[0]
         return result
 
-    def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
+    def interp_calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
         if self.interp_rollout is None:
-            return super().calculate_rewards(inputs, prompts, completions, completion_ids)
+            return super().interp_calculate_rewards(inputs, prompts, completions, completion_ids)
         self.interp_rollout.open(self._interp_prompt_ids, completion_ids)
-        rewards = super().calculate_rewards(inputs, prompts, completions, completion_ids)
+        rewards = super().interp_calculate_rewards(inputs, prompts, completions, completion_ids)
         filled = self._with_neutral_abstentions(rewards)
         for watch in self.interp_watchers:
             watch(prompts, completions, rewards, filled)
@@ -120,12 +120,12 @@ class RolloutMixin(LossMixin, RolloutSteps):
             filled[:, index] = torch.where(silent[:, index], means[:, index], rewards[:, index])
         return filled
 
-    def generate_and_score(self, inputs: Any) -> dict[str, Any]:
+    def interp_generate_and_score(self, inputs: Any) -> dict[str, Any]:
         terms = self.interp_terms
         if terms is None or not terms.reads_rollouts:
-            return super().generate_and_score(inputs)
+            return super().interp_generate_and_score(inputs)
         with terms.rollout():
-            output = super().generate_and_score(inputs)
+            output = super().interp_generate_and_score(inputs)
         return terms.add_reference(output)
 
 

@@ -282,7 +282,8 @@ def _refuse_term(context: TermContext, term: Term) -> None:
             "FSDP puts the policy together when training begins, and the reference's scores are needed before."
         )
     if term.needs_holdout and any(
-        all(same_artifact(monitor, readout) for monitor in context.monitors) for readout in term.pushes()
+        all(same_artifact(monitor, readout) for monitor in context.monitors)
+        for readout in term.pushes() or term.claims
     ):
         raise ValueError(
             f"{name} trains against its own probe and there is no holdout monitor – expected one with another artifact in "

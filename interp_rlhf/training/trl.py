@@ -39,23 +39,23 @@ class RolloutSteps:
     """
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        return self.tokenize_prompts(prompts)
+        return self.interp_tokenize_prompts(prompts)
 
-    def tokenize_prompts(self, prompts: list[Any]) -> Any:
+    def interp_tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Token ids of the prompts, first in the tuple. TRL calls it once per rollout, before it generates."""
         return super()._tokenize_prompts(prompts)  # type: ignore[misc]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        return self.calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self.interp_calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
+    def interp_calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
         """Rewards (N, F) of the completions of all ranks, by function. TRL calls it after the passes for log-probs."""
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids)  # type: ignore[misc]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        return self.generate_and_score(inputs)
+        return self.interp_generate_and_score(inputs)
 
-    def generate_and_score(self, inputs: Any) -> dict[str, Any]:
+    def interp_generate_and_score(self, inputs: Any) -> dict[str, Any]:
         """The rollout batch on which TRL trains: ids, masks, log-probs, advantages."""
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         return output
@@ -65,16 +65,16 @@ class SavingSteps:
     """Public names for two private steps of `transformers.Trainer`: only there can a checkpoint differ from an export."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.save_checkpoint(*args, **kwargs)
+        self.interp_save_checkpoint(*args, **kwargs)
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def interp_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Writes a whole checkpoint, weights and state."""
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.save_weights(output_dir, state_dict)
+        self.interp_save_weights(output_dir, state_dict)
 
-    def save_weights(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
+    def interp_save_weights(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Writes the weights: part of a checkpoint, and all of an export."""
         super()._save(output_dir, state_dict)  # type: ignore[misc]
 

@@ -95,8 +95,8 @@ class RolloutWatch:
         self._about_reward(trained, scores)
         if not self._trainer.model.training:
             return  # evaluation: metrics, no samples of training
-        if self._trainer.writes_samples:
-            self._trainer.sample_scores = scores
+        if self._trainer.interp_writes_samples:
+            self._trainer.interp_sample_scores = scores
         elif self._batches % self._samples_every == 0 and self._log.writable:
             self._write_samples(prompts, texts, rewards, scores)
         self._batches += 1

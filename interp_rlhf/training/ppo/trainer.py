@@ -95,7 +95,7 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
     """
 
     takes_token_rewards = True
-    writes_samples = True
+    interp_writes_samples = True
     args: PPOConfig
     model: Any
     num_generations: Any
@@ -206,7 +206,7 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
 
     # Rollouts
 
-    def calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
+    def interp_calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Any:
         functions, names = self.reward_funcs, _distinct(self.reward_func_names, RESERVED_NAMES)
         returned = {name: Returned() for name in names}
         listening = [
@@ -214,7 +214,7 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
             for function, name in zip(functions, names, strict=True)
         ]
         with trl.calling_instead(self, listening):
-            rewards = super().calculate_rewards(inputs, prompts, completions, completion_ids)
+            rewards = super().interp_calculate_rewards(inputs, prompts, completions, completion_ids)
         first = self.accelerator.process_index * len(prompts)
         of_this_rank = rewards[first : first + len(prompts)]
         for index, (function, name) in enumerate(zip(functions, names, strict=True)):
@@ -223,9 +223,9 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
         self._scored = ScoredRollout(prompts, completions, completion_ids, returned)
         return rewards
 
-    def generate_and_score(self, inputs: Any) -> dict[str, Any]:
+    def interp_generate_and_score(self, inputs: Any) -> dict[str, Any]:
         with self._critic.reading("policy_no_grad"), trl.computing_old_log_probs(self):
-            output = super().generate_and_score(inputs)
+            output = super().interp_generate_and_score(inputs)
         scored, self._scored = self._scored, None
         assert scored is not None, "TRL calls the reward functions once per rollout"
         return self._with_advantages(output, scored)
@@ -324,7 +324,7 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
         self._carried.rollouts += 1
         if self.run_log is None or not due or not self.run_log.writable:
             return
-        scores = dict(self.sample_scores or {})
+        scores = dict(self.interp_sample_scores or {})
         for name, result in scored.returned.items():
             paid = components[name].sum(1).tolist()  # weighted, and normalized if the configuration asks for it
             scores.setdefault(
@@ -338,23 +338,23 @@ class PPOTrainer(RolloutMixin, trl.SavingSteps, GRPOTrainer):
 
     # Saving
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def interp_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._keep_head = True
         try:
-            super().save_checkpoint(*args, **kwargs)
+            super().interp_save_checkpoint(*args, **kwargs)
         finally:
             self._keep_head = False
 
-    def save_weights(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
+    def interp_save_weights(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """A checkpoint holds the value function; what `save_model` and `push_to_hub` export is the bare policy."""
         if self._keep_head or not self.has_critic:
-            super().save_weights(output_dir, state_dict)
+            super().interp_save_weights(output_dir, state_dict)
             return
         kept = None
         if state_dict is not None:
             kept = {name: value for name, value in state_dict.items() if f"{VALUE_HEAD}." not in name}
         with bare(self.model):
-            super().save_weights(output_dir, kept)
+            super().interp_save_weights(output_dir, kept)
 
 
 class _Resume(ResumeCallback):

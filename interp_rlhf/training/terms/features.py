@@ -118,6 +118,11 @@ class FeatureConstraint(LossTerm):
     @classmethod
     def from_options(cls, options: dict[str, Any], files: CardFiles) -> Self:
         options = dict(options)
+        if "sae" in options and "card" in options:
+            raise ValueError(
+                f"`sae` and `card` are both given for a regularizer of kind `{cls.kind}` – expected one of the two: the features "
+                "are the autoencoder's latents or the card's."
+            )
         if "sae" in options:
             where = {key: options.pop(key) for key in ("revision", "subfolder", "hook_point") if key in options}
             options["readout"] = files.latents(options.pop("sae"), options.pop("latents", None), **where)

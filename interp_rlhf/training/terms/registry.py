@@ -9,7 +9,7 @@ import inspect
 from typing import TYPE_CHECKING, TypeVar
 
 from ...registry import Registry
-from .term import Term
+from .term import LossTerm, Term
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,11 @@ def register_term(kind: str) -> Callable[[type[SomeTerm]], type[SomeTerm]]:
             raise ValueError(
                 f"`{term.__name__}` is not a dataclass – expected one, since its fields are its options. Write "
                 "`@dataclass(frozen=True, eq=False, kw_only=True)` below `@register_term`."
+            )
+        if term.shift_reference is not LossTerm.shift_reference and not term.per_pair:
+            raise ValueError(
+                f"`{term.__name__}` shifts the reference and its `per_pair` is False – expected True: only terms on pairs can "
+                "shift it. Set `per_pair: ClassVar[bool] = True`, or subclass `MarginShift`."
             )
         TERMS.register(kind)(term)
         term.kind = kind

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..from_mapping import check_options, from_fields
@@ -169,7 +169,7 @@ class Term(ABC):
             `ValueError`: an unknown or missing option, or a card that may not be used so.
         """
         options = dict(options)
-        if "card" in options:
+        if "card" in options and any(field.name == "readout" for field in fields(cls)):
             options["readout"] = files.readout(options.pop("card"), cls.needs_evidence)
         if "schedule" in options:
             options["schedule"] = Schedule.from_option(options["schedule"])
