@@ -1,7 +1,7 @@
-"""The one-line door: puts rewards, regularizers, interventions, monitors, measures and drift onto a built trainer.
+"""`attach`: adds rewards, regularizers, interventions, monitors, measures and drift to a built trainer, in one call.
 
-In: a trainer of TRL (or, for drift alone, of transformers). Out: the same trainer, listened to, and an `Attachment`. It must not
-know how a score is read, nor what a term computes.
+In: a trainer of TRL (or, for drift alone, of transformers). Out: the same trainer with our hooks, and an `Attachment`. It must
+not know how scores are read, nor the formulas of terms.
 """
 
 from __future__ import annotations
@@ -60,14 +60,15 @@ Measure = Callable[[str], float]
 
 
 class Attachment:
-    """What `attach` put onto a trainer.
+    """The parts that `attach` added to a trainer.
 
     Attributes:
         trainer (`Trainer`): the trainer, now of a subclass of its class.
         rollout (`Rollout`, *optional*): reads its rollout batches; `own_forwards` counts the readings that needed a
             forward pass of our own. None if nothing is read on rollouts.
-        terms (`LossTerms`, *optional*): what joins its loss; `own_forwards` counts as above. None if nothing does.
-        run_log (`RunLog`): where events go.
+        terms (`LossTerms`, *optional*): terms, monitors and interventions in its loss; `own_forwards` counts as above. None if
+            there are none.
+        run_log (`RunLog`): the run log that takes the events.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Attachment:
         self._stock = stock
 
     def detach(self) -> None:
-        """Take hooks, callbacks and mixin off again. Rewards stay in `reward_funcs` and raise when they are called."""
+        """Remove hooks, callbacks and mixin. Rewards stay in `reward_funcs` and raise when they are called."""
         for part in (self.rollout, self.terms):
             if part is not None:
                 part.remove()
@@ -117,7 +118,7 @@ def attach(
     arm: str = "",
     samples_every: int = 10,
 ) -> Attachment:
-    """Put concepts into the training of a built trainer: rewards, regularizers, interventions, and what only watches.
+    """Add concepts to a built trainer: rewards, regularizers, interventions, monitors, measures and drift.
 
     Every `ConceptReward` among the trainer's `reward_funcs` is bound to it. Call it once, before `trainer.train()`.
     `trainer.train(resume_from_checkpoint=True)` then takes the last checkpoint that is complete. If it raises, the trainer's
@@ -137,17 +138,17 @@ def attach(
             `interp/measure/<name>/mean`: a text to a float. On rollouts.
         drift (`DriftConfig`, or a mapping of its fields, *optional*): adds a `DriftCallback` with the same monitors.
         reference (`nn.Module`, *optional*): the frozen reference, if the trainer has none (GRPO at β = 0, SFT, without
-            PEFT). Without it, the policy as it is now is copied: what training begins with.
+            PEFT). Without it, the present policy is copied, with which training begins.
         run_log (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
-        arm (`str`): name of this run where several are compared.
-        samples_every (`int`, defaults to 10): rollout batches between two that leave sample completions in the run log.
+        arm (`str`): name of this run in a comparison of several runs.
+        samples_every (`int`, defaults to 10): rollout batches between two samples of completions in the run log.
 
     Returns:
-        `Attachment`: what was put on, with `detach()`.
+        `Attachment`: the added parts, with `detach()`.
 
     Raises:
-        `ValueError`: attached already, a trainer that has no place for what is asked, a readout that was made on another model,
-            or a setting under which scores or gradients would be wrong; the message says which and what to do.
+        `ValueError`: the trainer is attached already or cannot take an argument, a readout was made on another model, or a
+            setting would make scores or gradients wrong. The message names the problem and says what to do.
 
     Example:
         >>> from interp_rlhf import attach
@@ -164,15 +165,16 @@ def attach(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `attach` will do to a trainer: everything is resolved and nothing is touched yet.
+    """The resolved arguments of `attach`. The trainer is not changed yet.
 
     Attributes:
         trainer (`Trainer`), kind (`str`, *optional*): the trainer; see `reference.trainer_kind`.
-        terms, interventions, rewards (`list`): what joins loss and rewards.
+        terms, interventions, rewards (`list`): terms and interventions in the loss, and concept rewards.
         watched (`dict[Readout, str]`): monitors, each with the model that it is read on in rollouts.
-        cards (`list[LoadedCard]`): those of the monitors.
-        drift (`DriftConfig`, *optional*), pushed (`dict[Readout, int]`), holdouts (`dict[str, int]`): what drift watches, what
-            training pushes and where to, and the holdouts of rewards.
+        cards (`list[LoadedCard]`): cards of the monitors.
+        drift (`DriftConfig`, *optional*): configuration of the drift callback.
+        pushed (`dict[Readout, int]`): readouts that training pushes: +1 up, −1 down.
+        holdouts (`dict[str, int]`): names of the rewards' holdouts, with the expected sign.
         measures, reference, run_log, arm, samples_every: as in `attach`.
     """
 
@@ -194,7 +196,7 @@ class Plan:
 
     @classmethod
     def of(cls, trainer: Any, **asked: Any) -> Plan:
-        """Resolve what `attach` was asked for.
+        """Resolve the arguments of `attach`.
 
         Raises:
             `ValueError`: see `attach`.
@@ -229,7 +231,7 @@ class Plan:
         return bool(self.rewards or self.measures or (self.watched and (self.kind is None or self.has_rollouts)))
 
     def refuse(self) -> None:
-        """Raises `ValueError` for what cannot be put onto this trainer."""
+        """Raises `ValueError` if this trainer cannot take a part of the plan."""
         trainer, drift = self.trainer, self.drift
         if self.reads_rollouts:
             refuse_rollouts(trainer, self.kind, self.rewards, self.watched)
@@ -246,10 +248,10 @@ class Plan:
             )
 
     def apply(self) -> Attachment:
-        """Put it onto the trainer. If a part cannot be made, what was done is undone.
+        """Apply the plan to the trainer. If a step raises, the earlier steps are rolled back.
 
         Raises:
-            `ValueError`: the reference, the models of the readouts, or the data are not what they must be.
+            `ValueError`: the reference, a readout's model or the data does not fit.
         """
         trainer = self.trainer
         known = callbacks_of(trainer)
@@ -268,7 +270,7 @@ class Plan:
         if drift is not None:
             if terms is not None:
                 drift.rechecks.append(terms.recheck)
-            trainer.add_callback(drift)  # before the one that keeps counters, since it uses some up
+            trainer.add_callback(drift)  # before `ResumeCallback`, which saves counters that drift uses up
         if self.kind is not None:
             trainer.interp_terms, trainer.interp_attached = terms, True
             trainer.add_callback(ResumeCallback(parts, aligned=self.has_rollouts, prompts=prompts_of(trainer)))
@@ -276,7 +278,7 @@ class Plan:
         return Attachment(trainer, rollout, terms, log, stock, added)
 
     def _listen(self, rollout: Rollout, drift: DriftCallback | None, log: RunLog) -> dict[str, RolloutWatch]:
-        """Bind the rewards to the rollouts, and watch these; returns what a checkpoint must keep."""
+        """Bind the rewards to the rollouts and watch the rollouts. Returns the parts that a checkpoint must keep."""
         trainer, rewards = self.trainer, self.rewards
         watch = RolloutWatch(trainer, rollout, rewards, self.watched, self.measures, log, self.samples_every)
         trainer.interp_rollout, trainer.interp_watchers = rollout, [watch]
@@ -294,7 +296,7 @@ class Plan:
         return {"rollouts": watch}
 
     def _drift_callback(self, log: RunLog) -> DriftCallback | None:
-        """The callback that watches the monitors, and what training pushes."""
+        """The callback that watches the monitors and the pushed readouts."""
         if self.drift is None:
             return None
         readouts = {readout.name: readout for readout in (*self.pushed, *self.watched)}
@@ -312,7 +314,7 @@ class Plan:
         )  # fmt: skip
 
     def _loss_terms(self, undo: ExitStack) -> LossTerms | None:
-        """What joins the loss; its hooks are on the model, and `undo` takes them off."""
+        """Terms, monitors and interventions in the loss. Their hooks are on the model; `undo` removes them."""
         trainer, kind = self.trainer, self.kind
         monitors = [] if self.has_rollouts else list(self.watched)
         if not self.terms and not monitors and not self.interventions:
@@ -336,7 +338,7 @@ class Plan:
         return terms
 
     def _rollout(self) -> Rollout:
-        """What reads the rollouts."""
+        """The reader of the rollouts."""
         trainer = self.trainer
         readouts: dict[Reader, list[Readout]] = {"reference": [], "policy": []}
         for reward in self.rewards:
@@ -405,7 +407,7 @@ def _with_holdouts(cards: list[LoadedCard], rewards: Sequence[ConceptReward]) ->
     """Monitors, and the holdouts that the rewards' cards name, each once.
 
     Raises:
-        `ValueError`: a holdout shares its artifact with a reward: it would move along and prove nothing.
+        `ValueError`: a holdout shares its artifact with a reward. It would move with the reward and prove nothing.
     """
     paid = {
         reward.card.card.readout.artifact.sha256: reward.card.path for reward in rewards if reward.card is not None

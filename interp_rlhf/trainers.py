@@ -1,6 +1,6 @@
-"""TRL's trainers as subclasses that take what `attach` takes.
+"""Subclasses of TRL's trainers that take the keywords of `attach`.
 
-In: a trainer's own arguments and those of `attach`, by keyword. Out: a trainer that is attached already. It must not know more:
+In: a trainer's own arguments, and those of `attach` by keyword. Out: a trainer that is attached already. It must not know more:
 the subclasses only call `attach`.
 """
 

@@ -1,1 +1,1 @@
-"""Sparse autoencoders: read from the files that people have, trained, understood, and handed out as latents to read."""
+"""Sparse autoencoders: they are read from files or trained, inspected, and used as readouts of latents."""

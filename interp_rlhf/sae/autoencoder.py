@@ -1,7 +1,7 @@
 """Sparse autoencoders and transcoders with frozen weights.
 
-In: an activation (..., D). Out: latents, a reconstruction, and how good it is. It must not know file formats, nor the model that
-it reads: it is never a submodule of one.
+In: an activation (..., D). Out: latents, a reconstruction and its quality. It must not know file formats, nor the model whose
+activations it reads: it is never a submodule of one.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ TENSORS = (
 
 @dataclass(frozen=True)
 class SaeSpec:
-    """What a sparse autoencoder is, but for its weights.
+    """Description of a sparse autoencoder: everything except its weights.
 
     Attributes:
         architecture (`str`): `standard` (ReLU), `jumprelu`, `gated`, `topk` or `groupmax`.
-        hook_point (`str`): module path whose output it reads.
-        k (`int`, *optional*): of `topk` and `groupmax`.
-        normalization (`str`, defaults to `"none"`): of the activation, see `Latents`.
-        restore (`bool`, defaults to `True`): whether the output is taken back to the activation's own scale; not in a
+        hook_point (`str`): module path whose output is encoded.
+        k (`int`, *optional*): latents that are on per token, for `topk` and `groupmax`.
+        normalization (`str`, defaults to `"none"`): normalization of the activation, see `Latents`.
+        restore (`bool`, defaults to `True`): True if the output is scaled back to the activation's scale. False for a
             transcoder, whose output is another activation.
         output_point (`str`, *optional*): module path whose output a transcoder predicts; None for an autoencoder.
-        model_id (`str`): what it was trained on, as its file says.
-        source (`dict`): where it came from: path or Hub id, revision, digest, format, its hook name.
+        model_id (`str`): the model that it was trained on, as its file says.
+        source (`dict`): its origin: path or Hub id, revision, digest, format and hook name.
     """
 
     architecture: Architecture
@@ -63,13 +63,13 @@ class SaeSpec:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Settings of the training by this package that it came from, as its file has them; empty for another's."""
+        """Settings of its training, as its file has them; empty if another library trained it."""
         found = (self.source.get("metadata") or {}).get("training")
         return found if isinstance(found, dict) else {}
 
     @property
     def exact_columns(self) -> bool:
-        """Whether a latent depends on no other, so that reading k of them touches k rows."""
+        """True if a latent depends on no other latent. Reading k of them then touches k rows."""
         return self.k is None
 
 
@@ -77,16 +77,17 @@ class SparseAutoencoder(nn.Module):
     """A frozen sparse autoencoder or transcoder.
 
     Args:
-        spec (`SaeSpec`): what it is.
-        encoder (`torch.Tensor` of shape (S, D)), encoder_bias (`torch.Tensor` of shape (S,)): of a gated one, the gate's.
-        decoder (`torch.Tensor` of shape (S, D_out)), decoder_bias (`torch.Tensor` of shape (D_out,)).
+        spec (`SaeSpec`): its description.
+        encoder (`torch.Tensor` of shape (S, D)), encoder_bias (`torch.Tensor` of shape (S,)): weights of the encoder. For
+            `gated`, those of the gate.
+        decoder (`torch.Tensor` of shape (S, D_out)), decoder_bias (`torch.Tensor` of shape (D_out,)): weights of the decoder.
         center (`torch.Tensor` of shape (D,), *optional*): subtracted from the input.
-        threshold (`torch.Tensor` of shape (S,), *optional*): of `jumprelu`.
-        gate_scale, gate_bias (`torch.Tensor` of shape (S,), *optional*): of `gated`, see `Latents`.
+        threshold (`torch.Tensor` of shape (S,), *optional*): thresholds of `jumprelu`.
+        gate_scale, gate_bias (`torch.Tensor` of shape (S,), *optional*): for `gated`, see `Latents`.
         skip (`torch.Tensor` of shape (D_out, D), *optional*): a transcoder's linear path past its latents.
 
     Raises:
-        `ValueError`: tensors whose shapes do not fit together or that the architecture does not have; all of it in one error.
+        `ValueError`: shapes do not fit together, or the architecture does not have a tensor. One error lists all problems.
     """
 
     def __init__(self, spec: SaeSpec, **tensors: torch.Tensor | None):
@@ -114,12 +115,12 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def size(self) -> int:
-        """S: its number of latents."""
+        """S, the number of latents."""
         return len(self.encoder)
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of the activation."""
         return self.encoder.shape[1]
 
     @property
@@ -127,7 +128,7 @@ class SparseAutoencoder(nn.Module):
         return Canaries.of((self.spec.source.get("metadata") or {}).get("canaries") or {})
 
     def description(self) -> dict[str, Any]:
-        """What an artifact of latents says of the autoencoder that they came from, as plain values."""
+        """Description of this autoencoder for an artifact of its latents, as plain values."""
         spec = self.spec
         return {
             "size": self.size, "architecture": spec.architecture, "k": spec.k, "grouped": spec.architecture == "groupmax",
@@ -135,7 +136,7 @@ class SparseAutoencoder(nn.Module):
         }  # fmt: skip
 
     def latents(self, indices: int | Sequence[int] | None = None, name: str = "sae") -> Latents:
-        """Some of its latents as a readout, all by default; weights are shared, not copied, where all are read.
+        """Some of its latents as a readout, all by default. The readout of all latents shares the weights.
 
         Raises:
             `ValueError`: an index out of range.
@@ -144,7 +145,7 @@ class SparseAutoencoder(nn.Module):
             latents = Latents(
                 "sae", self.spec.hook_point, self.encoder, self.encoder_bias, self.center, self.threshold, self.gate_scale,
                 self.gate_bias, self.spec.k, self.spec.architecture == "groupmax", self.spec.normalization, None,
-                self.decoder if self.spec.output_point is None else None,  # a transcoder writes elsewhere than it reads
+                self.decoder if self.spec.output_point is None else None,  # a transcoder writes at another hook point
                 None if self._canaries is None else (self._canaries, self.encoder),
             )  # fmt: skip
             self._all = (self.encoder, latents)
@@ -156,25 +157,25 @@ class SparseAutoencoder(nn.Module):
         return latents if name == latents.name else replace(latents, name=name)
 
     def encode(self, activation: torch.Tensor) -> torch.Tensor:
-        """Latents (..., S) of an activation (..., D), float32: all of them, dense."""
+        """All latents (..., S) of an activation (..., D), dense, float32."""
         return self.latents()(activation)
 
     def decode(self, latents: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
         """Reconstruction (..., D_out) of latents (..., S), without a transcoder's skip path.
 
         Args:
-            like (`torch.Tensor` of shape (..., D), *optional*): the activation that was encoded; needed where its scale was
-                normalized away.
+            like (`torch.Tensor` of shape (..., D), *optional*): the encoded activation. The normalizations that remove
+                its scale need it.
 
         Raises:
-            `ValueError`: it is needed and was not given.
+            `ValueError`: the normalization needs `like`, and it is None.
         """
         return self._restore(latents @ self.decoder + self.decoder_bias, like)
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """Reconstruction (..., D_out) of an activation (..., D), in blocks of tokens: (..., S) is never held."""
+        """Reconstruction (..., D_out) of an activation (..., D), in blocks of tokens. (..., S) is never held."""
         flat = activation.float().reshape(-1, self.width)
-        # A gradient through ReLU, JumpReLU or gates needs what was encoded: it is encoded again, block by block.
+        # A gradient through ReLU, JumpReLU or gates needs the latents. The backward pass encodes them again, block by block.
         again = self.spec.k is None and torch.is_grad_enabled() and flat.requires_grad
         parts = [
             checkpoint(self._reconstruct, part, use_reentrant=False, preserve_rng_state=False)
@@ -200,14 +201,14 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def l0(self, activation: torch.Tensor) -> float:
-        """Mean number of latents that are on, over tokens of an activation (..., D)."""
+        """Mean number of latents that are on per token of an activation (..., D)."""
         sums = LatentSums(self.size)
         for part in blocks(activation.reshape(-1, self.width), self.size):
             sums.add(self.encode(part))
         return sums.l0
 
     def digest(self) -> str:
-        """SHA-256 of its weights."""
+        """SHA-256 of the weights."""
         digest = hashlib.sha256()
         for _, tensor in sorted(self.named_buffers()):
             digest.update(tensor.cpu().numpy().tobytes())
@@ -216,11 +217,11 @@ class SparseAutoencoder(nn.Module):
     def check_model(self, model: Any) -> None:
         """Refuse a model that it was not trained on.
 
-        An autoencoder of this package carries canaries. Of a related model, one that was trained further, it is allowed with a
-        warning: its variance unexplained there says what it is worth.
+        An autoencoder of this package carries canaries. A related model, such as one that was trained further, is allowed with a
+        warning. The unexplained variance on that model then shows how useful the autoencoder is.
 
         Raises:
-            `ValueError`: a model without the hook point, of another width, or another model.
+            `ValueError`: the model lacks the hook point, has another width, or is an unrelated model.
         """
         self.latents().check_model(model)
         training = self.spec.training
@@ -274,7 +275,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def describe(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What an autoencoder is, in plain values."""
+    """Description of an autoencoder for people, as plain values."""
     spec = sae.spec
     return {
         "architecture": spec.architecture, "latents": sae.size, "hook_point": spec.hook_point, "output_point": spec.output_point,
@@ -285,11 +286,11 @@ def describe(sae: SparseAutoencoder) -> dict[str, Any]:
 def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -> SparseAutoencoder:
     """The control: an autoencoder of the same shape whose decoder is random and frozen, and whose encoder is its transpose.
 
-    Rows are unit vectors drawn from `seed`; TopK with the same k, or with `k` where the architecture has none. What a random
-    dictionary does as well, the training of the autoencoder was not needed for (arXiv 2602.14111).
+    Rows are unit vectors drawn from `seed`. It is a TopK autoencoder with the same k, or with `k` if the architecture has no k.
+    A result that a random dictionary also reaches did not need the training of the autoencoder (arXiv 2602.14111).
 
     Args:
-        k (`int`, *optional*): how many are on, for an autoencoder without a k of its own: its L0.
+        k (`int`, *optional*): latents that are on per token, for an autoencoder that has no k. Pass its L0.
 
     Raises:
         `ValueError`: neither the autoencoder nor the caller has a k.
@@ -304,7 +305,7 @@ def random_dictionary(sae: SparseAutoencoder, seed: int, k: int | None = None) -
         model_id=sae.spec.model_id, source={"random_dictionary": seed},
     )  # fmt: skip
     center = sae.center
-    if center is None:  # what an autoencoder's decoder starts from is about the mean of its (normalized) activations
+    if center is None:  # an autoencoder's decoder bias is about the mean of its (normalized) activations
         center = torch.zeros(sae.width) if sae.spec.output_point else sae.decoder_bias
     return SparseAutoencoder(
         spec, encoder=rows, encoder_bias=torch.zeros(sae.size), decoder=rows, decoder_bias=center, center=center

@@ -1,12 +1,13 @@
-"""Activations on disk: the model reads a corpus once, later epochs and later trainings read files.
+"""Activations on disk. The model reads a corpus once; later epochs and later trainings read files.
 
 In: a model, contexts, a hook point. Out: a folder of safetensors files, and a `Source` that reads it. It must not know what the
 activations are for.
 
-`cache.json` says what is in the folder; `activations-00000.safetensors` and so on hold the activations of 256 contexts each, in
-the order of the texts. Each file is written whole or not at all, and the reading goes on where it was stopped. float16 by
-default: half the disk of float32 (1.15 kB a token at D = 576), a rounding error of about 1e-7 of the variance, and as quick to
-read. Activations beyond its range are refused; float32 takes them.
+`cache.json` describes the folder. `activations-00000.safetensors` and the files after it hold the activations of 256 contexts
+each, in the order of the texts. Each file is written whole or not at all, so an interrupted run goes on where it stopped.
+
+The default is float16. It takes half the disk of float32 (1.15 kB a token at D = 576), is as quick to read, and has a rounding
+error of about 1e-7 of the variance. Activations beyond the range of float16 raise an error; float32 holds them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 CacheType = Literal["float16", "float32"]
 SHARD_CONTEXTS = 256
-# Largest relative distance of the first context's activations from the cached ones. Another CPU or library moves them less, other
-# weights more.
+# Largest relative distance of the first context's activations from the cached ones. Another CPU or library moves them less than
+# this, other weights move them more.
 CACHE_TOLERANCE = 0.01
 
 
@@ -42,9 +43,9 @@ class CachedActivations:
     """Activations of a folder, in another order of blocks in each epoch.
 
     Args:
-        folder (`str` or `Path`): what `fill_cache` wrote, whole.
+        folder (`str` or `Path`): a complete folder of `fill_cache`.
         block (`int`): activations read at a time.
-        seed (`int`): of the order.
+        seed (`int`): seed of the order.
     """
 
     def __init__(self, folder: str | Path, block: int, seed: int):
@@ -73,14 +74,14 @@ class CachedActivations:
         path, start, stop = self._pieces[index]
         with _activations(path) as found:
             rows: torch.Tensor = found[start:stop]
-        return rows.to(torch.float32, copy=True)  # memory that torch owns, see `load_tensors`
+        return rows.to(torch.float32, copy=True)  # torch owns this memory, see `load_tensors`
 
 
 def cached_tokens(folder: str | Path) -> int:
     """Number of activations in a folder: tokens that count and are no norm outliers.
 
     Raises:
-        `ValueError`: a file that is cut off.
+        `ValueError`: a file is truncated.
     """
     return sum(rows for _, rows in _files_and_rows(Path(folder)))
 
@@ -104,11 +105,11 @@ def fill_cache(
     dtype: CacheType = "float16",
     progress: bool = False,
 ) -> None:
-    """Write the activations of contexts into a folder, or those that are missing there.
+    """Write the activations of contexts into a folder. Files that are there already are kept.
 
     Raises:
-        `ValueError`: a folder with other activations than those of this model, hook point and texts; the message names what
-            differs. A folder with other files. Activations that float16 does not hold.
+        `ValueError`: the folder holds activations of another model, hook point or text (the message names the differences), or
+            it holds other files, or float16 cannot hold the activations.
     """
     from safetensors.torch import save
 

@@ -1,7 +1,8 @@
 """Checkpoints of a training of a sparse autoencoder: tensors as safetensors, the rest as JSON.
 
-In and out: tensors by name and a JSON state. A checkpoint exists whole or not at all. The one before it is deleted only after
-that. Only folders that have our name pattern and hold nothing but our two files are deleted. It must not know what is in them.
+In and out: tensors by name and a JSON state. A checkpoint exists whole or not at all. The previous checkpoint is
+deleted afterwards. A folder is deleted only if it has our name pattern and holds only our two files. It must not know what the
+tensors mean.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     with folder_aside(folder, ".sae-checkpoint-") as made:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / _TENSOR_FILE)
         (made / _STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        if path.exists():  # the rest of one that was partly deleted by hand
+        if path.exists():  # left over after a partial deletion by hand
             _delete(path)
         os.replace(made, path)
     for _, old in older:
@@ -83,7 +84,7 @@ def load_checkpoint(folder: Path, keys: Collection[str] = ()) -> tuple[dict[str,
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints, and the rest of one whose writing was killed."""
+    """Delete all checkpoints, and the unfinished one of a killed run."""
     for path in [*(path for _, path in _checkpoints(folder)), *folder.glob(".sae-checkpoint-*")]:
         _delete(path)
 
@@ -96,7 +97,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint or the rest of one. A folder that holds anything else stays."""
+    """Delete a checkpoint, also an incomplete one. A folder that holds any other file stays."""
     if (
         path.is_dir()
         and not path.is_symlink()

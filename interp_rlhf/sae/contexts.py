@@ -1,8 +1,8 @@
-"""Where latents are on: the texts that turn them on, those that almost do, and how often.
+"""Where latents are on: the texts that turn them on, the texts that almost do, and how often they are on.
 
-In: a model, a sparse autoencoder, texts. Out: per latent its contexts, its density and its histogram, and of the whole
-autoencoder how well it does on these texts. All S latents are looked at a block of tokens at a time. It must not know labels, nor
-what a page looks like.
+In: a model, a sparse autoencoder, texts. Out: contexts, density and histogram of each latent, and the quality of the whole
+autoencoder on these texts. All S latents are computed for one block of tokens at a time. It must not know labels, nor the look
+of a page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .autoencoder import SparseAutoencoder
     from .reading import Block, ReadingOptions
 
-# Bins between 0 and a power of two: when a larger value comes, neighbours become one bin, so that no value is looked at twice.
+# Bins between 0 and a power of two. A larger value merges neighbouring bins, so no value is read twice.
 BINS = 64
 
 
@@ -35,11 +35,12 @@ class Window:
     """Tokens around one token, with the activation of a latent on each.
 
     Attributes:
-        text (`int`), position (`int`): index of the text, and of the token among the text's tokens.
-        pieces (`list[str]`), token_ids (`list[int]`): the tokens.
-        activations (`list[float | None]`): of each; None on a token that is not counted.
-        peak (`int`): which of them it is about.
-        value (`float`, *optional*): the activation there; in a near miss the pre-activation; None in a random window.
+        text (`int`), position (`int`): index of the text, and of the central token among the text's tokens.
+        pieces (`list[str]`), token_ids (`list[int]`): the tokens of the window.
+        activations (`list[float | None]`): activation on each token; None on a token that does not count.
+        peak (`int`): index of the central token in the window.
+        value (`float`, *optional*): activation on the central token. In a near miss it is the pre-activation; in a random window
+            it is None.
     """
 
     text: int
@@ -53,16 +54,16 @@ class Window:
 
 @dataclass
 class LatentContexts:
-    """One latent on the texts.
+    """Contexts and statistics of one latent.
 
     Attributes:
-        index (`int`): which.
+        index (`int`): index of the latent.
         density (`float`): share of counted tokens on which it is on, in [0, 1].
-        mean (`float`), maximum (`float`): of its activation where it is on; 0 where it never is.
-        histogram (`dict`): `edges` (N + 1) and `counts` (N) of its activations where it is on.
-        top (`list[Window]`): around its highest activations, one per context, highest first.
-        near (`list[Window]`): in which it is off throughout, around its highest pre-activations.
-        off (`list[Window]`): in which it is off throughout, drawn at random from the same texts.
+        mean (`float`), maximum (`float`): mean and maximum of its activations above 0; both are 0 if it is never on.
+        histogram (`dict`): `edges` (N + 1) and `counts` (N) of its activations above 0.
+        top (`list[Window]`): windows around its highest activations, one per context, highest first.
+        near (`list[Window]`): windows in which it is never on, around its highest pre-activations.
+        off (`list[Window]`): windows in which it is never on, drawn at random from the same texts.
     """
 
     index: int
@@ -77,15 +78,15 @@ class LatentContexts:
 
 @dataclass(frozen=True)
 class Survey:
-    """All latents on the texts.
+    """Statistics of all latents on the texts.
 
     Attributes:
-        texts, contexts, tokens (`int`): how many were read; tokens: those that count.
-        outliers (`int`): tokens that do not count since their norm stands out.
+        texts, contexts, tokens (`int`): numbers of texts, of contexts and of tokens that count.
+        outliers (`int`): tokens that do not count because their norm stands out.
         fvu (`float`): fraction of variance unexplained, lower = better; see `SparseAutoencoder.fvu`.
         l0 (`float`): mean number of latents that are on.
         dead (`float`): share of latents that were never on.
-        density, mean (`torch.Tensor` of shape (S,)): share of tokens on which each is on, and its mean over all tokens.
+        density, mean (`torch.Tensor` of shape (S,)): share of tokens on which each latent is on, and its mean over all tokens.
     """
 
     texts: int
@@ -102,10 +103,10 @@ class Survey:
 def survey(
     model: Any, tokenizer: Any, sae: SparseAutoencoder, texts: Sequence[str | Mapping[str, Any]], how: ReadingOptions
 ) -> Survey:
-    """All latents over texts, in one pass.
+    """Statistics of all latents, by one pass over texts.
 
     Raises:
-        `ValueError`: texts without two tokens that count.
+        `ValueError`: the texts have fewer than two tokens that count.
     """
     totals = _Totals(sae)
     for block in read_blocks(model, tokenizer, sae, texts, how, "all latents"):
@@ -114,7 +115,7 @@ def survey(
 
 
 def require_windows(contexts: int) -> None:
-    """Raises `ValueError` where no window of a kind would be kept."""
+    """Raises `ValueError` if no window of a kind would be kept."""
     if contexts < 1:
         raise ValueError(f"`contexts` is {contexts} – expected at least 1 window of each kind per latent.")
 
@@ -131,20 +132,20 @@ def gather_contexts(
     seed: int = 0,
     whole: bool = True,
 ) -> tuple[list[LatentContexts], Survey | None]:
-    """Contexts of chosen latents, in one pass over texts.
+    """Contexts of chosen latents, by one pass over texts.
 
-    The first token of a context is not counted, nor one whose norm stands out in its context (`norm_outliers`). Activations are
-    compared rounded to twelve bits, so that the last ones, which depend on how tokens were batched, do not decide; equal
-    ones stand in the order of the texts. Equal windows are shown once.
+    The first token of a context does not count. A token whose norm stands out in its context does not count either
+    (`norm_outliers`). Activations are rounded to twelve bits before they are compared, because the last bits depend on the
+    batches. Equal activations keep the order of the texts. Equal windows are shown once.
 
     Args:
-        indices (`Sequence[int]`): which latents. Only their rows of the encoder are touched, where the architecture allows.
-        contexts (`int`, defaults to 10): windows of each kind and latent, at most.
-        seed (`int`, defaults to 0): of the random windows.
+        indices (`Sequence[int]`): the latents. If the architecture allows it, only their rows of the encoder are read.
+        contexts (`int`, defaults to 10): most windows of each kind per latent.
+        seed (`int`, defaults to 0): seed of the random windows.
         whole (`bool`, defaults to `True`): also survey all latents, in the same pass.
 
     Raises:
-        `ValueError`: an index out of range, `contexts` below 1, or texts without two tokens that count.
+        `ValueError`: an index is out of range, `contexts` is below 1, or the texts have fewer than two tokens that count.
     """
     require_windows(contexts)
     chosen = sae.latents(indices)
@@ -197,7 +198,7 @@ _Key = tuple[float, int, int]
 
 @dataclass
 class _Best:
-    """The windows with the highest keys; of equal ones the first."""
+    """The windows with the highest keys. Among equal windows the one with the highest key is kept."""
 
     size: int
     entries: dict[tuple[int, ...], tuple[_Key, Window]] = field(default_factory=dict)
@@ -236,7 +237,7 @@ class _Chosen:
         self.on = torch.zeros(count, dtype=torch.long)
         self.sum = torch.zeros(count, dtype=torch.float64)
         self.maximum = torch.zeros(count)
-        self.high = torch.zeros(count)  # of the histogram: a power of two
+        self.high = torch.zeros(count)  # upper end of the histogram, a power of two
         self.bins = torch.zeros(count, BINS, dtype=torch.long)
 
     @torch.no_grad()
@@ -265,7 +266,7 @@ class _Chosen:
         self.sum += values.double().sum(0)
         highest = values.amax(0) if len(values) else torch.zeros_like(self.maximum)
         self.maximum = torch.maximum(self.maximum, highest)
-        power = torch.ldexp(torch.ones_like(highest), torch.frexp(highest).exponent)  # the next one above
+        power = torch.ldexp(torch.ones_like(highest), torch.frexp(highest).exponent)  # the next power of two
         wanted = torch.where(highest > 0, torch.maximum(self.high, power), self.high)
         while (grow := (self.high > 0) & (self.high < wanted)).any():
             pairs = self.bins[grow].view(-1, BINS // 2, 2).sum(-1)
@@ -279,7 +280,7 @@ class _Chosen:
     def _offer(
         self, kind: str, block: Block, values: torch.Tensor, keys: torch.Tensor, shown: torch.Tensor | None
     ) -> None:
-        """Offers each context's best position, by keys (B, K, T), to the latents that may want it, with the value shown there."""
+        """Offer each context's position with the highest key (B, K, T) to the windows of each latent, with its shown value."""
         highest, places = keys.max(-1)  # (B, K)
         floors = torch.tensor([best.floor for best in self.best[kind]])
         for row, latent in (highest > floors).nonzero().tolist():
@@ -314,7 +315,7 @@ class _Chosen:
         return entries
 
     def _histogram(self, i: int) -> dict[str, list[float]]:
-        """Up to the highest bin that holds something: 17 to 32 bins."""
+        """Edges and counts up to the highest bin that is not empty: 17 to 32 bins."""
         counts = self.bins[i].view(-1, 2).sum(1)
         filled = int(counts.nonzero().max()) + 1 if counts.any() else 0
         step = float(self.high[i]) * 2 / BINS
@@ -339,7 +340,7 @@ def _with_pieces(window: Window, tokenizer: Any) -> Window:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token, such that together they are the text of all; token by token where a character is parted."""
+    """Text of each token. Joined, the pieces give the whole text, unless a character is split between two tokens."""
     texts = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(len(ids) + 1)]
     if all(after.startswith(before) for before, after in pairwise(texts)):
         return [after[len(before) :] for before, after in pairwise(texts)]

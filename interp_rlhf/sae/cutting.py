@@ -1,7 +1,7 @@
-"""The cut of a text's tokens into contexts, which training and inspection of autoencoders share.
+"""How a text's tokens are cut into contexts. Training and inspection of autoencoders share this cut.
 
-In: token ids of one text. Out: parts of it. It must not know tokenizers or models. Norm outliers are left out later, when
-activations are at hand: they need more than ids.
+In: token ids of one text. Out: parts of it. It must not know tokenizers or models. Norm outliers are left out later:
+they can only be found in the activations.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Tokens per forward. More of them are not faster on a CPU. Norm outliers are compared with the median norm of these tokens.
+# Tokens per forward. More tokens are not faster on a CPU. Norm outliers are compared with the median norm of these tokens.
 FORWARD_TOKENS = 4096
 
 
 def context_slices(tokens: int, length: int, head: int) -> Iterator[slice]:
     """Parts of a text, one per context, in order. A context is its head plus one part.
 
-    The first token of a context never counts: it draws attention for its position, not for what it is. So a context needs at
-    least two tokens, and a single token at the end of a text, without a head, gives none.
+    The first token of a context never counts: it draws attention because of its position, not its meaning. So a context needs
+    at least two tokens. A single token at the end of a text, without a head, gives no context.
 
     Args:
-        tokens (`int`): tokens of the text, head left out.
-        length (`int`): most tokens of a context, head included.
+        tokens (`int`): number of tokens of the text, without the head.
+        length (`int`): most tokens of a context, with the head.
         head (`int`): tokens that every context begins with, such as a beginning-of-sequence token; 0 for none.
     """
     step = length - head

@@ -1,7 +1,7 @@
-"""What latents write: the tokens that they promote, and the directions that they are like.
+"""Effects of latents: the tokens that they promote, and the directions that resemble them.
 
-In: decoder rows and the model, or other directions. Out: token lists and cosines, without any text. It must not know on which
-texts a latent is on.
+In: decoder rows and the model, or other directions. Out: token lists and cosines; no text is read. It must not know on
+which texts a latent is on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS = 64  # latents whose effects (V,) are held at a time
 
 @dataclass(frozen=True)
 class Promotion:
-    """A token, and by how much one unit of activation moves its logit, relative to the mean over the vocabulary."""
+    """A token, and the change of its logit per unit of activation, relative to the mean over the vocabulary."""
 
     token: int
     piece: str
@@ -36,14 +36,14 @@ class Promotion:
 def promotions(
     model: Any, tokenizer: Any, sae: SparseAutoencoder, indices: Sequence[int], count: int = 10
 ) -> list[tuple[list[Promotion], list[Promotion]]]:
-    """Tokens that each latent promotes and suppresses most, straight through the unembedding, strongest first.
+    """Tokens that each latent promotes and suppresses most, directly through the unembedding, strongest first.
 
-    The logit lens on the decoder: W_U (gain ⊙ d). The final norm's gain is folded in, and its centring where it is a LayerNorm;
-    its scale, which depends on the token, is 1; later layers are left out. It says what a late latent does, and little of an
-    early one.
+    This is the logit lens on the decoder: W_U (gain ⊙ d). It includes the gain of the final norm, and its centring for a
+    LayerNorm. The scale of that norm depends on the token and is taken as 1. Later layers are left out, so the result describes
+    a late latent well and an early latent poorly.
 
     Returns:
-        Per latent the promoted and the suppressed; empty where the decoder's width is not the unembedding's.
+        Promoted and suppressed tokens of each latent; empty lists if the decoder and the unembedding differ in width.
     """
     head = unwrap(model).get_output_embeddings()
     if head is None or head.weight.shape[1] != sae.decoder.shape[1]:
@@ -71,10 +71,10 @@ def promotions(
 
 
 def final_gain(model: Any) -> tuple[torch.Tensor, bool]:
-    """Gain (D,) of the norm before the unembedding, and whether that norm centres; ones where the model has none.
+    """Gain (D,) of the norm before the unembedding, and True if that norm centres. Without such a norm the gain is 1.
 
-    The gain is measured, not read: some keep it less 1 in their weight. For an x of mean 0 and mean square 1, a norm gives
-    gain ⊙ x + bias.
+    The gain is measured, not read: the weight of some norms is the gain minus 1. For an x of mean 0 and mean square 1, a norm
+    gives gain ⊙ x + bias.
     """
     core: Any = backbone(model)
     names = {module: name for name, module in unwrap(model).named_modules()}
@@ -100,7 +100,7 @@ def cosines(sae: SparseAutoencoder, indices: Sequence[int], readouts: Sequence[R
     """Cosine of each latent's decoder row with each readout's direction, in [−1, 1]; 0 for a decoder row of zeros.
 
     Raises:
-        `ValueError`: a readout at another hook point than the one at which the autoencoder writes: there is no common space.
+        `ValueError`: a readout is at another hook point than the autoencoder's output: they share no space.
     """
     point = sae.spec.output_point or sae.spec.hook_point
     wrong = [f"`{readout.name}` at `{readout.hook_point}`" for readout in readouts if readout.hook_point != point]

@@ -1,7 +1,7 @@
 """Sparse autoencoders from and to files, without the libraries that wrote them.
 
-In: a folder, a file or a Hub id. Out: a `SparseAutoencoder` that says where it came from, in float32. For writing: an autoencoder
-goes in, a folder comes out, whole or not at all. Nothing is unpickled. It must not know what a format's config and tensors mean:
+In: a folder, a file or a Hub id. Out: a `SparseAutoencoder` in float32 that names its origin. For writing: an autoencoder goes
+in, a folder comes out, whole or not at all. Nothing is unpickled. It must not know what a format's config and tensors mean:
 each format has a reader in its `format_<name>.py`.
 """
 
@@ -57,7 +57,7 @@ def load_sae(
         output_point (`str`, *optional*): module path whose output a transcoder predicts, instead of the one in the file.
 
     Returns:
-        `SparseAutoencoder`: its `spec.source` says where it came from.
+        `SparseAutoencoder`: its `spec.source` names its origin.
 
     Raises:
         `FileNotFoundError`: no such folder or file.
@@ -98,7 +98,7 @@ def save_sae(
         folder (`str` or `Path`): a separate folder.
         metadata (`dict`, *optional*): JSON values. `cfg.json` keeps them under `metadata`; after loading they are in
             `spec.source`.
-        replace (`bool`, defaults to `False`): whether an autoencoder in that folder may be replaced.
+        replace (`bool`, defaults to `False`): True if an autoencoder in that folder may be replaced.
 
     Returns:
         `str`: SHA-256 of the file with the weights.

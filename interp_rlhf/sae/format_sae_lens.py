@@ -201,7 +201,7 @@ def _their_architecture(sae: SparseAutoencoder) -> str:
 
 
 def _file_tensors(sae: SparseAutoencoder) -> tuple[dict[str, torch.Tensor], bool]:
-    """Tensors by their names in the file, and whether `b_dec` is subtracted from the input. Biases take up another centre."""
+    """Tensors by their names in the file, and True if `b_dec` is subtracted from the input. Biases absorb another centre."""
     center = sae.center
     centred = center is not None and sae.spec.output_point is None and center.equal(sae.decoder_bias)
     shift = sae.encoder_bias.new_zeros(sae.size) if center is None or centred else sae.encoder @ center

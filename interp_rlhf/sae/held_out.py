@@ -1,4 +1,4 @@
-"""How well a sparse autoencoder does on text that it was not trained on, beside PCA of as many numbers per token.
+"""Quality of a sparse autoencoder on text that it was not trained on, next to PCA with as many numbers per token.
 
 In: an autoencoder and activations, block by block. Out: `HeldOut`. It must not know where activations come from.
 """
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an autoencoder makes of held-out activations.
+    """Quality of an autoencoder on held-out activations.
 
     Attributes:
-        tokens (`int`): N.
+        tokens (`int`): N, the number of tokens.
         explained_variance (`float`): 1 − Σ ‖h − ĥ‖² / Σ ‖h − h̄‖² over tokens, h̄ their mean; 1 = perfect, 0 = no better than the
             mean.
-        explained_variance_per_token (`float`): mean over tokens of 1 − ‖h − ĥ‖² / ‖h − h̄‖²: no token counts for more.
+        explained_variance_per_token (`float`): mean over tokens of 1 − ‖h − ĥ‖² / ‖h − h̄‖². Every token counts the same.
         l0 (`float`): mean number of latents that are on.
-        dead_fraction (`float`): share of latents that are on for none of the tokens.
+        dead_fraction (`float`): share of latents that are never on.
         pca (`float`, *optional*): explained variance of the k principal components of the training activations about their mean.
-        pca_here (`float`): the same of the components of these very tokens: the most that any k directions explain.
+        pca_here (`float`): the same for the components of these tokens, the most that k directions can explain.
     """
 
     tokens: int
@@ -59,12 +59,12 @@ class HeldOut:
     pca_here: float
 
     def entry(self) -> dict[str, float | int | None]:
-        """As JSON, rounded to four places."""
+        """The values for JSON, rounded to four places."""
         return {name: round(value, 4) if value is not None else None for name, value in asdict(self).items()}
 
 
 class Moments:
-    """Mean and covariance of activations (N, D), block by block, in double precision."""
+    """Mean and covariance of activations (N, D), added block by block in double precision."""
 
     def __init__(self, activations: Iterable[torch.Tensor] = ()):
         self.count = 0
@@ -74,7 +74,7 @@ class Moments:
             self.add(rows)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Count some more tokens."""
+        """Add the activations of more tokens."""
         values = rows.double()
         self.count += len(values)
         self.total = self.total + values.sum(0)
@@ -82,11 +82,11 @@ class Moments:
 
     @property
     def mean(self) -> torch.Tensor:
-        """(D,)."""
+        """Mean activation (D,)."""
         return self.total / self.count
 
     def about(self, center: torch.Tensor) -> torch.Tensor:
-        """Σ (h − center)(h − center)ᵀ, (D, D)."""
+        """Scatter matrix Σ (h − center)(h − center)ᵀ (D, D)."""
         off = self.mean - center
         centred = self.products - self.count * torch.outer(self.mean, self.mean)
         return centred + self.count * torch.outer(off, off)
@@ -106,7 +106,7 @@ def explained_by(components: torch.Tensor, center: torch.Tensor, moments: Moment
 def read_held_out(
     model: nn.Module, contexts: Contexts, hook_point: str, progress: str | None = None
 ) -> list[torch.Tensor]:
-    """Activations of all contexts in blocks; float32, 4 D bytes a token."""
+    """Activations of all contexts, in blocks. In float32 they take 4 D bytes a token."""
     blocks = []
     with tqdm(total=contexts.tokens, desc=progress, unit="token", disable=progress is None, leave=False) as bar:
         for rows in in_order(model, contexts, hook_point):
@@ -122,9 +122,9 @@ def held_out(
     """Evaluate an autoencoder.
 
     Args:
-        blocks (`Callable`): gives the activations in blocks (n, D), each time it is called.
-        k (`int`): principal components to compare with.
-        trained_on (`Moments`, *optional*): of the training activations.
+        blocks (`Callable`): gives the activations in blocks (n, D) at every call.
+        k (`int`): number of principal components to compare with.
+        trained_on (`Moments`, *optional*): moments of the training activations.
     """
     moments = Moments(blocks())
     errors, latents = ErrorSums(moments.mean), LatentSums(sae.size)
@@ -157,12 +157,12 @@ def evaluate(
     """Evaluate an autoencoder on contexts that it was not trained on.
 
     Args:
-        k (`int`): principal components to compare with.
-        cache (`str` or `Path`, *optional*): folder for activations; these ones go into a folder in it. Without it they are held
-            in memory, 4 D bytes a token. PCA of the training text is told where the folder has its activations, all of them.
+        k (`int`): number of principal components to compare with.
+        cache (`str` or `Path`, *optional*): folder for activations. These activations go into a subfolder. Without a cache they
+            stay in memory, 4 D bytes a token. `pca` is measured only if the cache holds all training activations.
 
     Raises:
-        `ValueError`: the contexts are those that it was trained on, or `cache` holds other files.
+        `ValueError`: the autoencoder was trained on these contexts, or `cache` holds other files.
     """
     point = sae.spec.hook_point
     training = sae.spec.training
@@ -180,7 +180,7 @@ def evaluate(
 
 
 def check_other_texts(texts: Sequence[str], other: Sequence[str]) -> None:
-    """Raises `ValueError` where a text to evaluate on, but for white space around it, is one that is trained on."""
+    """Raises `ValueError` if a text to evaluate on is also a training text. White space around texts is ignored."""
     seen = {text.strip() for text in texts} - {""}
     if shared := [index for index, text in enumerate(other) if text.strip() in seen]:
         raise ValueError(
@@ -190,7 +190,7 @@ def check_other_texts(texts: Sequence[str], other: Sequence[str]) -> None:
 
 
 def check_other_contexts(trained_on: str | None, contexts: Contexts) -> None:
-    """Raises `ValueError` where contexts to evaluate on have the fingerprint of those that are trained on."""
+    """Raises `ValueError` if the contexts to evaluate on have the fingerprint of the training contexts."""
     if trained_on == contexts.fingerprint:
         raise ValueError(
             "The text to evaluate on is the one that is trained on, token by token – expected another. Name other texts."

@@ -1,8 +1,8 @@
-"""Hook names of other libraries to hook points: paths of modules whose output is the activation.
+"""Translates hook names of other libraries to hook points: paths of the modules that output the activations.
 
-In: a name as a file has it (TransformerLens' `blocks.15.hook_resid_post`, Hugging Face's `model.layers.15.output`, sparsify's
-`layers.15.mlp`) and where a decoder keeps its parts. Out: `model.layers.15`. A name for what no module gives out is refused.
-It must not know file formats.
+In: a name from a file (TransformerLens' `blocks.15.hook_resid_post`, Hugging Face's `model.layers.15.output`, sparsify's
+`layers.15.mlp`) and the layout of a decoder. Out: `model.layers.15`. If no module outputs the named activation, it
+raises an error. It must not know file formats.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ _SANDWICH = frozenset({"pre_feedforward_layernorm", "post_feedforward_layernorm"
 _GPT2 = frozenset({"attn", "mlp", "ln_1", "ln_2"})
 _ATTENTIONS = ("self_attn", "attn", "attention", "linear_attn")
 _MLPS = ("mlp", "block_sparse_moe", "feed_forward")
-# What TransformerLens calls a part of a block; `stream` is the residual stream before the block.
+# TransformerLens' names for the parts of a block. `stream` is the residual stream before the block.
 _PARTS = {
     "hook_resid_pre": "stream", "hook_in": "stream", "hook_resid_post": "block", "hook_out": "block",
     "hook_attn_out": "attention_out", "attn.hook_out": "attention", "attn.hook_in": "attention_in",
     "hook_mlp_out": "mlp_out", "mlp.hook_out": "mlp", "mlp.hook_in": "mlp_in",
 }  # fmt: skip
-# What may be a part's module. TransformerLens takes what a part adds to the stream: where a norm follows the part, after it.
+# Possible modules of each part. TransformerLens reads what a part adds to the stream: if a norm follows the part, that is the
+# output of the norm.
 _PLAIN = {
     "attention": _ATTENTIONS, "attention_in": ("input_layernorm", "ln_1"), "attention_out": _ATTENTIONS,
     "mlp": _MLPS, "mlp_in": ("post_attention_layernorm", "ln_2"), "mlp_out": _MLPS,
@@ -40,7 +41,7 @@ _CHOICES = {
         "attention_out": ("post_self_attn_layernorm",), "mlp_out": ("post_mlp_layernorm",),
     },
 }  # fmt: skip
-# Why no module gives it out, and what to use.
+# Why no module outputs this activation, and an alternative.
 _NOWHERE = {
     "attn.hook_z": (
         "the heads before the output projection, which no module gives out",
@@ -65,15 +66,15 @@ _NOWHERE = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a decoder keeps the parts that hook names speak of.
+    """Where a decoder keeps the parts that hook names refer to.
 
     Attributes:
-        blocks (`str`): path of the list of its layers, `model.layers`.
+        blocks (`str`): path of the list of its layers, such as `model.layers`.
         children (`frozenset[str]`): names of a layer's parts.
         embedding (`str`): path of the token embedding.
-        stream (`str`, *optional*): hook point of what the first layer is given.
-        count (`int`, *optional*): how many layers; None where no model is at hand.
-        modules (`frozenset[str]`, *optional*): all paths; None where no model is at hand.
+        stream (`str`, *optional*): hook point of the first layer's input.
+        count (`int`, *optional*): number of layers; None without a model.
+        modules (`frozenset[str]`, *optional*): all module paths; None without a model.
         base (`str`): path of the decoder without its LM head, to which sparsify's names are relative.
     """
 
@@ -87,7 +88,7 @@ class Layout:
 
     @classmethod
     def of_model(cls, model: Any) -> Layout:
-        """Layout of a model at hand, wrapped or not."""
+        """Layout of a model, wrapped or not."""
         base = unwrap(model)
         modules = frozenset(name for name, _ in base.named_modules() if name)
         layers = decoder_layers(base)
@@ -106,7 +107,7 @@ class Layout:
 
     @classmethod
     def of_name(cls, model_id: str = "") -> Layout:
-        """Layout by a model's name, for when it is not at hand: GPT-2's, Gemma's with norms around each part, or Llama's."""
+        """Layout that a model's name suggests: GPT-2's, Gemma's with norms around each part, or Llama's."""
         name = model_id.lower()
         if re.search(r"gpt-?2", name):
             return cls("transformer.h", _GPT2, "transformer.wte", "transformer.drop", base="transformer")
@@ -119,7 +120,7 @@ class Layout:
         return f"{self.blocks}.{index}"
 
     def part(self, index: int, part: str) -> str | None:
-        """Path of the module whose output is a part's; None if there is none."""
+        """Path of the module that outputs a part; None if no module does."""
         if part == "block":
             return self.block(index)
         if part == "stream":
@@ -133,10 +134,10 @@ class Layout:
 
 
 def module_path(name: str, layout: Layout) -> str:
-    """Hook point of a name of TransformerLens, Hugging Face (`.input` and `.output` may follow) or sparsify.
+    """Hook point for a name of TransformerLens, sparsify or Hugging Face, with or without `.input` or `.output`.
 
     Raises:
-        `ValueError`: no module's output is that, or the model has fewer layers.
+        `ValueError`: no module outputs this activation, or the model has fewer layers.
     """
     if "hook_" in name:
         return _from_transformer_lens(name, layout)
@@ -160,7 +161,7 @@ def _from_transformer_lens(name: str, layout: Layout) -> str:
 
 
 def _module_path(name: str, layout: Layout) -> str:
-    """Module path in this model for a path that is relative to its base, or that another wrapping of the same model has."""
+    """Module path in this model for a path relative to its base, or for a path in another wrapper of the same model."""
     for candidate in (name, f"{layout.base}.{name}"):
         if layout.modules is not None and candidate in layout.modules:
             return candidate

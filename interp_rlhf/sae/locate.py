@@ -1,6 +1,6 @@
 """Where the weights of a sparse autoencoder are: in a folder, in a file, or on the Hub.
 
-In: a path or a Hub id. Out: the path of the weights, their format and their source. It must not know what is in the files.
+In: a path or a Hub id. Out: the path of the weights, their format and their source. It must not know the content of the files.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _folders_on_hub(name: str, revision: str | None, root: Path) -> list[str]:
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Where there is no connection, the Hub's HTTP library raises errors of its own: a base class of the Hub's error.
+    # Without a connection, the Hub's HTTP library raises its own errors. The Hub's error class derives from them.
     unreachable: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         files = [Path(file) for file in list_repo_files(name, revision=revision)]

@@ -4,11 +4,11 @@ In: a source of activations, settings. Out: weights, step by step, and at the en
 texts, logs or files.
 
 Inputs are divided by their mean norm over √D (the `expected_average_only_in` of sae-lens). At the end the division is folded into
-the weights. The loss is the fraction of the batch's variance that is not explained, plus the auxiliary loss of Gao et al.: the
-share of the error that is left when long-silent latents explain it. Deviations from the papers:
-1. The auxiliary latents are `aux_k` = 2k, not half the width: each costs as much as one of the k.
+the weights. The loss is the unexplained fraction of the batch's variance, plus the auxiliary loss of Gao et al.: the share of
+the error that remains when long-silent latents reconstruct it. Deviations from the papers:
+1. There are `aux_k` = 2k auxiliary latents, not half the width: each costs as much as one of the k.
 2. A latent counts as silent after one pass over the corpus by default, not after ten million tokens: corpora here are small.
-3. BatchTopK's threshold is the moving average of the smallest entry that is kept, as in sae-lens. It is exported as JumpReLU.
+3. BatchTopK's threshold is the moving average of the smallest kept entry, as in sae-lens. It is exported as JumpReLU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PARAMETERS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 
 
 class Training:
-    """The state of a training: weights, optimizer, stream, and which latents are silent.
+    """The state of a training: weights, optimizer, stream and silent latents.
 
     Args:
         source (`Source`): activations of the corpus.
@@ -76,7 +76,7 @@ class Training:
             weight.requires_grad_()
 
     def take_step(self) -> dict[str, torch.Tensor]:
-        """One optimizer step. Returns what was measured on its batch before the step."""
+        """Take one optimizer step. Returns the measurements on its batch before the step."""
         activation = self.buffer.next() * self.scale
         weights = self.weights
         centred = activation - weights["decoder_bias"].detach()

@@ -1,4 +1,4 @@
-"""How good an autoencoder is: variance unexplained, how many latents are on, and which never are.
+"""Quality of an autoencoder: unexplained variance, number of latents that are on, and dead latents.
 
 In: targets, reconstructions and latents, a block of tokens at a time. Out: numbers over all tokens. It must not know models or
 texts. Callers leave out the tokens that do not count.
@@ -59,7 +59,7 @@ class ErrorSums:
 
 
 class LatentSums:
-    """How often each of S latents is on, and its mean, over blocks of tokens. No block is kept.
+    """Frequency and mean of each of S latents, over blocks of tokens. No block is kept.
 
     Args:
         latents (`int`): S.
@@ -84,7 +84,7 @@ class LatentSums:
 
     @property
     def dead_fraction(self) -> float:
-        """Share of latents that are on for none of the tokens, in [0, 1]."""
+        """Share of latents that are never on, in [0, 1]."""
         return float((self._on == 0).double().mean())
 
     @property

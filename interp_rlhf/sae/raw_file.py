@@ -1,4 +1,4 @@
-"""What is in a file of a sparse autoencoder: as it was read, and in our terms.
+"""Content of a file of a sparse autoencoder: as it was read, and in our terms.
 
 In: a config and tensors by the file's names. Out: `Contents`, the same in our terms. A reader raises nothing while it looks
 through a file. It notes each problem, so that one error lists them all. It must not know any format.
@@ -25,7 +25,7 @@ Shape = tuple[int | None, ...]
 
 @dataclass
 class Contents:
-    """What a file says, in the terms of `SaeSpec` and `SparseAutoencoder`.
+    """Content of a file, in the terms of `SaeSpec` and `SparseAutoencoder`.
 
     Attributes:
         architecture, k, normalization, model_id: as in `SaeSpec`.

@@ -1,8 +1,9 @@
-"""Texts → contexts → activations, a block of tokens at a time.
+"""Reads texts as contexts and contexts as activations, one block of tokens at a time.
 
 In: a model, texts or labelled examples. Out: blocks of contexts with their activations, and latents pooled over examples. The
-first token of a context does not count, nor does one whose norm stands out among the context's: attention sinks have activations
-like no other token's, and would decide every number. (tokens, S) is never held. It must not know what is looked for.
+first token of a context does not count. A token whose norm stands out in its context does not count either: the activations of
+attention sinks are unlike all others and would dominate every number. (tokens, S) is never held. It must not know the purpose of
+the reading.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ if TYPE_CHECKING:
     from ..concepts.latents import Latents
     from .autoencoder import SparseAutoencoder
 
-_TEXTS = 64  # tokenized at a time
+_TEXTS = 64  # texts tokenized at a time
 
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How texts are cut and read.
+    """Options for cutting and reading texts.
 
     Attributes:
-        context_length (`int`, defaults to 256): tokens of a context. A longer text is cut; each part begins with the text's
-            beginning-of-sequence token, where it has one.
-        window (`int`, defaults to 16): tokens shown on either side of a token.
+        context_length (`int`, defaults to 256): most tokens of a context. A longer text is cut. If it has a
+            beginning-of-sequence token, each part begins with it.
+        window (`int`, defaults to 16): tokens shown on each side of a token.
         batch_tokens (`int`, defaults to 4096): tokens per forward.
         progress (`bool`): show progress bars.
     """
@@ -53,19 +54,19 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class Block:
-    """Contexts that are read together, with their activations (N, D) of all real tokens, row by row."""
+    """Contexts that are read together, with the activations (N, D) of all real tokens, row by row."""
 
     batch: TokenBatch
     counted: torch.Tensor  # (B, T)
     texts: list[int]
-    starts: list[int]  # where in its text a context begins
+    starts: list[int]  # position of each context's start in its text
     activations: torch.Tensor
     targets: torch.Tensor
-    outliers: int  # tokens that do not count since their norm stands out in their context
+    outliers: int  # tokens that do not count because their norm stands out in their context
 
     @property
     def kept(self) -> torch.Tensor:
-        """Which of the N tokens count."""
+        """Mask (N,) of the tokens that count."""
         return self.counted[self.batch.attention_mask]
 
 
@@ -73,7 +74,7 @@ def counted_batch(model: Any, tokenizer: Any, rows: Sequence[str | Mapping[str, 
     """Token batch of whole examples.
 
     Raises:
-        `ValueError`: an example without a token that counts.
+        `ValueError`: an example has no token that counts.
     """
     batch = tokenize_examples(rows, tokenizer, end_of_turn_ids=end_of_turn_ids(model, tokenizer))
     if not batch.completion_mask.any(1).all():
@@ -87,8 +88,8 @@ class PooledLatents:
     """Latents over the counted tokens of each of N examples.
 
     Attributes:
-        means, maxima (`torch.FloatTensor` of shape (N, K)).
-        l0 (`float`): how many of the K are on, mean over tokens.
+        means, maxima (`torch.FloatTensor` of shape (N, K)): mean and maximum of each latent over an example's tokens.
+        l0 (`float`): mean number of the K latents that are on per token.
     """
 
     means: torch.Tensor
@@ -102,10 +103,10 @@ def pool_latents(
 ) -> tuple[list[PooledLatents], torch.Tensor]:
     """Latents of several dictionaries at one hook point, and the mean activation (N, D), by one forward.
 
-    A token whose norm stands out among its example's counts in none of it.
+    A token whose norm stands out in its example does not count.
 
     Args:
-        rows (`int`, defaults to 64): rows whose activations (tokens, D) are held at a time.
+        rows (`int`, defaults to 64): number of rows whose activations (tokens, D) are held at a time.
     """
     (point,) = {latents.hook_point for latents in readouts}
     sums = [torch.zeros(len(batch), latents.size) for latents in readouts]
@@ -138,7 +139,7 @@ def read_blocks(
     how: ReadingOptions,
     label: str,
 ) -> Iterator[Block]:
-    """Blocks of contexts, in the order of the texts, each about as large as a forward; `label` is the progress bar's."""
+    """Blocks of contexts in the order of the texts, each about one forward. `label` names the progress bar."""
     point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
     with tqdm(total=len(texts), desc=label, unit="text", disable=not how.progress, leave=False) as bar:
         for pending in _contexts(texts, tokenizer, how, end_of_turn_ids(model, tokenizer)):
@@ -163,7 +164,7 @@ _Context = tuple[int, int, list[int], list[bool]]
 def _contexts(
     texts: Sequence[str | Mapping[str, Any]], tokenizer: Any, how: ReadingOptions, ends: set[int]
 ) -> Iterator[list[_Context]]:
-    """Contexts, each as (text, start, ids, which count), together about as many tokens as a forward takes."""
+    """Groups of contexts (text, start, ids, flags of counted ids). Each group has about the tokens of one forward."""
     pending: list[_Context] = []
     tokens = 0
     for first in range(0, len(texts), _TEXTS):
@@ -184,7 +185,7 @@ def _contexts(
 def _cut(
     ids: list[int], counts: list[bool], bos: int | None, length: int
 ) -> Iterator[tuple[int, list[int], list[bool]]]:
-    """Contexts of one text with a token that counts: start, ids, and which of the ids count."""
+    """Start, ids and flags of counted ids, for each context of one text that has a counted token."""
     head = 1 if ids and bos is not None and ids[0] == bos and not counts[0] else 0
     for piece in context_slices(len(ids) - head, length, head):
         which = [False] * head + counts[head:][piece]

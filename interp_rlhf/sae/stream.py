@@ -1,7 +1,7 @@
-"""Activations of texts as an endless shuffled stream of bounded memory: what a sparse autoencoder is trained on.
+"""Activations of texts as an endless shuffled stream in bounded memory. Sparse autoencoders are trained on it.
 
 In: texts, a tokenizer, a model and a hook point, or activations on disk. Out: batches (N, D) in random order. It must not know
-what they are for. The stream can be stopped anywhere and taken up again at the same activation.
+their purpose. The stream can stop anywhere and resume at the same activation.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def load_corpus(paths: Sequence[str | Path]) -> list[str]:
-    """Texts of files: a `.txt` file is one text; a JSONL or CSV file, or a `datasets` path, has one per row, in `text`.
+    """Texts from files. A `.txt` file is one text. A JSONL or CSV file, or a `datasets` path, has one text per row, in `text`.
 
     Raises:
-        `FileNotFoundError`: no such file.
-        `ValueError`: a row without `text`, or nothing but white space.
+        `FileNotFoundError`: a file does not exist.
+        `ValueError`: a row has no `text`, or all texts are white space.
     """
     texts: list[str] = []
     paths = as_list(paths)
@@ -54,12 +54,12 @@ def load_corpus(paths: Sequence[str | Path]) -> list[str]:
 class Contexts:
     """Token ids of texts, cut into contexts that a model reads one by one.
 
-    No context holds two texts: the model sees what it would see of one text alone. What is left of a text is a shorter context.
+    No context holds two texts, so the model reads each text as if it were alone. The end of a text is a shorter context.
 
     Attributes:
-        ids (`torch.IntTensor` of shape (T,)): of all texts, without what the tokenizer puts around a text.
-        starts (`torch.LongTensor` of shape (C + 1,)): where each context begins; the last one ends at the last entry.
-        prefix (`tuple[int, ...]`): ids that every context begins with: what the tokenizer puts before a text.
+        ids (`torch.IntTensor` of shape (T,)): ids of all texts, without the tokens that the tokenizer adds around a text.
+        starts (`torch.LongTensor` of shape (C + 1,)): start of each context; the last entry is the end of the last context.
+        prefix (`tuple[int, ...]`): ids that every context begins with. The tokenizer adds them before a text.
         special (`torch.LongTensor`): ids that do not count.
         length (`int`): most tokens of a context, prefix included.
     """
@@ -75,12 +75,12 @@ class Contexts:
 
     @property
     def left_out(self) -> int:
-        """First tokens of each context that do not count: the first one draws attention whatever it is."""
+        """Number of tokens at the start of each context that do not count. Any first token draws attention."""
         return max(1, len(self.prefix))
 
     @property
     def tokens(self) -> int:
-        """How many tokens count, norm outliers among them."""
+        """Number of tokens that count, with norm outliers."""
         counted = ~torch.isin(self.ids.long(), self.special)
         if not self.prefix:
             counted[self.starts[:-1]] = False
@@ -88,7 +88,7 @@ class Contexts:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of ids and cuts."""
+        """SHA-256 of the ids and the cuts."""
         digest = hashlib.sha256(repr((self.prefix, self.length, self.special.tolist())).encode())
         digest.update(self.ids.numpy().tobytes())
         digest.update(self.starts.numpy().tobytes())
@@ -104,7 +104,7 @@ class Contexts:
         return TokenBatch.from_ids([prefix] * len(ids), ids, counts=counts)
 
     def spread(self, tokens: int | None) -> Contexts:
-        """As many contexts as have about so many tokens, evenly spread over the texts; all of them where `tokens` is None."""
+        """Contexts with about `tokens` tokens in total, spread evenly over the texts; all contexts if `tokens` is None."""
         if tokens is None or tokens >= self.tokens:
             return self
         count = max(1, round(len(self) * tokens / self.tokens))
@@ -115,10 +115,10 @@ class Contexts:
 
 
 def cut(texts: Iterable[str], tokenizer: Any, length: int) -> Contexts:
-    """Contexts of `length` tokens of texts, one text after the other. Ids take 4 bytes a token; texts are not kept.
+    """Cut texts into contexts of at most `length` tokens, one text after the other. Ids take 4 bytes a token; texts are not kept.
 
     Raises:
-        `ValueError`: texts without a token that counts.
+        `ValueError`: `length` is too small, or no token of the texts counts.
     """
     prefix = _prefix(tokenizer)
     if length - len(prefix) < 2:
@@ -142,25 +142,25 @@ class Source(Protocol):
 
     @property
     def tokens(self) -> int:
-        """About how many there are: not fewer than an epoch gives."""
+        """About the number of activations in an epoch, never too low."""
 
     @property
     def block(self) -> int:
         """Most activations of one block."""
 
     def blocks(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
-        """Blocks (n, D), float32, of an epoch from the `start`-th on; the same ones every time."""
+        """Blocks (n, D) of an epoch, float32, from block `start` on. Every call gives the same blocks."""
 
 
 class ModelActivations:
     """Activations read by the model, once per epoch.
 
     Args:
-        model (`nn.Module`): read up to the hook point, as its adapters stand.
-        contexts (`Contexts`): what it reads.
-        hook_point (`str`): where.
-        block (`int`): about how many activations come at a time.
-        seed (`int`): of the order.
+        model (`nn.Module`): the model. It runs up to the hook point, with its adapters as they are.
+        contexts (`Contexts`): the contexts to read.
+        hook_point (`str`): module path whose output is read.
+        block (`int`): about the number of activations in a block.
+        seed (`int`): seed of the order.
     """
 
     def __init__(self, model: nn.Module, contexts: Contexts, hook_point: str, block: int, seed: int):
@@ -185,7 +185,7 @@ class ModelActivations:
 
 
 def activations_of(model: nn.Module, contexts: Contexts, rows: Sequence[int], hook_point: str) -> torch.Tensor:
-    """Activations (N, D), float32, of some contexts: of tokens that count and are no norm outliers."""
+    """Activations (N, D) of some contexts, float32, for tokens that count and are no norm outliers."""
     found = read_activations(model, contexts.batch(rows), [hook_point], batch_tokens=FORWARD_TOKENS)[hook_point]
     return found[~norm_outliers(found)]
 
@@ -193,7 +193,7 @@ def activations_of(model: nn.Module, contexts: Contexts, rows: Sequence[int], ho
 def in_order(
     model: nn.Module, contexts: Contexts, hook_point: str, rows: Sequence[int] | None = None
 ) -> Iterator[torch.Tensor]:
-    """Activations (n, D) of contexts, all of them by default, in their order, about a forward's tokens at a time."""
+    """Activations (n, D) of contexts in their order, in blocks of about one forward. Default: all contexts."""
     rows = range(len(contexts)) if rows is None else rows
     count = max(1, FORWARD_TOKENS // contexts.length)
     for start in range(0, len(rows), count):
@@ -201,18 +201,18 @@ def in_order(
 
 
 def order(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """A permutation that depends on seed and epoch only."""
+    """A permutation that depends only on seed and epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 class ShuffleBuffer:
-    """Batches in random order out of at most `size` activations, refilled when half of them are gone.
+    """Random batches from a buffer of at most `size` activations, which is refilled when half of it is used.
 
     Args:
-        source (`Source`): where activations come from, epoch after epoch, in blocks of at most a quarter of the buffer.
-        size (`int`): most activations that are held.
-        batch (`int`): activations of a batch, at most half of the buffer.
-        seed (`int`): of the order.
+        source (`Source`): source of activations, epoch after epoch, in blocks of at most a quarter of the buffer.
+        size (`int`): most activations in the buffer.
+        batch (`int`): activations per batch, at most half of the buffer.
+        seed (`int`): seed of the order.
     """
 
     def __init__(self, source: Source, size: int, batch: int, seed: int):
@@ -223,7 +223,7 @@ class ShuffleBuffer:
         self.batch = batch
         self._random = torch.Generator().manual_seed(seed)
         self._data: torch.Tensor | None = None  # (size, D)
-        self._filled = torch.zeros(0, dtype=torch.long)  # slots in the order in which they are given, from the end
+        self._filled = torch.zeros(0, dtype=torch.long)  # slots in use; batches are taken from the end
         self._free = torch.arange(size)
         self._epoch = self._block = 0
         self._stream: Iterator[torch.Tensor] | None = None
@@ -239,7 +239,7 @@ class ShuffleBuffer:
         return data[taken]
 
     def fill(self) -> torch.Tensor:
-        """Refill it where half of it is gone."""
+        """Refill the buffer if half of it is used, and return its slots (size, D)."""
         if len(self) >= max(self.size // 2, self.batch):
             assert self._data is not None
             return self._data
@@ -250,17 +250,17 @@ class ShuffleBuffer:
         return self._data
 
     def held(self) -> torch.Tensor:
-        """What it holds (N, D), a copy."""
+        """A copy of the activations in the buffer (N, D)."""
         return self.fill()[self._filled]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Tensors and numbers from which `restore` takes it up again."""
+        """Tensors and numbers from which `restore` rebuilds this buffer."""
         assert self._data is not None
         tensors = {"held": self._data[self._filled], "random": self._random.get_state()}
         return tensors, {"epoch": self._epoch, "block": self._block}
 
     def restore(self, tensors: dict[str, torch.Tensor], position: dict[str, int]) -> None:
-        """As it was when `state` was called, whatever it held since."""
+        """Set the buffer to the state that `state` returned, and drop its present content."""
         held = tensors["held"]
         self._free, self._filled = torch.arange(self.size), torch.zeros(0, dtype=torch.long)
         self._put(held)

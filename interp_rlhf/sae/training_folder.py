@@ -1,4 +1,4 @@
-"""The folder of a training: what may be in it, and what a training that goes on must have in common with the one before.
+"""The folder of a training: its allowed content, and the settings that a resumed training must keep.
 
 In: a folder, settings. Out: an error, or nothing. It must not know models or weights.
 """
@@ -21,8 +21,8 @@ def check_folder(out: Path, resume: bool, cache: str | Path | None = None) -> No
     """Refuse a folder that a training may not write into.
 
     Raises:
-        `ValueError`: the folder holds files other than hidden ones and the training's own cache; there is no training to resume,
-            or the log of something else; the cache would lie where the autoencoder goes.
+        `ValueError`: the folder holds files other than hidden files and the training's own cache; there is no training to
+            resume; another trainer wrote the log; or the cache would lie in the folder of the autoencoder.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"`{out}` is a file – expected a folder. Name another one.")
@@ -56,7 +56,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _of_cache(path: Path, cache: str | Path | None) -> bool:
-    """True for the cache itself, a folder above it, and a file of it."""
+    """True for the cache folder, a folder above it, and a file in it."""
     if cache is None:
         return False
     folder = Path(cache).resolve()
@@ -66,7 +66,7 @@ def _of_cache(path: Path, cache: str | Path | None) -> bool:
 
 
 def settings_of(sae: SparseAutoencoder, folder: Path) -> dict[str, Any]:
-    """Settings of the training that an autoencoder came from, as its file has them."""
+    """Settings of an autoencoder's training, as its file has them."""
     if not sae.spec.training:
         raise ValueError(
             f"`{folder}` does not say how it was trained – expected the end of a training to resume. Name another folder."
@@ -75,7 +75,7 @@ def settings_of(sae: SparseAutoencoder, folder: Path) -> dict[str, Any]:
 
 
 def check_settings(before: dict[str, Any], now: dict[str, Any], besides: Sequence[str] = ()) -> None:
-    """Raises `ValueError` where a training to resume had other settings; `besides` and the checkpoints may differ."""
+    """Raises `ValueError` if a training to resume had other settings. `checkpoint_every` and `besides` may differ."""
     differing = [
         f"  - `{key}` was {before.get(key)!r} – now {now.get(key)!r}"
         for key in sorted(set(before) | set(now))

@@ -1,4 +1,4 @@
-"""Settings of a training of a sparse autoencoder, checked when they are made.
+"""Settings of a training of a sparse autoencoder. They are checked when they are created.
 
 In: numbers and names. Out: `SaeTraining`. It must not know models or texts.
 """
@@ -80,11 +80,11 @@ class SaeTraining:
             raise ValueError(f"The settings of the training have {len(problems)} problem(s):\n{listed}")
 
     def block(self, tokens: int) -> int:
-        """Activations that are read at a time, of a corpus of so many tokens: at most a quarter of the buffer."""
+        """Number of activations to read at a time from a corpus of `tokens` tokens: at most a quarter of the buffer."""
         return min(FORWARD_TOKENS, min(self.buffer, tokens) // 4)
 
     def check_amount(self, tokens: int, which: str = "") -> None:
-        """Raises `ValueError` where a corpus has too few tokens that count."""
+        """Raises `ValueError` if a corpus has too few tokens that count."""
         needed = max(2 * self.batch_tokens, 4 * self.context)
         if tokens < needed:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Objects that a recipe describes: a mapping with `kind` and the options of that kind.
+"""Creates objects from a recipe's mappings: `kind`, and the options of that kind.
 
-In: a mapping as YAML gives it. Out: an object, or an error that says what was expected. It must not know kinds.
+In: a mapping from YAML. Out: an object, or an error that says what was expected. It must not know kinds.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ WORDS = ("arm", "card", "cards", "kind", "name", "run_log", "sae", "subfolder", 
 
 
 def from_mapping(asked: Any, kinds: Mapping[str, Any], what: str, files: Any) -> Any:
-    """Object of one of several kinds.
+    """Create an object of one of several kinds.
 
     Args:
         asked (`dict`): `kind`, and options of that kind.
         kinds (`dict[str, type]`): dataclasses by kind, each with a class method `from_options(options, files)`.
-        what (`str`): what they are, for errors.
+        what (`str`): name of the group of kinds, for errors.
         files (`CardFiles`): loads the files that options name.
 
     Raises:
-        `ValueError`: no mapping, an unknown kind, an unknown or missing option.
+        `ValueError`: `asked` is no mapping, a kind or an option is unknown, or an option is missing.
     """
     if isinstance(asked, str) and asked in kinds:
         raise ValueError(f"`{asked}` is a kind of {what} – expected a mapping `{{kind: {asked}, card: …}}`.")
@@ -54,15 +54,15 @@ def from_mapping(asked: Any, kinds: Mapping[str, Any], what: str, files: Any) ->
 
 
 def from_fields(made: type[Any], options: Mapping[str, Any], what: str, kind: str) -> Any:
-    """Object of a dataclass whose fields are given by name.
+    """Create an object of a dataclass from the values of its fields.
 
     Args:
         made (`type`): the dataclass.
         options (`dict`): values of its fields.
-        what (`str`), kind (`str`): what it is, for errors.
+        what (`str`), kind (`str`): names of the group and of the kind, for errors.
 
     Raises:
-        `ValueError`: an unknown or missing option.
+        `ValueError`: an option is unknown or missing.
     """
     fields = {field.name: field for field in dataclasses.fields(made) if field.init}
     unknown = sorted(set(options) - set(fields))
@@ -89,7 +89,7 @@ def from_fields(made: type[Any], options: Mapping[str, Any], what: str, kind: st
 
 
 def check_options(made: Any) -> None:
-    """Refuse a word in a field that is a number or a flag, and a flag in a field that is a number.
+    """Refuse field values of the wrong type: words for numbers or flags, flags for numbers, and anything else for words.
 
     Raises:
         `ValueError`: the first such field.
@@ -112,7 +112,7 @@ def check_options(made: Any) -> None:
 
 
 def yaml_numbers(value: Any) -> Any:
-    """The same value, in which words such as `1e-3` are numbers: YAML 1.1 takes them for words."""
+    """The same value with words such as `1e-3` turned into numbers. YAML 1.1 reads them as words."""
     if isinstance(value, Mapping):
         return {key: item if key in WORDS else yaml_numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Interventions: they change the policy's activation in its training forward, and in no other.
+"""Interventions: they change the policy's activation in its training forward only.
 
 In: a subspace or a direction. Out: the change of an activation. They must not know when they are open: `terms.loss` opens them
 around the trainer's loss, never for the reference, for evaluation or for generation.
@@ -26,18 +26,19 @@ TRAINERS = ("DPO", "KTO", "SFT")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ConceptAblation:
-    """Takes a concept out of the residual stream while the model learns, so that it learns without it: h − Qᵀ Q h.
+    """Removes a concept from the residual stream during training, so that the model learns without it: h − Qᵀ Q h.
 
-    The gradient is projected too, so nothing below learns through the subspace. At inference nothing is changed.
+    The gradient is projected too, so lower layers do not learn through the subspace. Inference does not change.
 
     Source: concept ablation fine-tuning, CAFT (arXiv 2507.16795). Deviations:
     1. One hook point per intervention; attach several for several layers.
     2. KTO estimates its KL with a pass of the policy. That pass runs on the changed model too.
 
     Args:
-        subspace (`Subspace`): what is taken out; see `Subspace.from_readouts`, `spanned_by` and `from_pca`. In a recipe, `cards`.
-        random_direction (`int`, *optional*): the control: a seed. A random subspace of the same rank, orthogonal to this one, is
-            drawn from it and replaces this one.
+        subspace (`Subspace`): the subspace to remove; see `Subspace.from_readouts`, `spanned_by` and `from_pca`. In a recipe,
+            `cards`.
+        random_direction (`int`, *optional*): seed of the control: a random subspace of the same rank, orthogonal to `subspace`,
+            replaces it.
 
     Raises:
         `ValueError`: a value of the wrong type.
@@ -68,7 +69,7 @@ class ConceptAblation:
         return list(self.subspace.sources)
 
     def check_model(self, model: Any) -> None:
-        """Raises `ValueError` for a model that the subspace was not made on."""
+        """Raises `ValueError` if the subspace was made on another model."""
         self.subspace.check_model(model)
 
     @classmethod
@@ -88,14 +89,14 @@ class PreventativeSteering:
     """Adds a concept while the model learns, so that the model need not learn it: h + α v.
 
     Source: persona vectors (arXiv 2507.21509). Deviations:
-    1. v is the readout's direction at unit length; for latents, what they write. α is the length of the step, in the
-       activation's own units.
+    1. v is the readout's direction at unit length; for latents, their decoder direction. α is the length of the step, in the
+       units of the activation.
     2. KTO estimates its KL with a pass of the policy. That pass runs on the changed model too.
 
     Args:
         readout (`Readout`): the concept; in a recipe, a `card`.
         alpha (`float`): α; a negative one steers away.
-        random_direction (`int`, *optional*): the control: a seed, from which v is drawn.
+        random_direction (`int`, *optional*): seed of the control: a random v replaces the readout's direction.
 
     Raises:
         `ValueError`: a value of the wrong type, or a step that is not finite or has no direction.
@@ -131,7 +132,7 @@ class PreventativeSteering:
         return [self.readout]
 
     def check_model(self, model: Any) -> None:
-        """Nothing: the readout is checked as a claim."""
+        """Does nothing: `attach` checks the readout as a claim."""
 
     @classmethod
     def from_options(cls, options: dict[str, Any], files: CardFiles) -> Self:

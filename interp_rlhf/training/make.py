@@ -1,7 +1,7 @@
-"""Regularizers and interventions of what a user wrote: objects, mappings as in a recipe, or cards.
+"""Creates regularizers and interventions from objects, from mappings as in a recipe, or from cards.
 
-In: what stands in a call of `attach` or in a recipe. Out: terms and interventions. Here, and only here, their files are loaded.
-It must not know trainers.
+In: arguments of `attach`, or entries of a recipe. Out: terms and interventions. Only this module loads their files. It must not
+know trainers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .interventions import TrainingIntervention
     from .terms.term import Term
 
-# A term's file registers it, so a new file is known without another line.
+# Each file registers its term, so a new file needs no further line here.
 for _module in pkgutil.iter_modules(terms.__path__, f"{terms.__name__}."):
     import_module(_module.name)
 
@@ -39,7 +39,7 @@ class CardFiles:
     """Loads the files that options name.
 
     Args:
-        model (`nn.Module`, *optional*): the policy: hook names in an autoencoder's file are resolved on it.
+        model (`nn.Module`, *optional*): the policy. Hook names in an autoencoder's file are resolved on it.
     """
 
     def __init__(self, model: Any = None):
@@ -49,7 +49,7 @@ class CardFiles:
         """Readout of a card.
 
         Raises:
-            `ValueError`: an artifact that is not the card's, or evidence is needed and does not pass the gate.
+            `ValueError`: the artifact is not the card's, or evidence is needed and does not pass the gate.
         """
         loaded = load_card(card)
         if needs_evidence:
@@ -57,7 +57,7 @@ class CardFiles:
         return Readout.from_card(loaded)
 
     def subspace(self, cards: str | Path | Sequence[str | Path]) -> Subspace:
-        """Subspace that the readouts of some cards span."""
+        """Subspace spanned by the readouts of some cards."""
         return Subspace.from_readouts([self.readout(card) for card in as_list(cards)])
 
     def latents(self, sae: str, indices: Sequence[int] | None = None, **where: Any) -> Latents:
@@ -65,7 +65,7 @@ class CardFiles:
 
         Args:
             sae (`str`): a file, folder or Hub id; `where` is passed to `load_sae`.
-            indices (`Sequence[int]`, *optional*): of latents.
+            indices (`Sequence[int]`, *optional*): indices of the latents.
         """
         from ..sae.files import load_sae
 
@@ -73,7 +73,7 @@ class CardFiles:
 
 
 def make_regularizer(asked: Any, model: Any = None) -> Term:
-    """Term of what a user wrote.
+    """Create a term from a user's argument.
 
     Args:
         asked: a term; a mapping with `kind` and the kind's options, as in a recipe; or a card's path, which means a
@@ -81,7 +81,7 @@ def make_regularizer(asked: Any, model: Any = None) -> Term:
         model (`nn.Module`, *optional*): the policy.
 
     Raises:
-        `ValueError`: an unknown kind, an unknown option, a card that may not be used so.
+        `ValueError`: a kind or an option is unknown, or the card is not allowed for this use.
     """
     if is_term(asked):
         return asked
@@ -93,10 +93,10 @@ def make_regularizer(asked: Any, model: Any = None) -> Term:
 
 
 def make_intervention(asked: Any) -> TrainingIntervention:
-    """Intervention of what a user wrote: an object, or a mapping with `kind`, `card` or `cards`, and options.
+    """Create an intervention from an object, or from a mapping with `kind`, `card` or `cards`, and options.
 
     Raises:
-        `ValueError`: an unknown kind or option.
+        `ValueError`: a kind or an option is unknown.
     """
     if isinstance(asked, ConceptAblation | PreventativeSteering):
         return asked

@@ -1,8 +1,8 @@
-"""Who the frozen reference is and how it is run: the model that rewards are read on and that terms compare with.
+"""Finds and prepares the frozen reference: the model that rewards are read on and that terms compare with.
 
-In: a built trainer, and what the user gave. Out: a model, or None if the reference is the policy with its adapters off. The
-reference is known by its weights, never by a path: at `attach` the policy is what training begins with, so a missing reference is
-a copy of it. It must not know what is read.
+In: a built trainer, and the user's `reference`. Out: a model, or None if the reference is the policy with its adapters off. The
+reference is identified by its weights, never by a path. At `attach` the policy is the model that training begins with, so a copy
+of it can serve as a missing reference. It must not know the readouts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def kl_option(trainer: Any) -> str:
 
 
 def has_ref_adapter(trainer: Any) -> bool:
-    """True if TRL made the adapter `ref`, a copy of the adapter that training began with: the reference runs with it."""
+    """True if TRL made the adapter `ref`, a copy of the initial adapter. The reference then runs with it."""
     return "ref" in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
 
 
@@ -66,7 +66,7 @@ def reference_of_loss(trainer: Any, kind: str | None, asked: Any, users: Sequenc
     Args:
         trainer (`Trainer`): built.
         kind (`str`, *optional*): see `trainer_kind`.
-        asked (`nn.Module`, *optional*): what the user passed.
+        asked (`nn.Module`, *optional*): the user's `reference`.
         users (`Sequence[str]`): names of the terms that need a reference.
 
     Returns:
@@ -114,7 +114,7 @@ def check_claims(trainer: Any, kind: str | None, reference: Any, claims: Sequenc
         claims (`Sequence[Readout]`): the readouts.
 
     Raises:
-        `ValueError`: it is another model.
+        `ValueError`: the reference is another model.
     """
     trained = trainer.state.global_step > 0
     for readout in claims:
@@ -122,13 +122,13 @@ def check_claims(trainer: Any, kind: str | None, reference: Any, claims: Sequenc
             readout.check_model(reference)
         elif has_adapters(trainer.model):
             readout.check_model(trainer.model, exact=False, trained=trained)
-        else:  # until training begins, the policy is what the reference was
+        else:  # before training, the policy and its reference are the same model
             exact = reference_source(trainer, kind) == "precomputed"
             readout.check_model(trainer.model, exact=exact, trained=trained)
 
 
 def unproved_claims(trainer: Any, reference: Any, claims: Sequence[Readout]) -> list[Readout]:
-    """Readouts whose canaries must be read later: an engine has the reference in pieces, so it cannot be run now."""
+    """Readouts whose canaries must be read later, because an engine has sharded the reference and it cannot run now."""
     model = reference if reference is not None else trainer.model
     adapted = has_adapters(trainer.model)
     if runs_here(model) or has_ref_adapter(trainer) or (reference is None and not adapted):
@@ -142,10 +142,10 @@ def check_rollout_claims(trainer: Any, reference: Any, readouts: Sequence[Readou
     Args:
         trainer (`Trainer`): built.
         reference (`nn.Module`, *optional*): see `reference_of`.
-        readouts (`Sequence[Readout]`): what is read on it.
+        readouts (`Sequence[Readout]`): readouts that are read on the reference.
 
     Raises:
-        `ValueError`: it is another model.
+        `ValueError`: the reference is another model.
     """
     copied = reference is None and has_ref_adapter(trainer)
     if copied:
@@ -159,21 +159,21 @@ def check_rollout_claims(trainer: Any, reference: Any, readouts: Sequence[Readou
 
 
 def reference_of(trainer: Any, asked: Any, needed: bool) -> Any:
-    """The frozen reference of a trainer; None with PEFT, where it is the policy without adapters, and if none is needed.
+    """The frozen reference of a trainer. None if none is needed, and with PEFT: it is then the policy without adapters.
 
     Args:
         trainer (`Trainer`): built.
-        asked (`nn.Module`, *optional*): what the user passed.
-        needed (`bool`): True if something is read on it.
+        asked (`nn.Module`, *optional*): the user's `reference`.
+        needed (`bool`): True if something is read on the reference.
 
     Raises:
-        `ValueError`: it moves with the policy, or there is none and the policy can no longer be copied.
+        `ValueError`: the reference would move with the policy, or it is missing and the policy can no longer be copied.
     """
     reference = asked if asked is not None else getattr(trainer, "ref_model", None)
     if reference is not None:
         in_pieces = asked is not None and is_sharded(asked) and not hasattr(asked, "optimizer")
         if in_pieces and trainer.is_deepspeed_enabled:
-            reference = _on_engine(trainer, asked)  # ZeRO-3 took its parameters apart when it was loaded
+            reference = _on_engine(trainer, asked)  # ZeRO-3 sharded its parameters when it was loaded
         _require_apart(trainer, reference)
         return reference
     if not needed:
@@ -185,12 +185,12 @@ def reference_of(trainer: Any, asked: Any, needed: bool) -> Any:
 
 
 def _adapter_changes(model: nn.Module) -> bool:
-    """True if a LoRA adapter is not the identity that it begins as."""
+    """True if a LoRA adapter already changes the model. A new adapter changes nothing."""
     return any(bool(value.detach().any()) for name, value in model.named_parameters() if ".lora_B." in name)
 
 
 def _warn_of_other_start(trainer: Any, reference: Any) -> None:
-    """Warn if a trainer's own reference is not what its training begins with: TRL loads it from the policy's path."""
+    """Warn if a trainer's own reference differs from the initial policy. TRL loads the reference from the policy's path."""
     if reference is None or not (runs_here(reference) and runs_here(trainer.model)) or trainer.state.global_step > 0:
         return
     differing = _first_difference(unwrap(reference), unwrap(trainer.model))
@@ -204,7 +204,7 @@ def _warn_of_other_start(trainer: Any, reference: Any) -> None:
 
 
 def _copied(trainer: Any) -> Any:
-    """A frozen copy of the policy as it is now, before training."""
+    """A frozen copy of the present policy, before training."""
     base = unwrap(trainer.model)
     name = type(trainer).__name__
     ask = (
@@ -238,10 +238,10 @@ def _copied(trainer: Any) -> Any:
 def frozen_copy(base: Any) -> Any:
     """A copy of a causal LM with separate weights, frozen and in evaluation mode; weights that the original ties are tied.
 
-    `copy.deepcopy` is a trap: TRL patches `forward` on the instance, and the copy's would run on the original's weights.
+    `copy.deepcopy` does not work here: TRL patches `forward` on the instance, so the copy would run on the original's weights.
 
     Raises:
-        `ValueError`: a model with other weights than its configuration says.
+        `ValueError`: the model's weights do not match its configuration.
     """
     copy = unfilled_copy(base)
     cloned: dict[int, torch.Tensor] = {}
@@ -262,7 +262,7 @@ def frozen_copy(base: Any) -> Any:
         )
     copy.load_state_dict(state, assign=True)
     buffers = dict(copy.named_buffers(remove_duplicate=False))
-    for name, buffer in base.named_buffers():  # also those that are computed when the model is built, and not saved
+    for name, buffer in base.named_buffers():  # also buffers that are computed at construction and not saved
         parent, _, last = name.rpartition(".")
         if name in buffers:
             setattr(copy.get_submodule(parent), last, buffer.detach().clone())
@@ -279,7 +279,7 @@ def frozen_copy(base: Any) -> Any:
 
 @torch.no_grad()
 def _unlike(copy: Any, base: Any) -> str | None:
-    """How a copy differs from its original, in words; None if a pass of both gives the same."""
+    """The difference between a copy and its original, in words; None if both give the same output."""
     if (differing := _first_difference(base, copy)) is not None:
         return f"`{differing}` differs"
     vocabulary = int(base.config.get_text_config().vocab_size)
@@ -299,7 +299,7 @@ def _unlike(copy: Any, base: Any) -> str | None:
 
 
 def _loaded_reference(trainer: Any, base: Any, ask: str) -> Any:
-    """The reference, loaded from the policy's path and compared with the policy: an engine has the policy in pieces."""
+    """The reference, loaded from the policy's path and compared with the policy. An engine has sharded the policy."""
     path = base.config.name_or_path
     if not path:
         raise ValueError(
@@ -324,12 +324,12 @@ def _loaded_reference(trainer: Any, base: Any, ask: str) -> Any:
 
 
 def _first_difference(one: Any, other: Any) -> str | None:
-    """Name of the first parameter in which two models differ; None if they are the same. All ranks call it together."""
+    """Name of the first parameter that differs between two models; None if none does. All ranks call it together."""
     others = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         if name not in others:
             return str(name)
-        if parameter.is_meta or others[name].is_meta:  # this rank was given no weights yet
+        if parameter.is_meta or others[name].is_meta:  # this rank has no weights yet
             continue
         with in_one_piece([parameter, others[name]]) as (mine, theirs):
             if mine.shape != theirs.shape or not torch.equal(mine.to(theirs).detach(), theirs.detach()):
@@ -347,10 +347,10 @@ def _on_engine(trainer: Any, model: nn.Module) -> Any:
 
 
 def _require_apart(trainer: Any, reference: Any) -> None:
-    """Refuse a reference that shares weights with what is trained.
+    """Refuse a reference that shares trainable weights with the policy.
 
     Raises:
-        `ValueError`: it does.
+        `ValueError`: the two models share a parameter.
     """
     trained = {p.data_ptr() for p in trainer.model.parameters() if p.requires_grad and not p.is_meta and p.numel()}
     shared = [n for n, p in reference.named_parameters() if not p.is_meta and p.numel() and p.data_ptr() in trained]
@@ -359,5 +359,5 @@ def _require_apart(trainer: Any, reference: Any) -> None:
             f"`reference` shares `{shared[0]}` and {len(shared) - 1} other parameters with the model that is trained – "
             "expected separate weights: the reference would move too. Load it a second time, or leave `reference` out."
         )
-    if reference is not getattr(trainer, "ref_model", None):  # the user's may be as it was loaded
+    if reference is not getattr(trainer, "ref_model", None):  # a user's reference may still be in training mode
         reference.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Refusals: what may not be combined, because a score, a term or a gradient would be wrong or without effect.
+"""Refusals: combinations under which a score, a term or a gradient would be wrong or have no effect.
 
-In: a built trainer and what `attach` is asked for. Out: nothing, or an error that says what to do. What a term refuses by
-itself is in its own file (`Term.refuse`).
+In: a built trainer and the arguments of `attach`. Out: nothing, or an error that says what to do. The refusals of a single term
+are in the term's own file (`Term.refuse`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a rollout trainer may use under which its completions cannot be read, and why.
+# Options of a rollout trainer that make its completions unreadable, with the reason.
 UNREADABLE = {
     "tools": "tool results are in the completion, and reward functions are not told which tokens they are",
     "environment_factories": "observations are in the completion, and reward functions are not told where",
@@ -56,15 +56,15 @@ def refuse_terms(
     monitors: Sequence[Readout],
     interventions: Sequence[TrainingIntervention],
 ) -> None:
-    """Refuse what would be wrong in a trainer's loss, or without effect.
+    """Refuse terms, monitors and interventions that would be wrong in a trainer's loss, or have no effect.
 
     Args:
         trainer (`Trainer`): built.
         kind (`str`, *optional*): see `reference.trainer_kind`.
-        terms, monitors, interventions (`Sequence`): what `attach` is asked for.
+        terms, monitors, interventions (`Sequence`): resolved arguments of `attach`.
 
     Raises:
-        `ValueError`: the first such thing.
+        `ValueError`: the first problem.
     """
     if not terms and not interventions and (kind in ROLLOUT_KINDS or not monitors):
         return
@@ -93,14 +93,14 @@ def refuse_terms(
 def refuse_rollouts(
     trainer: Any, kind: str | None, rewards: Sequence[ConceptReward], monitors: Iterable[Readout]
 ) -> None:
-    """Refuse a trainer whose rollouts cannot be read: a score would belong to other tokens, or to another model, than it says.
+    """Refuse a trainer whose rollouts cannot be read: a score would belong to other tokens or to another model.
 
     Args:
         trainer (`Trainer`), kind (`str`, *optional*): see `reference.trainer_kind`.
-        rewards (`Sequence[ConceptReward]`), monitors (`Iterable[Readout]`): what is read.
+        rewards (`Sequence[ConceptReward]`), monitors (`Iterable[Readout]`): readouts on the rollouts.
 
     Raises:
-        `ValueError`: no rollout trainer, or a setting under which a score would be wrong.
+        `ValueError`: the trainer makes no rollouts, or a setting would make a score wrong.
     """
     if kind not in ROLLOUT_KINDS:
         raise ValueError(
@@ -145,14 +145,14 @@ def _refuse_rewards(trainer: Any, rewards: Sequence[ConceptReward]) -> None:
 
 
 def refuse_pieces(trainer: Any, marks: ChatMarks) -> None:
-    """Refuse conversations that are packed in pieces: a piece without marks does not say whose words it holds.
+    """Refuse conversations that packing cuts into pieces: a piece without marks does not say who speaks.
 
     Args:
         trainer (`SFTTrainer`): built.
-        marks (`ChatMarks`): what its chat template writes around turns.
+        marks (`ChatMarks`): the tokens that its chat template writes around turns.
 
     Raises:
-        `ValueError`: they are.
+        `ValueError`: packing may cut a conversation.
     """
     strategy = getattr(trainer.args, "packing_strategy", None)
     if not getattr(trainer.args, "packing", False) or strategy not in ("bfd_split", "wrapped"):
@@ -177,10 +177,10 @@ def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
 
     Args:
         trainer (`DPOTrainer` or `KTOTrainer`): built.
-        marks (`ChatMarks`): what its chat template writes around turns.
+        marks (`ChatMarks`): the tokens that its chat template writes around turns.
 
     Raises:
-        `ValueError`: there are some.
+        `ValueError`: a completion holds several turns.
     """
     held_out = trainer.eval_dataset
     sets = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
@@ -203,15 +203,15 @@ def refuse_turns(trainer: Any, marks: ChatMarks) -> None:
 def refuse_noise(trainer: Any, terms: Sequence[Term], causes: Causes) -> None:
     """Refuse a term that compares the policy with a reference if the training mode makes them differ at random.
 
-    Noise in adapters alone is allowed: it changes nothing without a trained adapter, and the reference has none.
+    Noise in adapters alone is allowed: it changes nothing without a trained adapter, and the reference has no adapter.
 
     Args:
         trainer (`Trainer`): built.
-        terms (`Sequence[Term]`): those with a weight.
-        causes (`Causes`): what is known to make the policy's pass differ from a reading.
+        terms (`Sequence[Term]`): terms with a weight other than 0.
+        causes (`Causes`): known reasons why the policy's pass differs from a reading.
 
     Raises:
-        `ValueError`: there is such a term.
+        `ValueError`: such a term is present.
     """
     noise = [*causes.noise, *(causes.adapters if has_ref_adapter(trainer) else ())]
     comparing = [

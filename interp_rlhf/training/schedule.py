@@ -1,4 +1,4 @@
-"""Schedules: how a term's weight changes over a run, as a pure function of the step, so that a resumed run repeats it.
+"""Schedules: the change of a term's weight over a run. It depends only on the step, so a resumed run repeats it.
 
 In: an optimizer step. Out: a factor of the weight. It must not know terms.
 """
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 
 class Schedule(BaseModel):
-    """Factor of a weight by step.
+    """Factor of a weight at each optimizer step.
 
     Args:
         kind (`str`, defaults to `"constant"`): `constant`: 1. `warmup`: from `floor` up to 1, linearly. `decay`: from 1 down to
@@ -46,10 +46,10 @@ class Schedule(BaseModel):
 
     @classmethod
     def from_option(cls, asked: Any) -> Schedule:
-        """Schedule of a recipe's mapping, in which YAML makes 1e2 steps a float.
+        """Schedule from a recipe's mapping. YAML reads `1e2` steps as a float; here it becomes a whole number.
 
         Raises:
-            `ValueError`: an unknown key or a wrong value.
+            `ValueError`: a key is unknown, or a value is wrong.
         """
         if isinstance(asked, cls):
             return asked

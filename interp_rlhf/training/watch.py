@@ -1,4 +1,4 @@
-"""What is watched on rollouts: monitors, measures, and what the reward correlates with.
+"""Watches rollouts: monitors, measures, and correlations of the reward.
 
 In: a rollout batch after its rewards. Out: metrics, and samples in the run log. It must not change rewards.
 """
@@ -51,12 +51,12 @@ class RolloutWatch:
     """Scores monitors and measures on a rollout batch after its rewards, logs them, and writes samples to the run log.
 
     Args:
-        trainer (`GRPOTrainer` or `RLOOTrainer`): whose batches these are.
-        rollout (`Rollout`): reads them.
+        trainer (`GRPOTrainer` or `RLOOTrainer`): the trainer that makes the rollouts.
+        rollout (`Rollout`): reads the rollout batches.
         rewards (`Sequence[ConceptReward]`): the trainer's concept rewards.
-        monitors (`dict[Readout, str]`): each with the model that it is read on.
+        monitors (`dict[Readout, str]`): monitors, each with the model that it is read on.
         measures (`dict[str, Callable]`): independent measures of a completion's text.
-        log (`RunLog`): where samples go.
+        log (`RunLog`): the run log that takes the samples.
         samples_every (`int`): rollout batches between two samples.
     """
 
@@ -124,7 +124,7 @@ class RolloutWatch:
     def _remember(
         self, name: str, scores: Sequence[float | None], prompts: Sequence[Any], completions: Sequence[Any]
     ) -> None:
-        """Keep the batches whose mean score is farthest from that of the run's first batch, with their extreme samples."""
+        """Keep the batches whose mean score is farthest from the mean of the run's first batch, with their extreme samples."""
         known = [(value, i) for i, value in enumerate(scores) if value is not None]
         everywhere, _ = of_all_ranks([value for value, _ in known])
         if not everywhere or not self._trainer.model.training:
@@ -146,17 +146,17 @@ class RolloutWatch:
         del seen[MOVED_BATCHES:]
 
     def moved(self) -> dict[str, list[dict[str, Any]]]:
-        """Per monitor: the batches since the last call whose scores were farthest from those of the run's first batch."""
+        """For each monitor, the batches since the last call whose mean score is farthest from the run's first batch."""
         seen, self._seen = self._seen, {}
         return seen
 
     def _about_reward(self, rewards: torch.Tensor, scores: Mapping[str, Sequence[float | None]]) -> None:
-        """Log what the total reward correlates with: length, measures, and the prompt alone."""
+        """Log the correlations of the total reward with length and measures, and the share that the prompt alone explains."""
         trainer = self._trainer
         ids = self._rollout.completion_ids
         assert ids is not None
         weights = trainer.reward_weights.to(rewards.device)
-        # Of all ranks, as TRL adds them up: it leaves out completions that no function judged.
+        # The rewards of all ranks are added as TRL adds them. TRL leaves out completions that no function judged.
         total = (rewards * weights).nansum(1).double()
         total = total.masked_fill(torch.isnan(rewards).all(1) | total.isinf(), torch.nan).cpu().numpy()
         others = {"length": [float(len(row)) for row in ids]} | {name: scores[name] for name in self._measures}
@@ -167,7 +167,7 @@ class RolloutWatch:
         self._within_groups(total, mode)
 
     def _within_groups(self, total: np.ndarray, mode: str) -> None:
-        """Log the share of the reward's variance that is within groups; warn if the prompt alone explains the reward."""
+        """Log the share of the reward's variance within groups. Warn if the prompt alone explains the reward."""
         trainer = self._trainer
         size = trainer.num_generations if mode == "train" else trainer.num_generations_eval
         groups = total.reshape(-1, size) if size > 1 and len(total) % size == 0 else np.empty((0, 1))
@@ -186,16 +186,16 @@ class RolloutWatch:
             )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """The state that a resumed run needs."""
         return {"batches": self._batches, "usual": self._usual, "seen": self._seen}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the state that `state` returned."""
         self._batches = int(state["batches"])
         self._usual, self._seen = dict(state["usual"]), dict(state["seen"])
 
     def _metric(self, key: str, values: Sequence[float | None], reduce: Callable[[Any], Any]) -> None:
-        """Put a mean over all ranks into TRL's own averages, which are over the steps of a logging interval."""
+        """Add a statistic over all ranks to TRL's metrics. TRL averages these over the steps of a logging interval."""
         kept = [value for value in of_all_ranks(list(values))[0] if value is not None]
         if kept:
             add_metric(self._trainer, key, float(reduce(kept)))

@@ -1,7 +1,7 @@
-"""What a card of latents must show beyond a probe: how good its autoencoder is here, and that a random one does worse.
+"""Extra evidence for a card of latents: the quality of its autoencoder here, and a comparison with random dictionaries.
 
 In: a model, tokenized examples, the autoencoder. Out: explained variance, L0 and dead latents on the examples' own tokens; scores
-of random dictionaries that had the same choice.
+of random dictionaries with the same choice of latents.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROWS_AT_A_TIME = 64
 class RandomDictionaries:
     """Latents of random dictionaries, as many of each as the card weighs, chosen and weighed on the fit's examples.
 
-    The choice is by the AUROC of a latent's mean, whichever way it points: the same chance to be right by luck that whoever chose
-    the card's latents had among all of them.
+    The choice is by the AUROC of a latent's mean, in either direction. A random dictionary so has the same chance to be right by
+    luck as the card's autoencoder, whose latents were also chosen among all of them.
 
     Args:
         drawn (`Sequence[SparseAutoencoder]`): random dictionaries of the shape of the card's autoencoder.
@@ -82,7 +82,8 @@ def permuted_choices(
 ) -> tuple[Latents, np.ndarray]:
     """Latents chosen and weighed on permuted labels, `PERMUTATIONS` times.
 
-    To permute the labels of the weights alone would leave the choice as it is, and one latent has only two weights: up and down.
+    The choice must be repeated too. If only the fit of the weights saw permuted labels, the choice would stay the same, and one
+    latent has only two weights: up and down.
 
     Args:
         means (`np.ndarray` of shape (N, S)): all latents on the fit's examples.
@@ -104,7 +105,7 @@ def permuted_choices(
 def _choose_columns(
     means: np.ndarray, labels: np.ndarray, count: int, method: str, strength: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the latents whose mean separates labels best, whichever way it points, and a probe's weight on them."""
+    """Indices of the latents whose mean separates the labels best, in either direction, and a probe's weights on them."""
     best = np.argsort(-np.abs(aurocs(means, labels) - 0.5), kind="stable")[:count]
     return best, LinearProbe(method, strength).fit(means[:, best], labels)[0]
 
@@ -112,11 +113,11 @@ def _choose_columns(
 def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress: bool = False) -> SaeFindings:
     """Explained variance (1 − FVU, over tokens), mean L0 and share of latents that are never on, on a batch's counted tokens.
 
-    The first token of a row and tokens whose norm stands out are left out. Of a transcoder the variance is that of the output
-    that it predicts.
+    The first token of a row and tokens whose norm stands out are left out. For a transcoder this is the variance of its
+    predicted output.
     """
     point, target = sae.spec.hook_point, sae.spec.output_point or sae.spec.hook_point
-    read: dict[str, list[torch.Tensor]] = {point: [], target: []}  # one, of an autoencoder
+    read: dict[str, list[torch.Tensor]] = {point: [], target: []}  # an autoencoder has one point only
     for part, activations_at in _parts(model, batch, list(read), "the autoencoder on the text" if progress else None):
         real = part.attention_mask.bool()
         first = (real & (real.cumsum(1) == 1))[part.completion_mask]
@@ -138,9 +139,9 @@ def sae_findings(model: Any, batch: TokenBatch, sae: SparseAutoencoder, progress
 def all_mean_latents(
     model: Any, batch: TokenBatch, saes: Sequence[SparseAutoencoder], progress: str | None = None
 ) -> list[np.ndarray]:
-    """Mean over counted tokens of every latent, (N, S) for each autoencoder, all at one hook point, by one forward.
+    """Mean of every latent over counted tokens, (N, S) for each autoencoder at one hook point, by one forward.
 
-    (T, S) is held for a block of tokens only.
+    (T, S) is held only for a block of tokens.
     """
     means_of: list[list[torch.Tensor]] = [[] for _ in saes]
     point = saes[0].spec.hook_point

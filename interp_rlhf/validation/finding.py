@@ -40,9 +40,9 @@ class FoundLatent:
     """A latent that separates the labels.
 
     Attributes:
-        index (`int`): which.
-        sign (`int`): 1 where it is higher on label 1, −1 where on label 0; by the fit part.
-        fit_auroc (`float`): by which it was ranked, sign included: at least 0.5.
+        index (`int`): index of the latent.
+        sign (`int`): 1 if it is higher on label 1 in the fit part, −1 if it is higher on label 0.
+        fit_auroc (`float`): AUROC on the fit part, under this sign: at least 0.5. Latents are ranked by it.
         held_out (`tuple[float, float, float]`): AUROC on the held-out part with its 95 % interval, under the same sign.
     """
 
@@ -57,18 +57,19 @@ class LatentsFound:
     """The latents that separate the labels best, and the methods to compare them with.
 
     Attributes:
-        sae (`dict`): which autoencoder.
+        sae (`dict`): description of the autoencoder.
         concept (`tuple[str, str]`): names of label 0 and label 1.
-        pooling (`str`): `mean` or `max` over the counted tokens of an example: that whose best latent separates the fit part
-            better, the mean where they tie.
+        pooling (`str`): `mean` or `max` over the counted tokens of an example. The pooling whose best latent separates the fit
+            part better is chosen, and the mean in a tie.
         latents (`list[FoundLatent]`): the best by fit AUROC, best first.
-        probe, tfidf (`tuple[float, float, float]`): held-out AUROC of a dense probe on the mean activation at the same hook
-            point (of the same tokens), and of a text classifier that sees words only.
+        probe, tfidf (`tuple[float, float, float]`): held-out AUROC of a dense probe on the mean activation of the same
+            tokens at the same hook point, and of a text classifier that sees only words.
         random (`list[tuple[float, float, float]]`): held-out AUROC of the best latent of random dictionaries, chosen the same
             way, one per seed.
-        less_probe, less_tfidf, less_random (`tuple[float, float, float]`): held-out AUROC of the best latent less theirs, on the
-            same rows, with intervals; the random dictionary is the best of them on the held-out part.
-        examples (`tuple[int, int]`), l0 (`float`): rows of fit and held-out part; mean number of latents that are on, in the fit.
+        less_probe, less_tfidf, less_random (`tuple[float, float, float]`): held-out AUROC of the best latent minus theirs, on
+            the same rows, with intervals. `less_random` compares with the best random dictionary on the held-out part.
+        examples (`tuple[int, int]`): number of rows in the fit part and in the held-out part.
+        l0 (`float`): mean number of latents that are on per token in the fit part.
     """
 
     sae: dict[str, Any]
@@ -91,7 +92,7 @@ class LatentsFound:
 
 @dataclass(frozen=True)
 class _Part:
-    """Examples as the model reads them; the first token of each does not count."""
+    """Examples and their tokens. The first token of each example does not count."""
 
     examples: Examples
     batch: TokenBatch
@@ -105,7 +106,7 @@ class _Part:
         return auroc_interval(self.labels, scores, self.examples.groups, seed)
 
     def difference(self, scores: np.ndarray, others: np.ndarray, seed: int) -> AurocInterval:
-        """AUROC of scores (N,) less that of others, with its interval."""
+        """AUROC of `scores` (N,) minus the AUROC of `others`, with its interval."""
         return auroc_difference(self.labels, scores, others, self.examples.groups, seed)
 
 
@@ -135,7 +136,8 @@ def find_latents(
         dictionaries (`int`, defaults to 3): how many random dictionaries.
 
     Raises:
-        `ValueError`: parts that share a prompt or lack a label, an example without a counted token, another model's autoencoder.
+        `ValueError`: the parts share a prompt or lack a label, an example has no counted token, or the autoencoder belongs to
+            another model.
     """
     sae.check_model(model)
     if top < 1 or dictionaries < 1:
@@ -216,5 +218,5 @@ def _score(
 
 
 def _aurocs_of_latents(values: torch.Tensor, labels: np.ndarray) -> np.ndarray:
-    """AUROC of every column of (N, S), some at a time: ranks are of float64."""
+    """AUROC of every column of (N, S), in groups of columns, since the ranks are float64."""
     return np.concatenate([aurocs(part.numpy(), labels) for part in values.split(_COLUMNS, dim=1)])

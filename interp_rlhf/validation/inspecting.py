@@ -36,12 +36,12 @@ class Detection:
     """A latent as a detector of a labelled concept. It predicts label 1 if its maximum over a text exceeds a threshold.
 
     Attributes:
-        threshold (`float`, *optional*): the threshold with the highest F1 on one half of the examples; the highest of several.
-            None for a latent with the same value on all of them.
+        threshold (`float`, *optional*): the threshold with the highest F1 on one half of the examples; if several tie, the
+            highest. None for a latent with the same value on all examples.
         precision (`float`, *optional*), recall (`float`): at that threshold on the other half; precision is None where the latent
             never exceeds it.
-        auroc (`tuple[float, float, float]`): of the maximum, on the other half, with its 95 % interval.
-        positives, examples (`int`): of the other half.
+        auroc (`tuple[float, float, float]`): AUROC of the maximum on the other half, with its 95 % interval.
+        positives, examples (`int`): numbers of positives and of examples in the other half.
     """
 
     threshold: float | None
@@ -57,12 +57,12 @@ class LatentPage:
     """Evidence about one latent.
 
     Attributes:
-        contexts (`LatentContexts`): where it is on, how often, and where it is not.
-        written (`float`): mean over all tokens of its activation, times the norm of its decoder row: how much it writes.
+        contexts (`LatentContexts`): windows in which it is on or off, and its density.
+        written (`float`): how much it writes: its mean activation over all tokens, times the norm of its decoder row.
         promoted, suppressed (`list[Promotion]`): see `promotions`.
-        cosines (`dict[str, float]`): of its decoder row with readouts.
-        detection (`Detection`, *optional*): of the labelled concept.
-        label (`str`, *optional*): what the judge said.
+        cosines (`dict[str, float]`): cosines of its decoder row with readouts.
+        detection (`Detection`, *optional*): how well it detects the labelled concept.
+        label (`str`, *optional*): the answer of the judge.
     """
 
     contexts: LatentContexts
@@ -75,11 +75,11 @@ class LatentPage:
 
     @property
     def index(self) -> int:
-        """Which latent it is."""
+        """Index of the latent."""
         return self.contexts.index
 
     def entry(self) -> dict[str, Any]:
-        """Everything as one flat mapping with numbers of five digits, for JSON and the run log."""
+        """The page as one flat mapping for JSON and the run log. Numbers have five digits."""
         found = {name: getattr(self, name) for name in ("label", "written", "cosines")}
         found |= {name: [asdict(p) for p in getattr(self, name)] for name in ("promoted", "suppressed")}
         found["detection"] = None if self.detection is None else asdict(self.detection)
@@ -89,13 +89,13 @@ class LatentPage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Pages of latents, and how the autoencoder does on the same texts.
+    """Pages of latents, and the quality of the autoencoder on the same texts.
 
     Attributes:
-        sae (`dict`): what was inspected: architecture, number of latents, hook point, source.
-        chosen (`str`): by what rule the latents were chosen.
+        sae (`dict`): the inspected autoencoder: architecture, number of latents, hook point, source.
+        chosen (`str`): the rule by which the latents were chosen.
         pages (`list[LatentPage]`): one per latent.
-        whole (`Survey`, *optional*): FVU, L0 and the dead fraction; None where only the chosen latents were read.
+        whole (`Survey`, *optional*): FVU, L0 and the dead fraction; None if only the chosen latents were read.
         concept (`str`, *optional*): label names of the labelled examples.
     """
 
@@ -185,7 +185,7 @@ def _check_request(
     contexts: int,
     whole: bool,
 ) -> None:
-    """Refuse what cannot be done before any text is read."""
+    """Refuse an impossible request before any text is read."""
     sae.check_model(model)
     for readout in readouts:
         readout.check_model(model)

@@ -1,4 +1,4 @@
-"""Labelled examples in two parts that share no prompt: what is chosen on one is reported on the other.
+"""Splits labelled examples into two parts that share no prompt: one part for choices, the other for reported numbers.
 
 In: examples, a seed. Out: two sets of examples. It must not know models.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def split_examples(examples: Examples, seed: int, held_out: float = 0.5) -> tuple[Examples, Examples]:
-    """Fit part and held-out part, split by prompt; prompts with the same mix of labels are shared out alike.
+    """Fit part and held-out part, split by prompt. Prompts with the same mix of labels are split in the same proportion.
 
     Args:
         held_out (`float`, defaults to 0.5): share of the prompts that is held out, in (0, 1).
 
     Raises:
-        `ValueError`: a share outside (0, 1), or a part without both labels.
+        `ValueError`: the share is outside (0, 1), or a part lacks a label.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"`held_out` is {held_out} – expected a share between 0 and 1.")

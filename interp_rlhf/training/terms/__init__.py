@@ -1,1 +1,1 @@
-"""Terms: what joins a trainer's loss, one registered class per file, and what runs them around `compute_loss`."""
+"""Terms that join a trainer's loss, one registered class per file, and the code that runs them around `compute_loss`."""

@@ -26,18 +26,17 @@ class ConceptAnchor(OneConcept, LossTerm):
     """Holds a concept's score near the reference's: λ (⟨h_θ, r⟩ − ⟨h_0, r⟩)².
 
     Source: ProCon (arXiv 2509.06795), which anchors the projection on the refusal direction during fine-tuning. Deviations:
-    1. r is any probe or direction, as fitted and calibrated, so the difference is in log-odds whatever the norm of r.
+    1. r is any probe or direction, as fitted and calibrated. The difference is in log-odds for every norm of r.
     2. The squared difference of each counted token is averaged over a sequence's tokens, then over sequences, so that long
        sequences do not weigh more. `pooled=True` squares the difference of pooled scores instead.
-    3. The schedule is the caller's; theirs is strong early (`Schedule(kind="decay")`).
+    3. The caller chooses the schedule. The paper's schedule is strong early (`Schedule(kind="decay")`).
     4. A card's `transform` is left out, since it may clip.
     5. A readout with the pooling `attention` is held token by token. With `pooled=True` its attention is held too.
 
     Args:
         readout (`Readout`): the concept.
         pooled (`bool`, defaults to `False`): anchor a sequence's pooled score.
-        random_direction (`int`, *optional*): the control: a seed. A direction of the same norm is drawn from it and replaces the
-            concept's.
+        random_direction (`int`, *optional*): seed of the control: a random direction of the same norm replaces the concept's.
         weight (`float`), schedule (`Schedule`), name (`str`): as for every term.
 
     Raises:

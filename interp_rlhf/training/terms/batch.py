@@ -1,6 +1,6 @@
 """A training batch as terms see it: the counted tokens, the policy's activations of them, and the reference's scores.
 
-In: the trainer's inputs, what a tap kept of the policy's pass, and the reference's scores. Out: tensors over the N counted
+In: the trainer's inputs, the activations that a tap kept, and the reference's scores. Out: tensors over the N counted
 tokens. It must not know terms.
 """
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class TermBatch:
-    """What a term sees of a training batch.
+    """A training batch as a term sees it.
 
     Args:
         inputs (`dict`): the trainer's batch.
-        marks (`ChatMarks`): what the chat template writes around turns.
+        marks (`ChatMarks`): the tokens that the chat template writes around turns.
         activations (`dict[str, torch.Tensor]`): hook point to the policy's activation (B, T, D), with its graph.
         references (`dict[TokenReadout, torch.Tensor]`): readout to the reference's scores (B, T, K).
-        pairs (`Pairs`, *optional*): of a preference trainer, where a term needs them.
+        pairs (`Pairs`, *optional*): the pairs of a preference trainer, if a term needs them.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class TermBatch:
         self._chosen: dict[tuple[str, int], torch.Tensor] = {}
 
     def tokens(self, include_end_of_turn: bool) -> Counted:
-        """The counted tokens, N of them."""
+        """The N counted tokens."""
         if include_end_of_turn not in self._tokens:
             self._tokens[include_end_of_turn] = counted(self._inputs, self._marks, include_end_of_turn)
         return self._tokens[include_end_of_turn]
 
     def policy(self, hook_point: str, tokens: Counted) -> torch.Tensor:
         """Activations (N, D) of the policy, float32, with their graph."""
-        # Terms at one hook point share the selection, and so its gradient's memory.
+        # Terms at one hook point share the selection and the memory of its gradient.
         key = (hook_point, id(tokens))
         if key not in self._chosen:
             activation = self._activations[hook_point]

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def trained_through(readout: Readout, random_direction: int | None) -> Readout:
-    """The readout of a term whose gradient runs through it: without its card's transform, or the random control.
+    """The readout through which a term's gradient runs: the concept's without its transform, or the random control.
 
-    A transform may clip. Where it clips it has no gradient, so the sequences with the highest scores would be left alone.
+    A transform may clip. Clipped scores have no gradient, so the term would not touch the sequences with the highest scores.
     """
     readout = replace(readout, transform=None)
     return readout if random_direction is None else random_like(readout, random_direction)

@@ -1,6 +1,6 @@
-"""How many sequences a mean over a training step is taken over, so that accumulation, ranks and padding leave a term unchanged.
+"""Counts the sequences of an optimizer step, so that accumulation, ranks and padding do not change a term's mean.
 
-In: the batches of an optimizer step, or a rollout batch. Out: the factor of a micro-batch's sum. It must not know what is summed.
+In: the batches of an optimizer step, or a rollout batch. Out: the factor of a micro-batch's sum. It must not know terms.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
     from ...activations.chat_marks import ChatMarks
 
-# Prefix of a rollout batch's numbers, one per row: rows divided by rows that have a token which counts, of all ranks.
+# Key prefix in a rollout batch. Each row holds: rows of all ranks, divided by the rows of all ranks that have a counted token.
 SHARE_KEY = "interp_share/"
 
 
 class SequenceCounts(ABC):
-    """Counts the sequences of an optimizer step that have a token which counts.
+    """Counts the sequences of an optimizer step that have a counted token.
 
     Args:
         trainer (`Trainer`): a built trainer of TRL.
-        marks (`ChatMarks`): what its chat template writes around turns.
-        flags (`Sequence[bool]`): the terms' `include_end_of_turn`, each once, sorted.
+        marks (`ChatMarks`): the tokens that its chat template writes around turns.
+        flags (`Sequence[bool]`): distinct values of the terms' `include_end_of_turn`, sorted.
     """
 
     def __init__(self, trainer: Any, marks: ChatMarks, flags: Sequence[bool]):
         self.trainer, self._marks, self._flags = trainer, marks, flags
 
-    def window(self, batches: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027, rollouts know theirs
-        """The micro-batches of the next optimizer step, on this rank."""
+    def window(self, batches: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027, rollouts need no window
+        """Take the micro-batches of the next optimizer step on this rank."""
 
     def shares(self, output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What travels with a rollout batch."""
+        """Values that travel with a rollout batch, by key."""
         return {}
 
     @abstractmethod
     def of_step(self, inputs: Mapping[str, Any], flag: bool, rows: int) -> float:
-        """Sequences of the whole step, on all ranks.
+        """Number of counted sequences in the whole step, on all ranks.
 
         Args:
             inputs (`dict`): one micro-batch.
@@ -56,15 +56,15 @@ class SequenceCounts(ABC):
     ) -> float:
         """Factor of a micro-batch's sum.
 
-        With it, the sums of all micro-batches and ranks add up to the mean over the step's sequences that have a token which
-        counts. A term per pair corrects the trainer's own loss, and weighs as that does: by the mean of the micro-batch.
+        With this factor, the sums of all micro-batches and ranks add up to the mean over the step's counted sequences. A term per
+        pair corrects the trainer's own loss, so it is weighted like that loss: by the mean of the micro-batch.
 
         Args:
             inputs (`dict`): the micro-batch.
-            num_items: what the trainer passes to `compute_loss`.
+            num_items: the trainer's argument to `compute_loss`.
             flag (`bool`): the term's `include_end_of_turn`.
-            per_pair (`bool`): the term's.
-            counts (`torch.BoolTensor` of shape (U,)): sequences or pairs that count.
+            per_pair (`bool`): the term's `per_pair`.
+            counts (`torch.BoolTensor` of shape (U,)): True for sequences or pairs that count.
         """
         trainer = self.trainer
         if not trainer.model.training or per_pair:
@@ -84,7 +84,7 @@ class SequenceCounts(ABC):
 
 
 class WindowCounts(SequenceCounts):
-    """Counted over the micro-batches of a step, before the first of them."""
+    """Counts over the micro-batches of a step, before the first micro-batch."""
 
     def __init__(self, trainer: Any, marks: ChatMarks, flags: Sequence[bool]):
         super().__init__(trainer, marks, flags)
@@ -102,7 +102,7 @@ class WindowCounts(SequenceCounts):
 
 
 class RolloutCounts(SequenceCounts):
-    """Counted over a rollout batch; what is needed of it travels with each row, since rows are shuffled and split."""
+    """Counts over a rollout batch. The result travels with each row, because the trainer shuffles and splits the rows."""
 
     def shares(self, output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         rows, device = len(output["completion_ids"]), output["completion_ids"].device

@@ -87,7 +87,7 @@ class DriftPenalty(LossTerm):
 
     @cached_property
     def _compared(self) -> TokenReadout:
-        """What is read on the reference."""
+        """The readout on the reference."""
         return Whole(self.policy_point) if self.subspace is None else Projection(self.name, self.subspace)
 
     @property

@@ -1,4 +1,4 @@
-"""`explain_away`: a concept's score on the reference explains part of a preference, which the policy then need not learn.
+"""`explain_away`: a concept's score on the reference explains part of a preference. The policy need not learn that part.
 
 In: a readout. Out: a shift of the reference's log-probs. It must not know how DPO turns them into a loss.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @register_term("explain_away")
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExplainAway(OneConcept, MarginShift):
-    """EA-DPO: a concept explains part of a preference away, or, with a negative λ, amplifies it.
+    """EA-DPO: a concept explains part of a preference away. With a negative λ it amplifies that part.
 
     −log σ(β D_θ + λ ΔA), ΔA = A(x, y⁺) − A(x, y⁻) on the reference. The policy need not learn what the concept's score already
     explains of the preference. This is plain DPO with a reference log-prob of y that is lower by (λ/β) A(x, y). The term is
@@ -38,7 +38,7 @@ class ExplainAway(OneConcept, MarginShift):
     Source: Goodfire (arXiv 2606.12360). Deviations:
     1. A is a probe's calibrated, pooled and transformed score, or a latent's.
     2. `ipo` and `sigmoid_norm` divide by the length. For them the shift is multiplied by it first.
-    3. A pair in which a completion has no counted token is left as plain DPO has it.
+    3. A pair with a completion without counted tokens stays as in plain DPO.
 
     Args:
         readout (`Readout`): the concept. A card needs evidence that passes the gate.

@@ -1,4 +1,4 @@
-"""`feature_constraint`: takes a distance of features off the margin inside DPO's sigmoid.
+"""`feature_constraint`: subtracts a distance of features from the margin inside DPO's sigmoid.
 
 In: latents or a probe. Out: per pair, the change of DPO's loss. It must not know how the trainer reduces its own loss.
 """
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 @register_term("feature_constraint")
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FeatureConstraint(LossTerm):
-    """Feature-level constrained preference optimization: δ is taken off the margin inside DPO's sigmoid.
+    """Feature-level constrained preference optimization: δ is subtracted from the margin inside DPO's sigmoid.
 
     −log σ(z − δ), δ = α (β D(y_l) − sg[β D(y_w)]), D(x, y) = (1/k) Σ_{i ∈ I_k} (c̄_θ,i − c̄_0,i)². c̄ are the mean-pooled latents.
     I_k holds the k largest of the policy's together with the k largest of the reference's.
 
     Source: FPO (arXiv 2411.07618, equations 8 to 10); α is `weight`. Deviations:
-    1. z is the trainer's own margin: that of `sigmoid_norm` is FPO's, `sigmoid` is allowed too.
+    1. z is the trainer's own margin. The paper uses that of `sigmoid_norm`; `sigmoid` is allowed too.
     2. c̄ is the mean over the answer's tokens, the end-of-turn token included.
     3. A probe gives one feature: D is the squared gap of mean scores. A card of latents gives its latents, not their weighted
        sum.
     4. α may follow a schedule.
-    5. The term is part of DPO's own loss. Micro-batches of unequal size therefore weigh as they do there: each by its mean.
+    5. The term is part of DPO's own loss, so micro-batches of unequal size are weighted as in that loss: each by its mean.
 
     Args:
         readout (`Latents` or `Readout`): the features; in a recipe, a `card`, or `sae` (a file, folder or Hub id of a sparse
@@ -86,7 +86,7 @@ class FeatureConstraint(LossTerm):
 
     @cached_property
     def _features(self) -> Latents | Readout:
-        """What is compared: latents instead of their weighted sum, and a probe's scores without attention."""
+        """The compared features: latents instead of their weighted sum, and a probe's scores without attention."""
         if isinstance(self.readout, Latents):
             return self.readout
         if self.readout.latents is not None:
@@ -95,7 +95,7 @@ class FeatureConstraint(LossTerm):
 
     @cached_property
     def _on_reference(self) -> TokenReadout:
-        """The narrower of the two travels from the reference pass: the latents, or the activation they are computed from."""
+        """Readout on the reference: the latents, or their activation if that is narrower."""
         features = self._features
         wide = isinstance(features, Latents) and features.size > features.width
         return Whole(self.policy_point) if wide else features
@@ -165,9 +165,9 @@ class FeatureConstraint(LossTerm):
 
 
 def _means_of(features: Latents | Readout, activation: torch.Tensor, tokens: Counted) -> torch.Tensor:
-    """Mean features (M, S) of every sequence, of activations (N, D); at most a block of (N, S) is held for the gradient.
+    """Mean features (M, S) of every sequence, from activations (N, D). At most a block of (N, S) is held for the gradient.
 
-    Latents of more tokens than a block has are read block by block, and once more in the backward pass.
+    If there are more tokens than a block holds, latents are computed block by block, and again in the backward pass.
     """
     if not isinstance(features, Latents) or len(activation) <= (size := block_size(len(features.encoder))):
         return tokens.means(features(activation))

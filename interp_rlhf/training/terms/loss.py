@@ -1,7 +1,7 @@
-"""What happens around a trainer's `compute_loss`: gates are opened, passes are matched to the batch, terms are reduced.
+"""Runs terms around a trainer's `compute_loss`: opens the taps, matches passes to the batch, and reduces the terms.
 
-In: terms, monitors and interventions of one trainer. Out: a scalar that is added to its loss, and metrics. It must not know what
-a term computes, nor where the reference's scores come from.
+In: terms, monitors and interventions of one trainer. Out: a scalar that is added to its loss, and metrics. It must not know the
+formulas of terms, nor the source of the reference's scores.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class LossTerms:
         terms (`Sequence[Term]`): terms of weight 0 are left out: the run is then that of plain TRL.
         monitors (`Sequence[Readout]`): scored on the policy's own training pass; see `LossMonitors`.
         interventions (`Sequence[TrainingIntervention]`): change the policy's training forward.
-        scores (`ReferenceScores`): where the reference's scores come from.
-        unproved (`Sequence[Readout]`): readouts whose canaries the reference has not met yet.
-        paired (`bool`): rows are pairs, all chosen completions first.
+        scores (`ReferenceScores`): source of the reference's scores.
+        unproved (`Sequence[Readout]`): readouts whose canaries were not yet checked on the reference.
+        paired (`bool`): True if rows are pairs, all chosen completions first.
 
     Attributes:
-        terms (`list[Term]`): those of a weight other than 0.
-        scores (`ReferenceScores`): as given.
-        causes (`Causes`): what is known to make the policy's pass differ from a reading.
-        marks (`ChatMarks`): what the trainer's chat template writes around turns.
+        terms (`list[Term]`): terms with a weight other than 0.
+        scores (`ReferenceScores`): source of the reference's scores.
+        causes (`Causes`): known reasons why the policy's pass differs from a reading.
+        marks (`ChatMarks`): the tokens that the trainer's chat template writes around turns.
     """
 
     counts_class: ClassVar[type[SequenceCounts]] = WindowCounts
@@ -76,7 +76,7 @@ class LossTerms:
         self.interventions = list(interventions)
         self.marks = _marks_of(trainer)
         self.causes = from_rank_zero(lambda: causes(trainer.model, trainer.args))
-        # What an intervention changes, only the policy's own pass has seen.
+        # A monitor behind an intervention can only be read in the policy's own pass.
         readable = [monitor for monitor in monitors if not self._behind(monitor.hook_point)]
         scores.choose([*(r for term in self.terms for r in term.reference_readouts), *scores.watched(readable)])
         self._monitors = LossMonitors(trainer, monitors, readable, scores, self.marks, self.causes, paired)
@@ -102,7 +102,7 @@ class LossTerms:
 
     @property
     def own_forwards(self) -> int:
-        """Forwards of our own that were needed."""
+        """Number of our own forwards."""
         return self.scores.own_forwards + self._monitors.own_forwards
 
     def remove(self) -> None:
@@ -111,15 +111,15 @@ class LossTerms:
             hooks.remove()
 
     def _behind(self, hook_point: str) -> bool:
-        """True if an intervention changes what is read at a hook point."""
+        """True if an intervention changes the activation at a hook point."""
         return any(runs_after(self.trainer.model, hook_point, i.hook_point) for i in self.interventions)
 
     def precompute(self) -> None:
-        """Compute the reference's scores of the trainer's data sets, if they are computed once. Called before training."""
+        """Before training, compute the reference's scores of the trainer's data sets if the trainer precomputes its reference."""
         self.scores.precompute(self.causes)
 
     def window(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """The micro-batches of the next optimizer step, on this rank: sequences are counted over all of them."""
+        """Count the sequences in the micro-batches of the next optimizer step on this rank."""
         self._counts.window(batches)
 
     def recheck(self) -> None:
@@ -128,7 +128,7 @@ class LossTerms:
 
     @contextmanager
     def passes(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Open while the trainer computes its loss on a batch; gives the batch to compute it on."""
+        """Open the hooks while the trainer computes its loss on a batch. Gives the batch that the trainer should use."""
         trainer, training = self.trainer, self.trainer.model.training
         weights = self._weights()
         trainer_inputs = inputs
@@ -153,12 +153,12 @@ class LossTerms:
                 hooks.open = False
 
     def added(self, inputs: dict[str, Any], trainer_inputs: dict[str, Any], num_items: Any) -> torch.Tensor | None:
-        """What is added to the loss that the trainer computed on a batch; also logs metrics.
+        """The sum of the terms on a batch, added to the trainer's loss; None if no term adds a value. Also logs metrics.
 
         Args:
             inputs (`dict`): the batch.
             trainer_inputs (`dict`): the batch that `passes` gave.
-            num_items: what the trainer passes to `compute_loss`.
+            num_items: the trainer's argument to `compute_loss`.
         """
         passes = self._taken()
         if any(change.fired == 0 for change in self._changes) and self.trainer.model.training:
@@ -201,7 +201,7 @@ class LossTerms:
         inputs: Mapping[str, Any],
         num_items: Any,
     ) -> torch.Tensor:
-        """A term's part of a micro-batch's loss; its metrics are put into `metrics`."""
+        """A term's part of a micro-batch's loss. Its metrics go into `metrics`."""
         values = evaluated.values
         assert values is not None
         counts = torch.ones_like(values, dtype=torch.bool)
@@ -220,7 +220,7 @@ class LossTerms:
         return [one for tap in self._taps for one in tap.take()]
 
     def _look_again(self, inputs: dict[str, Any]) -> None:
-        """Read what the trainer's passes would show differently, and a row to compare with them."""
+        """Read the monitors for which the trainer's pass is no reading, and one row for the check of the passes."""
         if self._monitors.monitors or any(term.reference_readouts for term in self.terms):
             self._monitors.before_pass(inputs)
             self._check.before_pass(inputs, self._monitors.apart("policy"))
@@ -232,7 +232,7 @@ class LossTerms:
         passes: Sequence[Pass],
         active: Sequence[Term],
     ) -> TermBatch:
-        """The batch as terms see it: the policy's pass over it, and the reference's scores."""
+        """The batch as terms see it, with the policy's activations and the reference's scores."""
         ids = input_ids(inputs)
         kind = self._policy_tap.keep_kind
         here = [one for one in passes if one.input_ids is not None and torch.equal(one.input_ids.to(ids.device), ids)]
@@ -252,7 +252,7 @@ class LossTerms:
             pairs = self._pairs(inputs, trainer_inputs, policy)
         activations = policy.activations if policy is not None else {}
         batch = TermBatch(inputs, self.marks, activations, self.scores.by_readout(references), pairs)
-        # Monitors that were read apart on both sides take nothing from the trainer's pass.
+        # Monitors that were read separately on both sides do not use the trainer's pass.
         of_terms = {readout for term in self.terms for readout in term.reference_readouts}
         apart = {self.scores.keys[m] for m in self._monitors.apart("reference") if m not in of_terms}
         self._check.compare(batch, activations, references, apart)
@@ -272,7 +272,7 @@ class LossTerms:
         return Pairs(log_probs, reference, mask.sum(1), trainer.beta, kinds, self._unshifted)
 
     def _with_reference_log_probs(self, inputs: dict[str, Any], weights: Mapping[Term, float]) -> dict[str, Any]:
-        """The batch with the reference's log-probs in it, as the terms shift them."""
+        """The batch with the reference's log-probs, shifted by the terms."""
         log_probs = self._unshifted = self.scores.log_probs(inputs, self._taken)
         references = self.scores.by_readout(self.scores.of(inputs, ()))
         batch = TermBatch(inputs, self.marks, {}, references, None)

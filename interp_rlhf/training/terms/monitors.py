@@ -1,7 +1,7 @@
 """Monitors in the loss: scored on the policy's own training pass, without gradient.
 
-In: a training batch. Out: metrics. Where the trainer's pass differs from a reading they are read by `read()`, except behind an
-intervention, whose effect only the trainer's pass shows. It must not know terms.
+In: a training batch. Out: metrics. If the trainer's pass differs from a reading, `read()` reads the monitors instead. Monitors
+behind an intervention are the exception: only the trainer's pass shows its effect. It must not know terms.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class LossMonitors:
 
     Args:
         trainer (`Trainer`): a built trainer of TRL.
-        monitors (`Sequence[Readout]`): all of them.
-        readable (`Sequence[Readout]`): those that `read()` can read too: not behind an intervention.
-        scores (`ReferenceScores`): what is read on the reference.
-        marks (`ChatMarks`): what the chat template writes around turns.
-        causes (`Causes`): what is known to make the policy's pass differ from a reading.
-        paired (`bool`): rows are pairs, all chosen completions first.
+        monitors (`Sequence[Readout]`): all monitors.
+        readable (`Sequence[Readout]`): monitors that `read()` can read too, since they are not behind an intervention.
+        scores (`ReferenceScores`): source of the reference's scores.
+        marks (`ChatMarks`): the tokens that the chat template writes around turns.
+        causes (`Causes`): known reasons why the policy's pass differs from a reading.
+        paired (`bool`): True if rows are pairs, all chosen completions first.
 
     Attributes:
-        own_forwards (`int`): forwards of our own that were needed.
+        own_forwards (`int`): number of our own forwards.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class LossMonitors:
         self._apart: SideScores = {}
 
     def before_pass(self, inputs: Mapping[str, Any]) -> None:
-        """Read a batch's monitors by `read()`, if the trainer's pass over it differs from a reading."""
+        """Read a batch's monitors with `read()` if the trainer's pass over it differs from a reading."""
         self._apart = {}
         if self._readable and self._must_read(inputs):
             self._apart = self._read(inputs)
 
     def apart(self, side: str) -> list[Readout]:
-        """Monitors of this batch that were read by `read()`, on one side."""
+        """Monitors that `read()` read for this batch, on one side."""
         return list(self._apart.get(side, {}))
 
     def metrics(self, batch: TermBatch) -> dict[str, torch.Tensor]:
-        """One score per counted sequence, by metric."""
+        """Metrics of a batch, each with one score per counted sequence."""
         metrics: dict[str, torch.Tensor] = {}
         for monitor in self.monitors:
             metrics |= self._of_one(monitor, batch)

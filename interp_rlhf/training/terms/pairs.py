@@ -1,4 +1,4 @@
-"""Preference pairs: what terms see of DPO's own loss, and in which of its losses a change of the margin is exact.
+"""Preference pairs as terms see them, and the losses of DPO in which a change of the margin is exact.
 
 In: the log-probs of a batch of pairs, chosen completions first. Out: the margin that DPO puts into its loss. It must not know
 concepts.
@@ -22,14 +22,14 @@ LENGTH_NORMALIZED_LOSSES = ("ipo", "sigmoid_norm")
 
 
 class Pairs(NamedTuple):
-    """What a preference trainer knows of a batch of P pairs. Rows: all chosen completions, then all rejected ones.
+    """A batch of P pairs in a preference trainer. Rows: all chosen completions, then all rejected completions.
 
     Attributes:
-        log_probs (`torch.Tensor` of shape (2P,)): of the policy, summed over completion tokens, with their graph.
-        reference (`torch.Tensor` of shape (2P,)): of the reference, as the loss sees them: after all shifts.
+        log_probs (`torch.Tensor` of shape (2P,)): log-probs of the policy, summed over completion tokens, with their graph.
+        reference (`torch.Tensor` of shape (2P,)): log-probs of the reference in the loss, after all shifts.
         lengths (`torch.Tensor` of shape (2P,)): completion tokens, as TRL's length-normalized losses count them.
-        beta (`float`), loss_types (`list[tuple[str, float]]`): of the trainer; each loss type with its weight.
-        unshifted_reference (`torch.Tensor` of shape (2P,)): of the reference, before any shift.
+        beta (`float`), loss_types (`list[tuple[str, float]]`): β, and each loss type of the trainer with its weight.
+        unshifted_reference (`torch.Tensor` of shape (2P,)): log-probs of the reference before any shift.
     """
 
     log_probs: torch.Tensor
@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 
 class PairLoss(NamedTuple):
-    """What a shift of the margin needs to know of DPO's loss on a batch of P pairs.
+    """Values of DPO's loss on a batch of P pairs that a shift of the margin needs.
 
     Attributes:
         beta (`float`): β.
@@ -55,7 +55,7 @@ class PairLoss(NamedTuple):
 
 
 def margin(pairs: Pairs, loss_type: str) -> torch.Tensor:
-    """z (P,): what `DPOTrainer` puts into the sigmoid of this loss type, with reverse KL."""
+    """The margin z (P,): the input of the sigmoid in `DPOTrainer`'s loss of this type, with reverse KL."""
     scores = pairs.log_probs - pairs.reference
     if loss_type in LENGTH_NORMALIZED_LOSSES:
         scores = scores / pairs.lengths.clamp(min=1)
@@ -68,12 +68,12 @@ def refuse_losses(context: TermContext, name: str, exact: Sequence[str], setting
 
     Args:
         context (`TermContext`): the trainer.
-        name (`str`): the term's.
-        exact (`Sequence[str]`): loss types in which it holds.
+        name (`str`): name of the term.
+        exact (`Sequence[str]`): loss types in which the formula holds.
         settings (`dict`): options of the trainer, with the values that the formula needs.
 
     Raises:
-        `ValueError`: another loss type, or another value of an option.
+        `ValueError`: the trainer has another loss type, or another value of an option.
     """
     trainer = context.trainer
     wrong = [loss for loss in trainer.loss_types if loss not in exact]

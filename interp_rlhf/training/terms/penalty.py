@@ -23,20 +23,19 @@ if TYPE_CHECKING:
 @register_term("concept_penalty")
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ConceptPenalty(OneConcept, LossTerm):
-    """Trains against a concept's score directly: λ softplus(± s), s the log-odds of the policy's own activations.
+    """Trains directly against a concept's score: λ softplus(± s). s is the log-odds on the policy's own activations.
 
-    **Models game this term.** Its gradient runs through the probe. The shortest way down is to move the activation off the
-    probe's direction, not to change the text: in one DPO replication the term fell from 3.22 to 0.007 within 20 steps while a
-    refitted probe still told the texts apart. The Obfuscation Atlas (arXiv 2602.15515) advises against it altogether. It is here
-    to study just that, so it needs `allow_differentiable_probe=True` and a monitor with another artifact.
+    **Models game this term.** Its gradient runs through the probe. The quickest way to lower it is to move the activation off
+    the probe's direction, not to change the text. In one DPO replication the term fell from 3.22 to 0.007 within 20 steps, while
+    a refitted probe still told the texts apart. The Obfuscation Atlas (arXiv 2602.15515) advises against such terms. This one is
+    for the study of that effect, so it needs `allow_differentiable_probe=True` and a monitor with another artifact.
 
     Args:
         readout (`Readout`): the concept; its calibrated and pooled score is a log-odds. A card's `transform` is left out. A card
             needs evidence that passes the gate.
-        encourage (`bool`, defaults to `False`): pay for the concept instead of against it.
-        allow_differentiable_probe (`bool`): say that you have read this.
-        random_direction (`int`, *optional*): the control: a seed. A direction of the same norm is drawn from it and replaces the
-            concept's.
+        encourage (`bool`, defaults to `False`): train towards the concept, not against it.
+        allow_differentiable_probe (`bool`): must be True. It confirms that you have read this warning.
+        random_direction (`int`, *optional*): seed of the control: a random direction of the same norm replaces the concept's.
         weight (`float`), schedule (`Schedule`), name (`str`): as for every term.
 
     Raises:

@@ -1,6 +1,6 @@
 """Readouts that only terms need: the whole activation, and a readout under a second name.
 
-In: an activation. Out: what is kept of it. They must not know which model it comes from.
+In: an activation. Out: the values that a tap keeps. They must not know which model the activation comes from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Whole:
-    """Readout that keeps the activation as it is, for terms that compare all of it."""
+    """Readout that keeps the whole activation, for terms that compare all of it."""
 
     hook_point: str
 

@@ -1,4 +1,4 @@
-"""Where the reference's scores of a training batch come from: four classes with one interface.
+"""Sources of the reference's scores of a training batch: four classes with one interface.
 
 In: the readouts that terms need on the reference. Out: their scores (B, T, K) of a batch. It must not know terms.
 """
@@ -48,9 +48,9 @@ class ReferenceScores(ABC):
             adapters off.
 
     Attributes:
-        keys (`dict[TokenReadout, str]`): readouts that are read, with a unique name each.
+        keys (`dict[TokenReadout, str]`): the readouts, each with a unique name.
         keyed (`list[Keyed]`): the same readouts under these names.
-        own_forwards (`int`): forwards of our own that were needed.
+        own_forwards (`int`): number of our own forwards.
     """
 
     # True if the trainer itself runs the reference on tokens that a tap can see.
@@ -63,16 +63,16 @@ class ReferenceScores(ABC):
         self.own_forwards = 0
 
     def choose(self, readouts: Sequence[TokenReadout]) -> None:
-        """Set which readouts are read."""
+        """Set the readouts."""
         self.keys = {readout: f"{i}:{readout.name}" for i, readout in enumerate(dict.fromkeys(readouts))}
         self.keyed = [Keyed(key, readout) for readout, key in self.keys.items()]
 
     def watched(self, monitors: Sequence[Readout]) -> list[Readout]:
-        """Monitors that are read on the reference too, because that costs no pass."""
+        """Monitors that can also be read on the reference without an extra pass."""
         return []
 
     def on_policy_tap(self) -> list[Keyed]:
-        """Readouts that a tap on the policy's model records: the reference is that model with its adapters off."""
+        """Readouts for a tap on the policy's model, if the reference is that model with its adapters off."""
         return self.keyed if self.trainer_runs_it and self.reference is None else []
 
     def tap(self) -> Tap | None:
@@ -98,7 +98,7 @@ class ReferenceScores(ABC):
 
         Args:
             inputs (`dict`): the batch.
-            passes (`Sequence[Pass]`): what the taps recorded while the trainer computed its loss on it.
+            passes (`Sequence[Pass]`): the passes that the taps recorded while the trainer computed its loss on the batch.
         """
 
     def forget(self) -> None:  # noqa: B027, two classes have something to do
@@ -109,7 +109,7 @@ class ReferenceScores(ABC):
 
         Args:
             inputs (`dict`): the batch.
-            take (`Callable`): hands over what the taps have recorded.
+            take (`Callable`): returns the passes that the taps have recorded.
         """
         raise AssertionError(f"{type(self).__name__} has no pairs")
 
@@ -118,11 +118,11 @@ class ReferenceScores(ABC):
         return {readout: scores[key] for readout, key in self.keys.items() if key in scores}
 
     def model(self) -> AbstractContextManager[nn.Module]:
-        """The reference, as something that can be run."""
+        """The reference, ready to run."""
         return reference_pass(self.trainer.model_wrapped, self.reference)
 
     def row_again(self, row: TokenBatch, recheck: Recheck, before: Callable[[Any], None]) -> dict[str, Any] | None:
-        """One row of a batch, read on the reference before the trainer's pass; None where the trainer's pass makes no reading.
+        """One row of a batch, read on the reference before the trainer's pass; None if the trainer's pass reads nothing.
 
         Args:
             row (`TokenBatch`): the row.
@@ -132,10 +132,10 @@ class ReferenceScores(ABC):
         return None
 
     def still(self, recheck: Recheck) -> None:
-        """Check that the reference still reads as it did at first. All ranks call it together.
+        """Check that the reference still gives its first scores. All ranks call it together.
 
         Raises:
-            `ValueError`: it does not.
+            `ValueError`: the scores have changed.
         """
         if self.keyed:
             with self.model() as model, self.trainer.accelerator.autocast():
@@ -143,7 +143,7 @@ class ReferenceScores(ABC):
 
 
 class RolloutScores(ReferenceScores):
-    """Read in the pass that the trainer makes on rollouts; they travel with the batch."""
+    """Scores from the reference pass that the trainer makes on rollouts. They travel with the batch."""
 
     trainer_runs_it = True
 
@@ -154,7 +154,7 @@ class RolloutScores(ReferenceScores):
         """Scores of a whole rollout batch, from the passes that the trainer made on it.
 
         Raises:
-            `RuntimeError`: these passes do not hold its tokens.
+            `RuntimeError`: these passes do not hold the tokens of the batch.
         """
         passes = [one for one in passes if one.kind == "reference"]
         ids = input_ids(output)
@@ -166,18 +166,18 @@ class RolloutScores(ReferenceScores):
         return {key: torch.cat([one.scores[key] for one in passes]) for key in self.keys.values()}
 
     def travelling(self, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The scores under the names that they have in a rollout batch."""
+        """The scores under their keys in a rollout batch."""
         return {REFERENCE_KEY + key: values for key, values in scores.items()}
 
 
 class LossPassScores(ReferenceScores):
-    """Read in the pass that the trainer makes on the reference while it computes its loss."""
+    """Scores from the reference pass that the trainer makes in its loss."""
 
     trainer_runs_it = True
 
     def __init__(self, trainer: Any, reference: nn.Module | None):
         super().__init__(trainer, reference)
-        # Where the log-probs are computed before the loss, the trainer makes no second pass in it.
+        # If the log-probs are computed before the loss, the trainer makes no second reference pass.
         self._early: dict[str, torch.Tensor] = {}
 
     def watched(self, monitors: Sequence[Readout]) -> list[Readout]:
@@ -217,11 +217,11 @@ class LossPassScores(ReferenceScores):
 
 
 class PrecomputedScores(ReferenceScores):
-    """Computed once at `attach`, for every row of the trainer's data sets: `precompute_ref_log_probs=True`."""
+    """Scores that are computed once at `attach`, for every row of the data sets (`precompute_ref_log_probs=True`)."""
 
     def __init__(self, trainer: Any, reference: nn.Module | None):
         super().__init__(trainer, reference)
-        # A row's token ids to its scores by key, each (T, K).
+        # Token ids of a row: its scores (T, K) by key.
         self.rows: dict[bytes, dict[str, torch.Tensor]] | None = None
 
     def precompute(self, causes: Causes) -> None:
@@ -290,18 +290,18 @@ class PrecomputedScores(ReferenceScores):
         return reference_pass(policy, self.reference)
 
     def _policy(self) -> nn.Module:
-        """The policy as something that can be run. Before training, DeepSpeed has an engine only for TRL's own precomputation."""
+        """The policy, ready to run. Before training, DeepSpeed has an engine only for TRL's own precomputation."""
         trainer = self.trainer
         if self.reference is not None or not trainer.is_deepspeed_enabled:
             return trainer.model_wrapped
         return precompute_engine(trainer)
 
     def still(self, recheck: Recheck) -> None:
-        """Nothing: the reference is not run again."""
+        """Does nothing: the reference does not run again."""
 
 
 class OwnPassScores(ReferenceScores):
-    """Read in a pass of our own: the trainer has no reference (SFT)."""
+    """Scores from our own pass, for a trainer that has no reference (SFT)."""
 
     def __init__(self, trainer: Any, reference: nn.Module | None):
         super().__init__(trainer, reference)
@@ -322,7 +322,7 @@ class OwnPassScores(ReferenceScores):
         self._scores = {}
 
 
-# By what `reference.reference_source` says of a trainer.
+# Classes by the result of `reference.reference_source`.
 SCORES: dict[str, type[ReferenceScores]] = {
     "rollout": RolloutScores,
     "pass": LossPassScores,
@@ -335,7 +335,7 @@ def ids_of(one: Pass) -> torch.Tensor:
     """Token ids of a pass.
 
     Raises:
-        `RuntimeError`: the pass was fed embeddings.
+        `RuntimeError`: the input of the pass was embeddings.
     """
     if one.input_ids is None:
         raise RuntimeError(

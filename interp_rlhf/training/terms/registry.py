@@ -20,10 +20,10 @@ TERMS: Registry[type[Term]] = Registry("a kind of regularizer")
 
 
 def register_term(kind: str) -> Callable[[type[SomeTerm]], type[SomeTerm]]:
-    """Class decorator: makes a term of your own available to `attach` and to recipes, under `kind`.
+    """Class decorator that makes your term available to `attach` and to recipes, under `kind`.
 
-    The class subclasses `LossTerm` or `MarginShift` and is a dataclass: its fields are the options of the kind. A recipe gives a
-    `card`; the term gets its readout. `OneConcept` supplies what a term on one readout says about itself.
+    The class subclasses `LossTerm` or `MarginShift` and is a dataclass: its fields are the options of the kind. A recipe names a
+    `card`, and the term gets its readout. `OneConcept` supplies the properties of a term on one readout.
 
     Args:
         kind (`str`): a lower-case identifier, as a recipe writes it after `kind:`.

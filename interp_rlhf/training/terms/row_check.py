@@ -1,6 +1,6 @@
-"""One row of a batch, read again: proof that what terms take from the trainer's passes is what `read()` gives.
+"""Reads one row of a batch again, and checks that the trainer's passes give terms the same scores as `read()`.
 
-In: a batch, and what was taken of it. Out: nothing, or an error. It must not know what is computed from the scores.
+In: a batch, and its scores from the trainer's passes. Out: nothing, or an error. It must not know the use of the scores.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 class RowCheck:
-    """Reads one row again at the first optimizer step that is seen, and then every 50 steps.
+    """Reads one row again at the first optimizer step, and then every 50 steps.
 
     Args:
         trainer (`Trainer`): a built trainer of TRL.
-        scores (`ReferenceScores`): what is read on the reference, chosen already.
-        policy_readouts (`Sequence[Keyed]`): what is read on the policy.
-        unproved (`Sequence[Readout]`): readouts whose canaries the reference has not met yet.
-        causes (`Causes`): what is known to make the policy's pass differ from a reading.
-        marks (`ChatMarks`): what the chat template writes around turns.
+        scores (`ReferenceScores`): source of the reference's scores; its readouts are set already.
+        policy_readouts (`Sequence[Keyed]`): readouts on the policy.
+        unproved (`Sequence[Readout]`): readouts whose canaries were not yet checked on the reference.
+        causes (`Causes`): known reasons why the policy's pass differs from a reading.
+        marks (`ChatMarks`): the tokens that the chat template writes around turns.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RowCheck:
 
         Args:
             inputs (`dict`): the batch.
-            apart (`Collection[Readout]`): monitors that are read by `read()` anyway.
+            apart (`Collection[Readout]`): monitors that `read()` reads anyway.
         """
 
     def compare(
@@ -71,20 +71,20 @@ class RowCheck:
         references: Mapping[str, torch.Tensor],
         apart: Collection[str],
     ) -> None:
-        """Compare what the trainer's passes gave of the row with what was read of it before.
+        """Compare the row's scores from the trainer's passes with the earlier reading.
 
         Args:
             batch (`TermBatch`): the batch.
             activations (`dict[str, torch.Tensor]`): hook point to the policy's activation.
             references (`dict[str, torch.Tensor]`): key to the reference's scores.
-            apart (`Collection[str]`): keys that are not taken from the trainer's pass.
+            apart (`Collection[str]`): keys that do not come from the trainer's pass.
 
         Raises:
-            `ValueError`: they differ.
+            `ValueError`: the scores differ.
         """
 
     def still(self) -> None:
-        """Check that the reference still reads as it did. All ranks call it together."""
+        """Check that the reference still gives its first scores. All ranks call it together."""
         self._scores.still(self._reference)
 
     def _due(self, step: int) -> bool:
@@ -94,30 +94,30 @@ class RowCheck:
         return True
 
     def _require_canaries(self, model: nn.Module) -> None:
-        """Check the claims about a reference that could not be run when `attach` looked."""
+        """Check the claims about a reference that could not run at `attach`."""
         for readout in self._unproved:
             readout.check_canaries(model)
         self._unproved = []
 
 
 class RolloutRowCheck(RowCheck):
-    """Of rollouts: the reference's scores are compared when the rollout is made."""
+    """Check for rollouts. The reference's scores are compared when the rollout is made."""
 
     def of_rollout(self, output: Mapping[str, Any], scores: Mapping[str, torch.Tensor]) -> None:
         """Compare one row of a rollout batch.
 
         Args:
             output (`dict`): the rollout batch.
-            scores (`dict[str, torch.Tensor]`): the reference's scores of it.
+            scores (`dict[str, torch.Tensor]`): the reference's scores of the batch.
 
         Raises:
-            `ValueError`: they differ.
+            `ValueError`: the scores differ.
         """
         if not self._due(self._trainer.state.global_step):
             return
         ids = input_ids(output)
         real = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1).bool()
-        # TRL reads a completion that it masks without its tokens: such a row cannot be checked.
+        # TRL reads a masked completion without its tokens, so such a row cannot be checked.
         tokens = output["completion_mask"].sum(1)
         place = int(torch.where(tokens > 0, real.sum(1), real.shape[1] + 1).argmin())
         line = ids[place][real[place]].cpu()[None]
@@ -127,7 +127,7 @@ class RolloutRowCheck(RowCheck):
         taken = {key: values[place][every[place]][1:] for key, values in scores.items()}
         spread = {key: values[every].double().std(0, correction=0) for key, values in scores.items()}
         if self._causes.padding and bool((~output["prompt_mask"].bool()).any()):
-            taken = None  # the policy's pass feels the same padding
+            taken = None  # the same padding affects the policy's pass
         with self._scores.model() as model, self._trainer.accelerator.autocast():
             self._require_canaries(model)
             self._reference(model, row, taken, spread, self._trainer.args)
@@ -145,7 +145,7 @@ class _Row:
 
 
 class LossRowCheck(RowCheck):
-    """Of batches of a data set: a row is read on policy and reference before the trainer's passes, and compared after them."""
+    """Check for batches of a data set. A row is read on policy and reference before the trainer's passes, and compared after."""
 
     _row: _Row | None = None
 
@@ -165,11 +165,11 @@ class LossRowCheck(RowCheck):
             row.reference = self._scores.row_again(row.batch, self._reference, self._require_canaries)
 
     def _longest(self, inputs: Mapping[str, Any]) -> _Row:
-        """The sequence with most counted tokens."""
+        """The sequence with the most counted tokens."""
         lines, counts = counted(inputs, self._marks, True).texts(input_ids(inputs), template=True)
         place = max(range(len(lines)), key=lambda i: sum(counts[i]), default=None)
         line, count = ([], []) if place is None else (lines[place], counts[place])
-        if sum(count) < 2:  # a rank without such a row runs along
+        if sum(count) < 2:  # a rank without such a row runs too
             line, count = [0, 0, 0], [False] * 3
         return _Row(place, sum(count), batch=TokenBatch.from_ids([[]], [line], counts=[count]))
 
@@ -190,7 +190,7 @@ class LossRowCheck(RowCheck):
         if row.policy is not None:
             for readout in self._policy.readouts:
                 if readout.name in row.policy and readout.hook_point in activations and row.tokens > 1:
-                    # The batch keeps this selection for its terms, so it is made with its graph.
+                    # The terms reuse this selection, so it is computed with its graph.
                     scores = readout(batch.policy(readout.hook_point, tokens).detach())
                     taken[readout.name], spread[readout.name] = scores[mine], scores.double().std(0, correction=0)
             self._policy.require(self._trainer.model, taken, row.policy, spread, self._trainer.args)

@@ -1,8 +1,8 @@
-"""What a term says about itself: what it reads, what it adds to a loss, what it pushes, what it refuses, how a recipe writes it.
+"""The interface of terms: readouts, values for the loss, pushed readouts, refusals, and options in a recipe.
 
 In: activations of the counted tokens with their graph, and the reference's scores of the same tokens. Out: values per sequence
 or per pair, already weighted, with the metrics that explain them. It must not know how a trainer cuts its batches: `loss`
-reduces.
+reduces the values.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class TermValues(NamedTuple):
-    """What a term makes of a batch of U sequences or pairs.
+    """Result of a term on a batch of U sequences or pairs.
 
     Attributes:
-        values (`torch.Tensor` of shape (U,), *optional*): added to the loss as their mean, with their graph; None where the term
-            adds nothing itself.
+        values (`torch.Tensor` of shape (U,), *optional*): values with their graph. Their mean is added to the loss. None if the
+            term adds nothing itself.
         metrics (`dict[str, torch.Tensor]`): one number per sequence or pair, by name.
     """
 
@@ -43,7 +43,7 @@ class TermValues(NamedTuple):
 
 @dataclass(frozen=True)
 class TermContext:
-    """Where a term is to be used.
+    """The trainer and the monitors that a term is used with.
 
     Attributes:
         trainer (`Trainer`): a built trainer of TRL.
@@ -68,12 +68,12 @@ class TermContext:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Term(ABC):
-    """What all terms have. Subclass `LossTerm` or `MarginShift`, and register the class with `register_term`.
+    """Base class of all terms. Subclass `LossTerm` or `MarginShift`, and register the class with `register_term`.
 
     Attributes:
         weight (`float`): λ. At 0 a run is bit for bit that of plain TRL.
-        schedule (`Schedule`): how λ moves over the run; constant by default.
-        name (`str`): metrics are logged under `interp/<name>/`; by default the kind and the concept.
+        schedule (`Schedule`): change of λ over the run; constant by default.
+        name (`str`): metrics are logged under `interp/<name>/`. By default it is made of the kind and the concept.
     """
 
     weight: float
@@ -86,11 +86,11 @@ class Term(ABC):
     trainers: ClassVar[tuple[str, ...]] = ("DPO", "GRPO", "KTO", "RLOO", "SFT")
     # True if values are per pair of a preference trainer, not per sequence.
     per_pair: ClassVar[bool] = False
-    # True if a negative λ means something.
+    # True if a negative λ is allowed.
     allows_negative_weight: ClassVar[bool] = False
-    # True if a card needs evidence that passes the gate: the score decides what is learned.
+    # True if a card needs evidence that passes the gate, because the policy learns from the score.
     needs_evidence: ClassVar[bool] = False
-    # True if a monitor with another artifact must watch what the term pushes.
+    # True if a monitor with another artifact must watch the pushed readout.
     needs_holdout: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class Term(ABC):
             self.complete("name", self.default_name)
 
     def complete(self, name: str, value: Any) -> None:
-        """Set a field while the term is made (in `prepare`). Afterwards terms are frozen."""
+        """Set a field during construction (in `prepare`). Afterwards terms are frozen."""
         object.__setattr__(self, name, value)
 
     def prepare(self) -> None:  # noqa: B027, most terms have nothing to do
@@ -120,7 +120,7 @@ class Term(ABC):
 
     @property
     def default_name(self) -> str:
-        """The name of a term that was given none."""
+        """Name of a term whose `name` is empty."""
         return self.kind or type(self).__name__
 
     @property
@@ -145,28 +145,28 @@ class Term(ABC):
 
     @abstractmethod
     def pushes(self) -> dict[Readout, int]:
-        """Readouts that training with this term pushes: +1 up, −1 down; empty if it holds or measures.
+        """Readouts that training with this term pushes: +1 up, −1 down. Empty for a term that only holds or measures.
 
-        The drift verdict needs it: a pushed readout that moves alone is a sign of obfuscated activations.
+        The drift verdict needs them: a pushed readout that moves alone is a sign of obfuscated activations.
         """
 
     def refuse(self, context: TermContext) -> None:  # noqa: B027, most terms work wherever their trainer does
-        """Refuse a trainer in which this term would be wrong or without effect.
+        """Refuse a trainer in which this term would be wrong or have no effect.
 
         Raises:
-            `ValueError`: it would be; the message says what to do.
+            `ValueError`: the term does not work in this trainer. The message says what to do.
         """
 
     @classmethod
     def from_options(cls, options: dict[str, Any], files: CardFiles) -> Self:
-        """The term that a recipe's mapping means.
+        """Create the term from a recipe's mapping.
 
         Args:
             options (`dict`): the mapping without `kind`; a `card` becomes the field `readout`.
             files (`CardFiles`): loads cards and autoencoders.
 
         Raises:
-            `ValueError`: an unknown or missing option, or a card that may not be used so.
+            `ValueError`: an option is unknown or missing, or the card is not allowed for this use.
         """
         options = dict(options)
         if "card" in options and any(field.name == "readout" for field in fields(cls)):
@@ -177,13 +177,13 @@ class Term(ABC):
 
     @abstractmethod
     def evaluate(self, batch: TermBatch, weight: float) -> TermValues:
-        """Values and metrics of a batch at the present weight."""
+        """Values and metrics of a batch at the current weight."""
 
     @abstractmethod
     def shift_reference(
         self, log_probs: torch.Tensor, batch: TermBatch, loss: PairLoss, weight: float
     ) -> torch.Tensor:
-        """The reference's log-probs (2P,) of a batch of pairs, as the trainer's loss shall see them."""
+        """The reference's log-probs (2P,) of a batch of pairs for the trainer's loss, with this term's shift."""
 
 
 def is_term(asked: Any) -> TypeGuard[Term]:
@@ -197,14 +197,14 @@ class LossTerm(Term):
 
     @abstractmethod
     def compute(self, batch: TermBatch, weight: float) -> TermValues:
-        """Values on a batch at the present weight, already multiplied by it.
+        """Values on a batch, already multiplied by the current weight.
 
         Args:
-            batch (`TermBatch`): what the term sees.
+            batch (`TermBatch`): the batch.
             weight (`float`): λ times the schedule's factor.
 
         Returns:
-            `TermValues`: one value per sequence, or per pair where `per_pair` is True.
+            `TermValues`: one value per sequence, or per pair if `per_pair` is True.
         """
 
     def evaluate(self, batch: TermBatch, weight: float) -> TermValues:
@@ -225,14 +225,14 @@ class MarginShift(Term):
 
     @abstractmethod
     def scores(self, batch: TermBatch) -> torch.Tensor:
-        """What the shift is made of (2P,), chosen completions first."""
+        """Scores (2P,) from which the shift is computed, chosen completions first."""
 
     @abstractmethod
     def shift(self, scores: torch.Tensor, loss: PairLoss, weight: float) -> torch.Tensor:
-        """How much the reference's log-probs (2P,) are lowered."""
+        """Amounts (2P,) by which the reference's log-probs are lowered."""
 
     def evaluate(self, batch: TermBatch, weight: float) -> TermValues:
-        """The scores, and DPO's rewards as they would be without any shift."""
+        """The scores, and DPO's rewards without any shift."""
         assert batch.pairs is not None
         rewards = batch.pairs.beta * (batch.pairs.log_probs.detach() - batch.pairs.unshifted_reference)
         metrics: dict[str, torch.Tensor] = {}
@@ -250,7 +250,7 @@ class MarginShift(Term):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OneConcept:
-    """Mix-in for a term on one readout: put it before `LossTerm` or `MarginShift` in the bases.
+    """Mix-in for a term on one readout. Put it before `LossTerm` or `MarginShift` in the bases.
 
     Attributes:
         readout (`Readout`): the concept; in a recipe, a `card`.
