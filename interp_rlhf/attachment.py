@@ -26,7 +26,6 @@ from .training.checkpoints import (
 from .training.make import make_intervention, make_regularizer
 from .training.mixin import LossMixin, with_mixin
 from .training.reference import (
-    ROLLOUT_KINDS,
     check_claims,
     check_rollout_claims,
     reference_of,
@@ -40,7 +39,7 @@ from .training.rewards import ConceptReward
 from .training.rollout import Rollout
 from .training.terms.loss import LossTerms, RolloutTerms
 from .training.terms.reference_scores import SCORES
-from .training.trl import callbacks_of, without_callbacks
+from .training.trl import ROLLOUT_KINDS, callbacks_of, without_callbacks
 from .training.watch import FirstPassCheck, RolloutWatch
 
 if TYPE_CHECKING:
@@ -280,7 +279,7 @@ class Plan:
     def _listen(self, rollout: Rollout, drift: DriftCallback | None, log: RunLog) -> dict[str, RolloutWatch]:
         """Bind the rewards to the rollouts and watch the rollouts. Returns the parts that a checkpoint must keep."""
         trainer, rewards = self.trainer, self.rewards
-        watch = RolloutWatch(trainer, rollout, rewards, self.watched, self.measures, log, self.samples_every)
+        watch = RolloutWatch(trainer, rollout, self.watched, self.measures, log, self.samples_every)
         trainer.interp_rollout, trainer.interp_watchers = rollout, [watch]
         trainer.interp_abstaining = [index for index, f in enumerate(trainer.reward_funcs) if f in rewards]
         if drift is not None:

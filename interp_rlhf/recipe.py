@@ -7,7 +7,6 @@ configuration system: everything else in a recipe belongs to TRL.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .drift.config import DriftConfig, whole_number
 from .embedded import place_of
 from .extensions import import_modules
 from .messages import as_list
+from .registry import did_you_mean
 from .training.from_mapping import yaml_numbers
 from .training.rewards import ConceptReward
 from .validation.measures import MEASURES
@@ -149,10 +149,9 @@ def _check_cards(section: Mapping[str, Any]) -> None:
 def _refuse_unknown(where: str, mapping: Mapping[str, Any], known: Any) -> None:
     unknown = sorted(str(key) for key in mapping if key not in known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ValueError(
             f"{', '.join(f'`{where}.{key}`' for key in unknown)} – expected {', '.join(f'`{key}`' for key in sorted(known))}."
-            + (f" Did you mean `{near[0]}`?" if near else "")
+            + did_you_mean(unknown[0], known)
         )
 
 

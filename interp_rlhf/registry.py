@@ -11,9 +11,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 T = TypeVar("T")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about a name: ` Did you mean `…`?` with the nearest known name, or nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -63,10 +69,9 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            near = difflib.get_close_matches(str(name), self._entries, n=1)
             raise KeyError(
                 f"{name!r} is not {self.what} – expected one of {', '.join(f'`{known}`' for known in sorted(self._entries))}."
-                + (f" Did you mean `{near[0]}`?" if near else "")
+                + did_you_mean(str(name), self._entries)
             )
         return self._entries[name]
 

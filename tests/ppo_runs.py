@@ -36,7 +36,7 @@ def trainer_of(folder, model, tokenizer, rewards=None, lora=False, rows=None, **
 
 
 def says(trainer, completions):
-    """Makes the trainer's policy write these completions, whatever its weights: row i of every rollout gets the i-th."""
+    """Makes the trainer's policy write these completions, independent of its weights: row i of every rollout gets the i-th."""
 
     def generate(prompt_ids, *args, **kwargs):
         return [list(completions[i % len(completions)]) for i in range(len(prompt_ids))], None

@@ -130,14 +130,7 @@ def rope_reach(model: nn.Module) -> int | None:
 def rope_from_the_start(model: nn.Module) -> Iterator[Any]:
     """Gives a function that makes rotary positions forget the rows that they have seen; afterwards they are as they were."""
     modules = [m for m in unwrap(model).modules() if hasattr(m, "original_max_seq_len")]
-    kept = [
-        (
-            m,
-            dict(m.named_buffers(recurse=False, remove_duplicate=False)),
-            {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k},
-        )
-        for m in modules
-    ]
+    kept = [(m, _buffers_of(m), {k: v for k, v in vars(m).items() if "max_seq_len_cached" in k}) for m in modules]
 
     def forget() -> None:
         for module in modules:

@@ -35,7 +35,7 @@ _QUANTIZED = (
 
 
 def coarseness(model: nn.Module, adapters: bool = True) -> tuple[str, str]:
-    """Precision of a model, one of `PRECISIONS`, and what in it is coarser than float32; a head of its own is not looked at.
+    """Precision of a model, one of `PRECISIONS`, and what in it is coarser than float32. A separate head is not looked at.
 
     Args:
         adapters (`bool`, defaults to `True`): look at adapters too, not only at the base that canaries are about.

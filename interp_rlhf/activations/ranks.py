@@ -35,6 +35,14 @@ def most_of_all_ranks(count: int, device: torch.device) -> int:
     return int(most)
 
 
+def sum_of_all_ranks(values: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """Elementwise sum over the ranks of an `Accelerator`, which call this together."""
+    if accelerator.num_processes == 1:
+        return values
+    total: torch.Tensor = accelerator.reduce(values, reduction="sum")
+    return total
+
+
 def from_rank_zero(work: Callable[[], Gathered]) -> Gathered:
     """Result of `work`, which only rank 0 runs.
 

@@ -37,6 +37,13 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     train.add_argument("--data", required=True, nargs="+", metavar="TEXTS", help="texts to train on; " + text)
     train.add_argument("--out", required=True, help="folder for everything; new or empty")
     train.add_argument("--model", help=MODEL_HELP)
+    _add_autoencoder_and_training(train)
+    _add_disk_and_evaluation(train, text)
+    train.add_argument("--json", action="store_true", help="print training.json")
+    train.set_defaults(run=("sae_training", "sae_train"))
+
+
+def _add_autoencoder_and_training(train: argparse.ArgumentParser) -> None:
     size = train.add_argument_group("the autoencoder")
     size.add_argument("--architecture", choices=["topk", "batchtopk"], default="topk", help="(default: topk)")
     size.add_argument("--latents", type=int, metavar="S", help="(default: four times the model's width)")
@@ -64,6 +71,9 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     how.add_argument("--context", type=int, default=128, help="tokens that the model reads at once (default: 128)")
     how.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
+
+
+def _add_disk_and_evaluation(train: argparse.ArgumentParser, text: str) -> None:
     keep = train.add_argument_group("memory, disk, and stopping")
     keep.add_argument(
         "--cache",
@@ -105,8 +115,6 @@ def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="N",
         help="use this many of their tokens, evenly spread (default: %(default)s)",
     )
-    train.add_argument("--json", action="store_true", help="print training.json")
-    train.set_defaults(run=("sae_training", "sae_train"))
 
 
 def _add_sae_source(command: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from ..concepts.card import load_card
 from ..concepts.examples import read_rows
 from ..concepts.readout import Readout
 from ..messages import as_list
+from ..registry import did_you_mean
 from .evaluation import Evaluation
 from .verdicts import TABLE, evidence_of, judge
 
@@ -165,7 +165,7 @@ def crossed(event: DriftEvent, verdict: Verdict, limits: Limits) -> list[str]:
     if unknown := sorted((limits.above.keys() | limits.below.keys()) - numbers.keys()):
         raise ValueError(
             f"No number is named {', '.join(f'`{n}`' for n in unknown)} – expected some of {', '.join(sorted(numbers))}."
-            + (f" Did you mean `{near[0]}`?" if (near := get_close_matches(unknown[0], numbers, n=1)) else "")
+            + did_you_mean(unknown[0], numbers)
         )
     lines = [f"verdict `{verdict.name}`"] if verdict.name in limits.verdicts else []
     for table, sign, word in ((limits.above, 1, "above"), (limits.below, -1, "below")):

@@ -6,16 +6,13 @@ In: a mapping from YAML. Out: an object, or an error that says what was expected
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..messages import as_list
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
+from ..registry import did_you_mean
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # Options whose value is a word, even if it looks like a number.
@@ -44,7 +41,7 @@ def from_mapping(asked: Any, kinds: Mapping[str, Any], what: str, files: Any) ->
     if kind not in kinds:
         raise ValueError(
             f"`kind` of a {what} is {kind!r} – expected one of {', '.join(f'`{k}`' for k in sorted(kinds))}."
-            + _nearest(str(kind), kinds)
+            + did_you_mean(str(kind), kinds)
         )
     for key in ("card", "cards"):
         paths = as_list(options.get(key)) if key == "cards" else [options[key]] if key in options else []
@@ -72,7 +69,7 @@ def from_fields(made: type[Any], options: Mapping[str, Any], what: str, kind: st
         known = sorted(in_files.get(key, key) for key in fields)
         raise ValueError(
             f"{', '.join(f'`{key}`' for key in unknown)} – expected options of `{kind}`: "
-            f"{', '.join(f'`{key}`' for key in known)}.{_nearest(unknown[0], known)}"
+            f"{', '.join(f'`{key}`' for key in known)}.{did_you_mean(unknown[0], known)}"
         )
     needed = [
         key
@@ -118,8 +115,3 @@ def yaml_numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [yaml_numbers(item) for item in value]
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean `{near[0]}`?" if near else ""

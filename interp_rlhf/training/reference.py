@@ -20,7 +20,7 @@ from ..activations.noise import TOKENS, rope_from_the_start, runs_here
 from ..activations.own_passes import measuring, reading
 from ..activations.reference_pass import reference_pass, require_reference_below
 from ..activations.sharding import device_of, in_one_piece, is_sharded
-from .trl import unfilled_copy
+from .trl import ROLLOUT_KINDS, unfilled_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 # Where the reference's scores come from: a pass that the trainer makes on rollouts or in its loss, scores that are computed once
 # at `attach`, or a pass of our own. `terms.reference_scores` has a class for each.
 ReferenceSource = Literal["rollout", "pass", "precomputed", "own"]
-ROLLOUT_KINDS = ("GRPO", "RLOO")
 
 
 def trainer_kind(trainer: Any) -> str | None:

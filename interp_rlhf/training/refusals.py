@@ -24,9 +24,9 @@ from ..activations.hook_points import (
 )
 from ..concepts.readout import same_artifact
 from .interventions import TRAINERS
-from .reference import ROLLOUT_KINDS, has_ref_adapter, kl_option
+from .reference import has_ref_adapter, kl_option
 from .terms.term import TermContext
-from .trl import reads_images
+from .trl import ROLLOUT_KINDS, reads_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

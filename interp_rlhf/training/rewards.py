@@ -163,19 +163,20 @@ class ConceptReward:
         if self.reader == "both":
             self._log_drift(rollout, values, kwargs["log_metric"])
         if self.per_token is not None:
-            return self._per_token(rollout, kwargs)
+            return self._per_token(rollout, kwargs["trainer_state"].global_step)
         if self.role == "penalty":
             values = [None if value is None else -value for value in values]
         if not self.sham:
             return values
-        rows = shuffled([None if value is None else [value] for value in values], self._seed_of(kwargs))
+        seed = self._seed_at(kwargs["trainer_state"].global_step)
+        rows = shuffled([None if value is None else [value] for value in values], seed)
         return [None if row is None else row[0] for row in rows]
 
-    def _seed_of(self, kwargs: dict[str, Any]) -> str:
-        """Seed of the sham at this step, the same on all ranks and in a resumed run."""
-        return f"{self.seed}-{kwargs['trainer_state'].global_step}"
+    def _seed_at(self, step: int) -> str:
+        """Seed of the sham at a step, the same on all ranks and in a resumed run."""
+        return f"{self.seed}-{step}"
 
-    def _per_token(self, rollout: Rollout, kwargs: dict[str, Any]) -> list[list[float] | None]:
+    def _per_token(self, rollout: Rollout, step: int) -> list[list[float] | None]:
         assert self.per_token is not None
         assert rollout.completion_ids is not None
         scores = rollout.scores(self.readout, self.readers[0])
@@ -183,7 +184,7 @@ class ConceptReward:
         values = per_token(self.readout, scores, rollout.attention_mask, lengths, self.per_token)
         if self.role == "penalty":
             values = negated(values)
-        return shuffled(values, self._seed_of(kwargs)) if self.sham else values
+        return shuffled(values, self._seed_at(step)) if self.sham else values
 
     def _log_drift(self, rollout: Rollout, reference: list[float | None], log_metric: Any) -> None:
         policy = rollout.values(self.readout, "policy")

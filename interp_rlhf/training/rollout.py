@@ -25,6 +25,7 @@ from ..activations.recheck import EVERY, Recheck
 from ..activations.reference_pass import reference_pass
 from ..activations.tap import Tap
 from .reference import has_ref_adapter
+from .trl import tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +63,8 @@ class Rollout:
         self.completion_ids: Sequence[Sequence[int]] | None = None
         self._batch: TokenBatch | None = None
         self._scores: dict[Reader, dict[str, ConceptScores]] = {}
-        processing = trainer.processing_class
         self._end_of_turn_ids = end_of_turn_ids(
-            trainer.model, getattr(processing, "tokenizer", processing), getattr(trainer, "chat_template", None)
+            trainer.model, tokenizer_of(trainer), getattr(trainer, "chat_template", None)
         )
         models: dict[Reader, Any] = {
             "policy": trainer.model,

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=type)
 
+# Kinds of trainer that generate what they train on.
+ROLLOUT_KINDS = ("GRPO", "RLOO")
+
 
 class RolloutSteps:
     """Public names for three private steps of `GRPOTrainer` and `RLOOTrainer`, to be overridden in subclasses.

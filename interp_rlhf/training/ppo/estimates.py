@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...activations.ranks import sum_of_all_ranks
 from .. import trl
 from . import advantages as adv
 from .metrics import Estimates
@@ -83,11 +84,7 @@ class Estimator:
 
     def sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, which call this together."""
-        accelerator = self._trainer.accelerator
-        if accelerator.num_processes == 1:
-            return sums
-        total: torch.Tensor = accelerator.reduce(sums, reduction="sum")
-        return total
+        return sum_of_all_ranks(sums, self._trainer.accelerator)
 
     def estimate(
         self, output: dict[str, Any], reference: torch.Tensor | None, scored: ScoredRollout, values: torch.Tensor

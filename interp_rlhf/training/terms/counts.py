@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...activations.counted import counted
+from ...activations.ranks import sum_of_all_ranks
 from ..trl import loss_spans_the_step
 
 if TYPE_CHECKING:
@@ -77,10 +78,7 @@ class SequenceCounts(ABC):
 
     def _everywhere(self, counts: Sequence[int], device: Any) -> list[int]:
         """Sums over all ranks."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes > 1:
-            return list(accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist())
-        return list(counts)
+        return list(sum_of_all_ranks(torch.tensor(counts, device=device), self.trainer.accelerator).tolist())
 
 
 class WindowCounts(SequenceCounts):

@@ -17,7 +17,7 @@ from ...activations.counted import end_of_turn_ids, input_ids
 from ...activations.hook_points import runs_after
 from ...activations.intervene import Intervention
 from ...activations.noise import causes
-from ...activations.ranks import from_rank_zero
+from ...activations.ranks import from_rank_zero, sum_of_all_ranks
 from ...activations.tap import Tap
 from ..trl import add_metric, tokenizer_of, using_given_reference
 from .batch import TermBatch
@@ -299,10 +299,7 @@ class LossTerms:
         if metrics:
             sums = torch.stack([values.detach().float().sum() for values in metrics.values()])
             counts = torch.tensor([len(values) for values in metrics.values()], device=sums.device, dtype=sums.dtype)
-            accelerator = self.trainer.accelerator
-            both = torch.stack([sums, counts])
-            if accelerator.num_processes > 1:
-                both = accelerator.reduce(both, "sum")
+            both = sum_of_all_ranks(torch.stack([sums, counts]), self.trainer.accelerator)
             for name, (total, count) in zip(metrics, both.T.tolist(), strict=True):
                 if count:
                     means[name] = total / count

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..from_mapping import check_options, from_fields
 from ..schedule import Schedule
+from ..trl import ROLLOUT_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +59,7 @@ class TermContext:
     @property
     def has_rollouts(self) -> bool:
         """True if the trainer generates what it trains on."""
-        return self.kind in ("GRPO", "RLOO")
+        return self.kind in ROLLOUT_KINDS
 
     @property
     def has_precomputed_reference(self) -> bool:
