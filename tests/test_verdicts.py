@@ -21,11 +21,11 @@ from interp_rlhf import (
     attach,
     load_card,
 )
+from interp_rlhf.activations.generating import repetition
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.concepts.readout import Readout
 from interp_rlhf.drift.monitors import LabelledSet, fit_anew
-from interp_rlhf.drift.own_text import repetition
 from interp_rlhf.drift.verdicts import ALARMS, NOT_ENOUGH, TABLE, DriftEvidence, Movement, evidence_of, judge
 from interp_rlhf.runlog.events import DriftEvent
 from interp_rlhf.runlog.log import parse, read_run_log

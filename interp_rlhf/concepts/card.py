@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from .causal_findings import CausalFindings
 from .pooling import require_pooling
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-
-
-class Strict(BaseModel):
-    """Every unknown key and every wrong type is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+from .strict import Difference, Digest, Sha256, Strict
 
 
 class ModelRef(Strict):
@@ -66,14 +59,6 @@ class Estimate(Strict):
     """An AUROC with the 95 % interval of a bootstrap over prompts; no bounds where there are too few prompts to resample."""
 
     auroc: float
-    low: float | None = None
-    high: float | None = None
-
-
-class Difference(Strict):
-    """A number with its 95 % interval; no bounds where there are too few prompts to resample."""
-
-    value: float
     low: float | None = None
     high: float | None = None
 
@@ -156,9 +141,9 @@ class Findings(Strict):
     length: Estimate
     punctuation: Estimate
     embedding: Estimate
-    likelihood: dict[str, Estimate] = {}
+    likelihood: dict[str, Estimate] = Field(default_factory=dict)
     prompt: PromptFindings | None = None
-    measures: dict[str, Estimate] = {}
+    measures: dict[str, Estimate] = Field(default_factory=dict)
     random_dictionary: Control | None = None
     sae: SaeFindings | None = None
 
@@ -197,8 +182,9 @@ class Card(Strict):
     reader: Literal["reference", "policy", "both"] = "reference"
     transform: Transform | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
-    holdouts: list[str] = []
+    holdouts: list[str] = Field(default_factory=list)
     evidence: Evidence | None = None
+    causal: CausalFindings | None = None
 
     @property
     def readout_digest(self) -> str:
@@ -290,8 +276,17 @@ def with_evidence(text: str, evidence: Evidence) -> str:
 
     A card in another style than that of `dump_card` (JSON, indented, with an end mark) is dumped again as a whole.
     """
-    expected = Card.model_validate(_Loader(text).get_single_data()).model_copy(update={"evidence": evidence})
-    new = _spliced(text, evidence)
+    return _with_block(text, "evidence", evidence)
+
+
+def with_causal(text: str, causal: CausalFindings) -> str:
+    """Text of a card with its causal findings replaced. Everything else stays, see `with_evidence`."""
+    return _with_block(text, "causal", causal)
+
+
+def _with_block(text: str, key: str, value: Strict) -> str:
+    expected = Card.model_validate(_Loader(text).get_single_data()).model_copy(update={key: value})
+    new = _spliced(text, key, value)
     try:
         loader = _Loader(new)
         same = Card.model_validate(loader.get_single_data()) == expected and not loader.doubled
@@ -300,15 +295,15 @@ def with_evidence(text: str, evidence: Evidence) -> str:
     return new if same else dump_card(expected)
 
 
-def _spliced(text: str, evidence: Evidence) -> str:
+def _spliced(text: str, key: str, value: Strict) -> str:
     kept: list[str] = []
     inside = False
     for line in text.splitlines():
         if line and not line[0].isspace() and not line.startswith("#"):
-            inside = line.startswith("evidence:")
+            inside = line.startswith(f"{key}:")
         if not inside:
             kept.append(line)
-    content = {"evidence": evidence.model_dump(exclude_none=True)}
+    content = {key: value.model_dump(exclude_none=True)}
     return "\n".join(kept).rstrip() + "\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 
 

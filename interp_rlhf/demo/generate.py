@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..activations.batch import tokenize_prompt
 from ..activations.counted import end_of_turn_ids
+from ..activations.generating import completions_of, pad_token
 from .prompts import FOLLOWS, VIOLATES
 
 if TYPE_CHECKING:
@@ -40,23 +41,16 @@ def generate(
     The same seed, prompts and batch size give the same answers; the global random state is left as it was.
     """
     rows: list[dict[str, Any]] = []
-    ends = end_of_turn_ids(model, tokenizer)
-    bar = tqdm(total=len(prompts), desc=label, unit="answer")
-    with bar, torch.random.fork_rng(devices=[]), torch.no_grad():
+    ends, pad = end_of_turn_ids(model, tokenizer), pad_token(tokenizer)
+    with tqdm(total=len(prompts), desc=label, unit="answer") as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             part = list(prompts[start : start + batch_size])
-            encoded = tokenizer.pad(
-                {"input_ids": [tokenize_prompt(prompt, tokenizer) for prompt in part]},
-                padding_side="left",
-                return_tensors="pt",
-            )
-            output = model.generate(
-                **encoded.to(model.device), max_new_tokens=tokens, do_sample=True, temperature=temperature, top_k=0,
-                top_p=1.0, pad_token_id=tokenizer.pad_token_id,
+            completions = completions_of(
+                model, [tokenize_prompt(prompt, tokenizer) for prompt in part], pad=pad, ends=ends, max_new_tokens=tokens,
+                temperature=temperature, seed=None,
             )  # fmt: skip
-            for prompt, ids in zip(part, output[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
-                ids = _until_end(ids, ends)
+            for prompt, ids in zip(part, completions, strict=True):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
                 rows.append({"prompt": prompt, "completion": text, "completion_ids": ids})
             bar.update(len(part))
@@ -87,10 +81,3 @@ def contrast(
             if answer["completion"].strip()
         ]
     return rows
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids

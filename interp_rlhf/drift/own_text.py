@@ -7,7 +7,6 @@ drift of the representation. It must not know log files or verdicts.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 from ..activations.answers import counted_length
 from ..activations.batch import TokenBatch, tokenize_prompt
 from ..activations.collect import read_predictions
+from ..activations.generating import completions_of, pad_token, repetition
 from ..activations.hook_points import has_adapters
-from ..activations.own_passes import measuring, reading
 from ..activations.ranks import from_rank_zero
 from ..activations.reference_pass import reference_pass
 from ..activations.sharding import is_sharded, readable
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from ..concepts.readout import Readout
     from ..sae.autoencoder import SparseAutoencoder
 
-_NGRAM = 4
 SHOWN = 5  # samples, and prompts that moved a monitor most, per evaluation
 
 
@@ -147,39 +145,15 @@ class OwnText:
         fvu = unexplained(sae, activations[sae.spec.hook_point]) if sae is not None else math.nan
         return scores, per_token, log_probs, fvu
 
-    @torch.no_grad()
     def _generate(self) -> list[list[int]]:
         trainer = self.trainer
-        width = max(map(len, self._prompt_ids))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.full((len(self._prompt_ids), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(self._prompt_ids):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        device = trainer.accelerator.device
-        devices = [device] if device.type == "cuda" else []
         model = trainer.accelerator.unwrap_model(trainer.model)
         # With sharded weights, every token takes a forward of all ranks together.
-        prepared = readable(trainer.model_wrapped) if is_sharded(model) else nullcontext()
-        with prepared, reading(), measuring(model), torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed)
-            output = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=self.temperature, top_k=0,
-                top_p=1.0, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad,
-                eos_token_id=sorted(self._ends),
-            )  # fmt: skip
-        completions = []
-        for line in output[:, width:].tolist():
-            end = next((i for i, token in enumerate(line) if token in self._ends), None)
-            completions.append(line if end is None else line[: end + 1])
-        return completions
-
-
-def repetition(ids: Sequence[int]) -> float:
-    """Share of 4-grams that occurred before; 0 below five tokens."""
-    grams = [tuple(ids[i : i + _NGRAM]) for i in range(len(ids) - _NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+        prepared = readable(trainer.model_wrapped) if is_sharded(model) else None
+        return completions_of(
+            model, self._prompt_ids, pad=pad_token(self.tokenizer), ends=self._ends, max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature, seed=self.seed, prepared=prepared, device=trainer.accelerator.device,
+        )  # fmt: skip
 
 
 def own_text_entry(now: Sampled, start: Sampled, seed: int = 0) -> OwnTextEntry:
