@@ -39,6 +39,8 @@ _HOMES = {
     "Subspace": "concepts.subspace",
     "TokenBatch": "activations",
     "attach": "attachment",
+    "CausalSettings": "validation.causal_settings",
+    "causal_check": "validation.causal",
     "check_card": "validation.check",
     "fit_probe": "concepts.fitting",
     "load_card": "concepts.card",
@@ -53,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CausalSettings",
     "ConceptAblation",
     "ConceptAnchor",
     "ConceptPenalty",
@@ -79,6 +82,7 @@ __all__ = [
     "Subspace",
     "TokenBatch",
     "attach",
+    "causal_check",
     "check_card",
     "fit_probe",
     "load_card",
@@ -128,6 +132,8 @@ if TYPE_CHECKING:
     from .training.terms.features import FeatureConstraint
     from .training.terms.penalty import ConceptPenalty
     from .training.terms.registry import register_term
+    from .validation.causal import causal_check
+    from .validation.causal_settings import CausalSettings
     from .validation.check import check_card
     from .validation.measures import register_measure
 

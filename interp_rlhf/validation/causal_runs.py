@@ -160,8 +160,8 @@ class CausalRuns:
         swapped = {one.name: self._moves(one.vector, unchanged) for one in self.controls if one.kind != "random"}
         return CausalFindings(
             readout=digest, verdict=verdict, reasons=reasons, measure=self.behaviour.measure, prompts=self.behaviour.prompts,
-            occurs=round(level, 4), sigma=round(step, 4), doses=self._dose_entries(measured), monotone=monotone, compared_at=list(curve.ends), steer=steer,
-            project=project, mean=mean, interchange=measured.move(self._moves(self.direction, unchanged), swapped),
+            occurs=round(level, 4), sigma=round(step, 4), doses=self._dose_entries(measured), monotone=monotone,
+            compared_at=list(curve.ends), steer=steer, project=project, mean=mean, interchange=measured.move(self._moves(self.direction, unchanged), swapped),
             other=self._of_other_recipe(measured, verdict), controls=self._control_entries(measured), limits=LIMITS,
             seed=self.seed, command=command, versions=library_versions(),
         )  # fmt: skip

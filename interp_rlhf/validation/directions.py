@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..concepts.causal_findings import ControlKind
     from ..concepts.examples import Examples
+    from ..concepts.readout import Readout
 
 # Foreign directions that a check needs, and how near to the concept one may be: a relative is no control.
 FOREIGN = 3
@@ -151,12 +152,13 @@ def foreign_directions(
 
 
 def other_recipe(
-    model: Any, tokenizer: Any, hook_point: str, examples: Examples, method: str, chat: Mapping[str, Any]
+    model: Any, tokenizer: Any, readout: Readout, examples: Examples, chat: Mapping[str, Any]
 ) -> tuple[str, torch.Tensor]:
-    """The method that a readout was not fitted by, and its direction on labelled examples."""
-    other = next(name for name in METHODS if name != method)
-    means = mean_activations(model, tokenizer, hook_point, examples.rows, chat)
-    return other, fitted_direction(means, examples.labels, other, examples.groups)
+    """The method by which a readout was not fitted, and its direction on labelled examples."""
+    fitted_by = readout.header.method if readout.header is not None else METHODS[0]
+    method = next(name for name in METHODS if name != fitted_by)
+    means = mean_activations(model, tokenizer, readout.hook_point, examples.rows, chat)
+    return method, fitted_direction(means, examples.labels, method, examples.groups)
 
 
 def fitted_direction(
