@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .concepts.card import load_card
+from .concepts.causal_table import causal_table
 from .concepts.readout import Readout, same_artifact
 from .drift.callback import DriftCallback
 from .drift.config import DriftConfig, whole_number
 from .messages import as_list
+from .runlog.events import TableEvent
 from .runlog.recorder import record
 from .training.checkpoints import (
     ResumeCallback,
@@ -256,7 +258,11 @@ class Plan:
         known = callbacks_of(trainer)
         with ExitStack() as undo:
             undo.callback(without_callbacks, trainer, known)
-            log = record(trainer, self.run_log, [*(r.card for r in self.rewards if r.card), *self.cards], self.arm)
+            cards = [*(r.card for r in self.rewards if r.card), *self.cards]
+            tables = [
+                TableEvent(**causal_table(c.card.name, c.card.causal)) for c in cards if c.card.causal is not None
+            ]
+            log = record(trainer, self.run_log, cards, self.arm, tables)
             drift = self._drift_callback(log)
             terms = self._loss_terms(undo)
             rollout = self._rollout() if self.reads_rollouts else None

@@ -26,7 +26,7 @@ from .validation.measures import MEASURES
 
 _LIST_KEYS = ("regularizers", "interventions", "monitors", "rewards", "measures")
 _SECTION_KEYS = ("modules", *_LIST_KEYS, "drift", "arm", "run_log", "samples_every")
-_REWARD_KEYS = ("path", "sham", "seed", "dense", "shaping")
+_REWARD_KEYS = ("path", "sham", "seed", "dense", "shaping", "require_causal")
 _WORD_COLUMNS = ("text", *SPOKEN)  # their cells are words, even if all of them look like numbers
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
 from ..concepts.pooling import FITTED, POOLINGS
 from ..validation.measures import MEASURES
+from .causal_parsers import add_causal
 from .shared import DATA_HELP, MODEL_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,6 +17,7 @@ def add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     _add_fit(probe)
     _add_check(probe)
+    _add_causal_check(probe)
     _add_canaries(probe)
 
 
@@ -117,8 +116,35 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     check.add_argument("--replace", action="store_true", help="replace the evidence that the card already has")
     check.add_argument("--json", action="store_true", help="print the evidence as JSON")
+    check.add_argument(
+        "--causal", action=argparse.BooleanOptionalAction, default=None,
+        help="also run the causal check (default: for rewards and penalties, if `--prompts` or `--causal-pairs` is given)",
+    )  # fmt: skip
+    add_causal(check)
     add_modules(check)
     check.set_defaults(run=("probe", "probe_check"))
+
+
+def _add_causal_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    causal = commands.add_parser(
+        "causal",
+        help="is the concept causal: steer it, silence it, and read the text; writes the findings into the card",
+        description="While the model answers prompts, its activation at the card's hook point is moved along the card's "
+        "direction, or the concept's coordinate is silenced. An independent measure of the answers says what changed, next to "
+        "random, equally variable and foreign directions. Verdicts: causal, steers only, silences only, read-only, insufficient "
+        "evidence. A plot goes next to the card.",
+        epilog="example: interp-rlhf probe causal reward/warmth/reward.v3.yaml --prompts prompts.jsonl --causal-measure vader",
+    )
+    causal.add_argument("card", help="the card's YAML file")
+    causal.add_argument("--fit-data", help="the data of `probe fit`: the other recipe is fitted on them; " + DATA_HELP)
+    causal.add_argument("--positive", help=POSITIVE_HELP)
+    causal.add_argument("--model", help=MODEL_HELP)
+    causal.add_argument("--seed", type=int, default=0, help="seed of directions and bootstraps (default: 0)")
+    causal.add_argument("--replace", action="store_true", help="replace the findings that the card already has")
+    causal.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_causal(causal)
+    add_modules(causal)
+    causal.set_defaults(run=("causal", "probe_causal"))
 
 
 def _add_canaries(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -180,6 +206,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="exit with 1 at this verdict; may be repeated",
     )
     compare.add_argument("--seed", type=int, default=0, help="seed of folds and bootstraps (default: 0)")
+    add_causal(compare)
     compare.add_argument("--json", action="store_true", help="print everything as JSON")
     add_modules(compare)
     compare.set_defaults(run=("drift", "drift_compare"))

@@ -8,20 +8,26 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ..concepts.card import load_card
 from ..concepts.examples import load_examples
-from ..drift.compare import compare_checkpoints, crossed, load_texts, parse_limits
+from ..concepts.readout import Readout
+from ..drift.compare import compare_checkpoints, crossed, load_texts, loaded_second, parse_limits
 from ..embedded import place_of
 from ..runlog.log import jsonable
+from ..validation.causal import causal_check
+from .causal import causal_inputs, directions_at, print_causal
 
 if TYPE_CHECKING:
     import argparse
 
+    from ..concepts.causal_findings import CausalFindings
     from ..drift.verdicts import Verdict
 
 
 def drift_compare(arguments: argparse.Namespace) -> int:
     """`interp-rlhf drift compare`."""
     limits = parse_limits(arguments.max, arguments.min, arguments.fail_on)
+    asked = _causal_again(arguments)
     texts = load_texts(arguments.texts) if arguments.texts else None
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
     drift, verdict = compare_checkpoints(
@@ -30,13 +36,40 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     problems = crossed(drift, verdict, limits)
     event = drift.fields()
+    causal = {} if asked is None else _causal_of(arguments, asked)
     if arguments.json:
         judged = {"verdict": verdict.name, "because": verdict.because, "next": verdict.next}
-        print(json.dumps(jsonable({**judged, "crossed": problems, **event})))
+        found = {name: {"before": before, "after": after.model_dump()} for name, (before, after) in causal.items()}
+        print(json.dumps(jsonable({**judged, "crossed": problems, **event, **({"causal": found} if asked else {})})))
     else:
         _print_event(event)
+        for name, (before, after) in causal.items():
+            print(f"\n{name} on {arguments.after}; its card says: {before or 'not checked'}")
+            print_causal(after)
         _print_verdict(verdict, problems)
     return int(bool(problems))
+
+
+def _causal_again(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Keywords of the causal check on the second model; None if none is asked for."""
+    if arguments.prompts is None and arguments.causal_pairs is None:
+        return None
+    if not arguments.monitor:
+        raise ValueError("`--prompts` or `--causal-pairs` is given without `--monitor` – expected the card to check.")
+    return causal_inputs(arguments)
+
+
+def _causal_of(arguments: argparse.Namespace, asked: dict[str, Any]) -> dict[str, tuple[str | None, CausalFindings]]:
+    """Card to the verdict that it holds, and the findings on the second model."""
+    model, tokenizer = loaded_second(place_of(arguments.before), place_of(arguments.after))
+    verdicts: dict[str, tuple[str | None, CausalFindings]] = {}
+    for path in arguments.monitor:
+        card = load_card(path)
+        readout = Readout.from_card(card)
+        of_card = {**asked, "foreign": directions_at(readout.hook_point, asked["foreign"]), "progress": True}
+        held = card.card.causal.verdict if card.card.causal is not None else None
+        verdicts[card.card.name] = held, causal_check(readout, model, tokenizer, trained=True, **of_card)
+    return verdicts
 
 
 def _print_event(event: dict[str, Any]) -> None:

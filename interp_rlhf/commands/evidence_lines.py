@@ -18,10 +18,10 @@ def print_findings(title: str, findings: Findings) -> None:
     near = f", {findings.near_duplicates} nearly rows of the fit" if findings.near_duplicates else ""
     print(f"\n{title}: {findings.examples} examples, {findings.positives} positive{near}")
     if findings.adds is None:
-        _print_line("the probe adds", "not enough prompts to say")
+        print_line("the probe adds", "not enough prompts to say")
     else:
         adds = findings.adds
-        _print_line(
+        print_line(
             "the probe adds",
             f"AUROC {shown_estimate(adds.auroc, '+')} to {adds.auroc_without:.3f} of all baselines, "
             f"saves {shown_estimate(adds.log_loss, '+')} nats of {adds.log_loss_without:.3f}",
@@ -31,7 +31,8 @@ def print_findings(title: str, findings: Findings) -> None:
     _print_controls(findings)
 
 
-def _print_line(name: str, text: str) -> None:
+def print_line(name: str, text: str) -> None:
+    """Print a line of evidence: its name on the left, flush right."""
     print(f"{name:>28}  {text}")
 
 
@@ -48,9 +49,9 @@ def _print_estimates(findings: Findings) -> None:
         }  # fmt: skip
     for name, estimate in (rows | findings.measures).items():
         if estimate is not None:
-            _print_line(name, f"AUROC {shown_estimate(estimate)}")
+            print_line(name, f"AUROC {shown_estimate(estimate)}")
     if prompt is not None and prompt.answer_share is not None:
-        _print_line("of the answer", f"{shown_estimate(prompt.answer_share)} of the score's variance under one prompt")
+        print_line("of the answer", f"{shown_estimate(prompt.answer_share)} of the score's variance under one prompt")
 
 
 def _print_calibration(findings: Findings) -> None:
@@ -60,7 +61,7 @@ def _print_calibration(findings: Findings) -> None:
     slope = "labels are separated"
     if calibration.slope is not None:
         slope = f"slope {calibration.slope:.2f}, intercept {calibration.intercept:+.2f}"
-    _print_line("calibration", f"{slope}, Brier score {calibration.brier:.3f}, log-loss {calibration.log_loss:.3f}")
+    print_line("calibration", f"{slope}, Brier score {calibration.brier:.3f}, log-loss {calibration.log_loss:.3f}")
 
 
 def _print_controls(findings: Findings) -> None:
@@ -70,10 +71,10 @@ def _print_controls(findings: Findings) -> None:
     }  # fmt: skip
     for name, control in controls.items():
         if control is not None:
-            _print_line(name, f"AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
+            print_line(name, f"AUROC {control.mean:.3f}, 95th percentile {control.p95:.3f} of {control.repeats}")
     sae = findings.sae
     if sae is not None:
-        _print_line(
+        print_line(
             "autoencoder here",
             f"explained variance {sae.explained_variance:.3f}, L0 {sae.l0:.1f}, {sae.dead_fraction:.1%} of {sae.latents} "
             f"latents never on in {sae.tokens} tokens",

@@ -23,6 +23,7 @@ from ..sae.files import load_sae
 from ..validation.check import check_card
 from ..validation.gate import gate
 from ..validation.measures import MEASURES
+from .causal import causal_inputs, checked_causally, print_causal
 from .evidence_lines import print_findings
 from .options import autoencoder_place, latent_numbers, registered
 
@@ -142,6 +143,7 @@ def probe_check(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"`{arguments.card}` has evidence already – expected none. Pass `--replace` to write it again."
         )
+    asked = causal_inputs(arguments) if _wants_causal(arguments, card.card.role) else None
     measures = {name: registered(MEASURES, "--measure", name)() for name in arguments.measure}
     paths = {"fit": arguments.fit_data, "check": arguments.data, "completions": arguments.completions}
     examples = {name: load_examples(path, arguments.positive) for name, path in paths.items() if path is not None}
@@ -154,13 +156,31 @@ def probe_check(arguments: argparse.Namespace) -> int:
     write_atomically(card.path, with_evidence(card.path.read_text(encoding="utf-8"), evidence).encode())
     checked = load_card(card.path).card
     reasons = gate(checked)
-    if arguments.json:
-        print(json.dumps({"card": str(card.path), "passed": not reasons, "reasons": reasons, **evidence.model_dump()}))
-    else:
+    if not arguments.json:
         print_findings("held out", evidence.held_out)
         if evidence.completions is not None:
             print_findings("the model's own completions", evidence.completions)
+    causal = None
+    if asked is not None:  # the evidence above is on disk by now: a check that stops here loses nothing
+        causal = checked_causally(load_card(card.path), model, tokenizer, asked, examples["fit"])
+        reasons = gate(load_card(card.path).card, arguments.require_causal)
+    if arguments.json:
+        entry = {"card": str(card.path), "passed": not reasons, "reasons": reasons, **evidence.model_dump()}
+        print(json.dumps(entry | {"causal": None if causal is None else causal.model_dump()}))
+    else:
+        if causal is not None:
+            print_causal(causal)
         print(
             f"\n{card.path}: " + ("may be a reward" if not reasons else "may be a monitor only: " + "; ".join(reasons))
         )
     return int(bool(reasons) and checked.role != "monitor")
+
+
+def _wants_causal(arguments: argparse.Namespace, role: str) -> bool:
+    """True if the check has a causal part: asked for, or by default for what is rewarded or punished, where there are prompts."""
+    given = arguments.prompts is not None or arguments.causal_pairs is not None
+    if arguments.require_causal and arguments.causal is False:
+        raise ValueError("`--require-causal` is given with `--no-causal` – expected one of them.")
+    if arguments.causal is None:
+        return given and (role != "monitor" or arguments.require_causal)
+    return bool(arguments.causal)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from .. import (
+    CausalSettings,
     ConceptReward,
     DriftConfig,
     Readout,
     attach,
+    causal_check,
     check_card,
     fit_probe,
     load_card,
@@ -28,7 +30,8 @@ from .. import (
     write_report,
 )
 from ..concepts.artifact import library_versions, write_atomically
-from ..concepts.card import with_evidence
+from ..concepts.card import with_causal, with_evidence
+from ..concepts.causal_plot import plot_causal
 from ..concepts.examples import write_jsonl
 from ..concepts.fitting import sweep_points
 from ..concepts.publish import publish
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..attachment import Attachment
+    from ..concepts.causal_findings import CausalFindings
     from ..concepts.examples import Examples
 
 ARMS = {"probe": None, "sham": "shuffle"}
@@ -59,6 +63,7 @@ class DemoSettings:
         seed (`int`): seed of everything.
         fit, check, monitor, evaluate (`int`): prompts of each set. Contrast data have two answers to each prompt.
         answer_tokens (`int`): length of contrast answers.
+        causal (`int`), causal_tokens (`int`): prompts of the causal check, and the length of their answers.
         completion_tokens (`int`): length of rollouts and of the compared answers.
         rollouts, generations (`int`): completions per step, and per prompt.
         sweep_every (`int`): the layer sweep takes every n-th layer.
@@ -73,6 +78,8 @@ class DemoSettings:
     monitor: int = 24
     evaluate: int = 48
     answer_tokens: int = 32
+    causal: int = 24
+    causal_tokens: int = 16
     completion_tokens: int = 24
     rollouts: int = 16
     generations: int = 8
@@ -84,7 +91,9 @@ class DemoSettings:
 
 def quick_settings(settings: DemoSettings) -> DemoSettings:
     """The same story in about four minutes. Its figures are too small to mean much."""
-    return replace(settings, steps=2, check=56, monitor=16, evaluate=16, rollouts=8, generations=4)
+    return replace(
+        settings, steps=2, check=56, monitor=16, causal=16, causal_tokens=6, evaluate=16, rollouts=8, generations=4
+    )
 
 
 def run_demo(
@@ -186,7 +195,24 @@ class _Demo:
             evidence[role] = {"hook_point": hook_point, **checked.held_out.model_dump()}
         require_passed(load_card(cards["reward"]).card, cards["reward"])
         print_evidence(evidence["reward"])
+        evidence["reward"]["causal"] = self._causal(cards["reward"], data["fit"]).model_dump()
         return cards, {**evidence["reward"], "holdout_monitor": evidence["monitor"]}
+
+    def _causal(self, path: Path, examples: Examples) -> CausalFindings:
+        """The causal check of the reward's card, written into it."""
+        settings = self.settings
+        found = causal_check(
+            Readout.from_card(str(path)), self.model, self.tokenizer, prompts("check", settings.causal), "vader",
+            examples=examples, command="interp-rlhf demo", progress=True,
+            settings=CausalSettings(doses=(-4, -2, 2, 4), max_new_tokens=settings.causal_tokens, batch_rows=128,
+                seed=settings.seed),
+        )  # fmt: skip
+        found = found.model_copy(update={"readout": load_card(path).card.readout_digest})
+        write_atomically(path, with_causal(path.read_text(), found).encode())
+        plot_causal(found, path.with_suffix(".causal.svg"), "warmth")
+        reasons = f" ({'; '.join(found.reasons)})" if found.reasons else ""
+        print(f"is the probe's direction causal for VADER of the answers? {found.verdict}{reasons}")
+        return found
 
     def _fitted(self, data: dict[str, Examples]) -> dict[str, Path]:
         folder, seed = self.folder / "cards", self.settings.seed

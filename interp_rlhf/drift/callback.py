@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback
 
 from ..activations.ranks import from_rank_zero
-from ..runlog.events import DriftEvent, SamplesEvent, VerdictEvent
+from ..concepts.causal_table import causal_table
+from ..runlog.events import DriftEvent, SamplesEvent, TableEvent, VerdictEvent
 from ..runlog.log import read_events
 from ..runlog.recorder import record
 from ..sae.files import load_sae
+from ..validation.causal import causal_check_again
+from ..validation.causal_settings import CausalSettings
 from .config import DriftConfig
 from .evaluation import evaluation_of, metrics_in_words
 from .last_good import LAST_GOOD, link_folder, link_or_copy, step_of_last_good
@@ -157,6 +160,25 @@ class DriftCallback(TrainerCallback):
                 self.evaluate(kept, control, "kept", publish=False)
         elif state.global_step != self._last_step:  # training stopped without a last `on_step_end`
             self.evaluate(state.global_step, control, "after", publish=False)
+        if self.config.causal_prompts is not None:
+            step = state.global_step if kept is None else kept
+            for table in from_rank_zero(self._causal_tables):
+                self._log.append(table, step)
+
+    def _causal_tables(self) -> list[TableEvent]:
+        """The causal check of every monitor on the trained policy. Rank 0 makes it; the others wait."""
+        trainer: Any = self.trainer
+        processing = trainer.processing_class
+        chat = {name: getattr(trainer, name, None) for name in ("chat_template", "chat_template_kwargs")}
+        findings = causal_check_again(
+            self.evaluation.monitors, trainer.accelerator.unwrap_model(trainer.model),
+            getattr(processing, "tokenizer", processing),
+            {
+                "prompts": self.config.causal_prompts, "measure": self.config.causal_measure, "chat": chat,
+                "settings": CausalSettings(seed=self.config.seed),
+            },
+        )  # fmt: skip
+        return [TableEvent(**causal_table(name, one, "after training")) for name, one in findings.items()]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the start into the checkpoint, which may be moved away from the run, and keep the checkpoint if it is good."""

@@ -93,6 +93,12 @@ def compare_checkpoints(
     return event, judge(evidence_of(event))
 
 
+def loaded_second(before: str, after: str) -> tuple[Any, Any]:
+    """The second model of a comparison, and its tokenizer."""
+    model = load_model(after, before if adapter_base(before) is None else None)
+    return model, _tokenizer_of(before, after)
+
+
 def _require_comparable(sides: dict[str, Observation]) -> None:
     """Raise `ValueError` if widths or vocabularies differ."""
     widths = {

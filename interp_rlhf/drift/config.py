@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from ..concepts.examples import read_prompts, read_rows
 from ..messages import as_list, as_prompts
+from ..validation.measures import MEASURES
+from ..validation.statistics import MIN_PROMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +48,9 @@ class DriftConfig:
             become rarer than `every` if they would take more.
         baseline (`str` or `Path`, *optional*): run log of a run without the term. The movement of each monitor there is
             subtracted.
+        causal_prompts (`Sequence`, *optional*), causal_measure (`str` or `Callable`): 10 or more prompts, or a data file of them,
+            and a measure as in `causal_check`. After training, every monitor's causal check is made on the policy. Its result is
+            in the run log and the report.
         sae (`str`, `Path` or `SparseAutoencoder`, *optional*): a sparse autoencoder (see `load_sae`). Evaluations log the latents
             that changed most, and the variance that the autoencoder leaves unexplained on `texts` and on the policy's own tokens.
         seed (`int`, defaults to 0): seed of sampling, folds and bootstraps.
@@ -73,6 +78,8 @@ class DriftConfig:
     on_verdict: Literal["log", "stop"] = "log"
     max_overhead: float | None = None
     baseline: str | Path | None = None
+    causal_prompts: Sequence[Any] | None = None
+    causal_measure: str | Callable[[str], float] | None = None
     sae: str | Path | SparseAutoencoder | None = None
     seed: int = 0
 
@@ -84,13 +91,15 @@ class DriftConfig:
             change(name, whole_number(name, getattr(self, name)))
         if _is_data_file(self.texts):
             change("texts", read_rows(self.texts))
-        if _is_data_file(self.prompts):
-            change("prompts", read_prompts(self.prompts))
+        for name in ("prompts", "causal_prompts"):
+            if _is_data_file(asked := getattr(self, name)):
+                change(name, read_prompts(asked))
         for name in ("texts", "hook_points"):
             if getattr(self, name) is not None:
                 change(name, as_list(getattr(self, name)))
-        if self.prompts is not None:
-            change("prompts", as_prompts(self.prompts))
+        for name in ("prompts", "causal_prompts"):
+            if getattr(self, name) is not None:
+                change(name, as_prompts(getattr(self, name)))
         self._check()
 
     def _check(self) -> None:
@@ -104,6 +113,18 @@ class DriftConfig:
         if self.measures and not self.prompts:
             raise ValueError(
                 "`measures` was given without `prompts` – expected prompts, whose answers are measured. Add some."
+            )
+        if (self.causal_prompts is None) != (self.causal_measure is None):
+            raise ValueError(
+                f"`causal_prompts` is {self.causal_prompts!r} and `causal_measure` {self.causal_measure!r} – expected both or "
+                "neither: the check measures the answers to prompts."
+            )
+        if self.causal_prompts is not None and len(self.causal_prompts) < MIN_PROMPTS:
+            raise ValueError(f"{len(self.causal_prompts)} `causal_prompts` – expected at least {MIN_PROMPTS}.")
+        if isinstance(self.causal_measure, str) and self.causal_measure not in MEASURES:
+            raise ValueError(
+                f"`causal_measure` is {self.causal_measure!r} – expected one of {', '.join(f'`{name}`' for name in MEASURES)}, or "
+                "a function of a text."
             )
 
 

@@ -19,6 +19,8 @@ from .log import RunLog
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .events import TableEvent
+
 RUN_LOG = "interp.jsonl"
 # Arguments of the trainer that the report shows.
 SETTINGS = (
@@ -51,7 +53,10 @@ def default_path(trainer: Any) -> Path:
     return Path(trainer.args.output_dir) / RUN_LOG
 
 
-def record(trainer: Any, path: str | Path | None = None, cards: Sequence[HashedCard] = (), arm: str = "") -> RunLog:
+def record(
+    trainer: Any, path: str | Path | None = None, cards: Sequence[HashedCard] = (), arm: str = "",
+    tables: Sequence[TableEvent] = (),
+) -> RunLog:  # fmt: skip
     """Record a trainer's metrics into a run log from now on.
 
     A trainer that is recorded already keeps its log; the cards and the arm are added to it.
@@ -61,6 +66,7 @@ def record(trainer: Any, path: str | Path | None = None, cards: Sequence[HashedC
         path (`str` or `Path`, *optional*): `interp.jsonl` in the trainer's output folder by default.
         cards (`Sequence`): cards as `load_card` returns them.
         arm (`str`): name of this run among those that a report compares.
+        tables (`Sequence[TableEvent]`): tables that are known before training, such as what a card's causal check found.
 
     Returns:
         `RunLog`: writable on rank 0 only.
@@ -70,10 +76,10 @@ def record(trainer: Any, path: str | Path | None = None, cards: Sequence[HashedC
     """
     recorder = _RECORDERS.get(trainer)
     if recorder is not None:
-        recorder.add(path, cards, arm)
+        recorder.add(path, cards, arm, tables)
         return recorder.log
     log = RunLog(path or default_path(trainer), writable=trainer.is_world_process_zero())
-    _RECORDERS[trainer] = Recorder(trainer, log, cards, arm)
+    _RECORDERS[trainer] = Recorder(trainer, log, cards, arm, tables)
     trainer.add_callback(_RECORDERS[trainer])
     return log
 
@@ -81,16 +87,21 @@ def record(trainer: Any, path: str | Path | None = None, cards: Sequence[HashedC
 class Recorder(TrainerCallback):
     """The callback behind `record`."""
 
-    def __init__(self, trainer: Any, log: RunLog, cards: Sequence[HashedCard], arm: str):
+    def __init__(
+        self, trainer: Any, log: RunLog, cards: Sequence[HashedCard], arm: str, tables: Sequence[TableEvent] = ()
+    ):
         self.log = log
         self._trainer_name = type(trainer).__name__
         self._model_name = getattr(trainer.model.config, "name_or_path", "") or type(trainer.model).__name__
         self._cards = _described(cards)
         self._arm = arm
+        self._tables = list(tables)
         self._started = time.monotonic()
 
-    def add(self, path: str | Path | None, cards: Sequence[HashedCard], arm: str) -> None:
-        """Add cards and the arm before training begins.
+    def add(
+        self, path: str | Path | None, cards: Sequence[HashedCard], arm: str, tables: Sequence[TableEvent] = ()
+    ) -> None:
+        """Add cards, the arm and tables before training begins.
 
         Raises:
             `ValueError`: `path` is another file than that of the log.
@@ -103,6 +114,7 @@ class Recorder(TrainerCallback):
         known = {card.sha256 for card in self._cards}
         self._cards += [card for card in _described(cards) if card.sha256 not in known]
         self._arm = arm or self._arm
+        self._tables += tables
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.monotonic()
@@ -112,6 +124,8 @@ class Recorder(TrainerCallback):
             cards=self._cards, settings=settings,
         )  # fmt: skip
         self.log.append(event, state.global_step)
+        for table in self._tables:
+            self.log.append(table, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         metrics: dict[str, float | None] = {

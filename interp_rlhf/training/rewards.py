@@ -102,12 +102,15 @@ class ConceptReward:
         seed: int = 0,
         dense: bool | str = False,
         shaping: bool = False,
+        require_causal: bool = False,
     ) -> ConceptReward:
         """The reward that a card describes.
 
         Args:
             path (`str` or `Path`): a card with the role `reward` or `penalty` and evidence that passes the gate.
             sham (`str`, *optional*), seed (`int`), dense (`bool` or `str`), shaping (`bool`): see the class.
+            require_causal (`bool`, defaults to `False`): refuse a card whose causal check does not say `causal`, see
+                `validation.gate.gate` for when to ask for it.
 
         Raises:
             `ValueError`: a monitor, a card without sufficient evidence, or an artifact that is not the card's.
@@ -119,7 +122,7 @@ class ConceptReward:
                 f"`{path}` has the role `monitor` – expected `reward` or `penalty`. Pass it to "
                 "`attach(trainer, monitors=[…])` instead."
             )
-        require_passed(card, path)
+        require_passed(card, path, require_causal)
         readout = Readout.from_card(loaded)
         if readout.canaries is None:
             raise ValueError(

@@ -3,12 +3,13 @@
 In: a readout, its model, prompts with an independent measure (or pairs of completions). Out: `CausalFindings`. Nothing here is
 measured by the readout that is steered. It must not know cards' files or the gate.
 
-Source: interchange after Geiger et al. 2021 (arXiv 2106.02997). Deviation: a run's mean coordinate is swapped and its variation over
-tokens stays, so that runs need not have one length.
+Source: interchange after Geiger et al. 2021 (arXiv 2106.02997). Deviation: a run's mean coordinate is swapped and its variation
+over tokens stays, so that runs need not have one length.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from ..concepts.causal_findings import CausalFindings
     from ..concepts.examples import Examples
     from ..concepts.readout import Readout
-    from .behaviour import Behaviour
+    from .jobs import Behaviour
+
+
+logger = logging.getLogger(__name__)
 
 
 def causal_check(
@@ -38,21 +42,21 @@ def causal_check(
     settings: CausalSettings | None = None, trained: bool = False, command: str = "", chat: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> CausalFindings:  # fmt: skip
-    """Does steering along a readout's direction change the text, and does silencing it? Next to directions without meaning.
+    """Does steering along a readout's direction change the text, and does silencing it? Next to other directions.
 
-    At the hook point, on every token but a row's first: *steer* adds α standard deviations along the direction, *silence* projects
-    the coordinate out or sets it to its mean, and *interchange* swaps the mean coordinates of two prompts. An independent measure
+    At the hook point, on every token but a row's first: *steer* adds α standard deviations along the direction, *silence*
+    projects the coordinate out or sets it to its mean, and *interchange* swaps the mean coordinates of two prompts. An independent measure
     of the greedy answers says what changed.
 
     Args:
         readout (`Readout`): the concept. Its `direction` is steered.
         model (`nn.Module`), tokenizer: the model that the readout was made on, in one piece.
-        prompts (`Sequence`), measure (`Callable` or `str`): at least 10 prompts, plain or conversational, and an independent measure
-            of an answer's text, or its registered name. Higher = more of the concept.
+        prompts (`Sequence`), measure (`Callable` or `str`): at least 10 prompts, plain or conversational, and an independent
+            measure of an answer's text, or its registered name. Higher = more of the concept.
         pairs (`Sequence[dict]`, *optional*): in place of both, for a concept without such a measure: rows with `prompt`,
             `followed` and `violated`. The value is log p(followed) − log p(violated), in nats.
-        examples (`Examples`, *optional*): labelled examples, to fit the other recipe (difference of means or logistic regression).
-        foreign (`dict[str, torch.Tensor]`, *optional*): directions (D,) of foreign concepts; built-in ones are added up to three.
+        examples (`Examples`, *optional*): labelled examples, to fit the other recipe on.
+        foreign (`dict[str, torch.Tensor]`, *optional*): directions (D,) of foreign concepts; built-in ones fill up to three.
         settings (`CausalSettings`, *optional*): doses, number of random directions, length of answers, seed.
         trained (`bool`, defaults to `False`): the model's own weights were trained after the readout was made.
         command (`str`), progress (`bool`): the command that the findings name; show progress bars.
@@ -81,14 +85,7 @@ def causal_check(
     readout.check_model(model, exact=not trained, trained=trained)
     direction, point = _direction_of(readout), readout.hook_point
     how: dict[str, Any] = {"batch_rows": settings.batch_rows, "chat": chat, "progress": progress}
-    behaviour: Behaviour
-    if pairs is not None:
-        behaviour = MarginBehaviour(model, tokenizer, point, rows, **how)
-    else:
-        named = _named(measure)
-        behaviour = AnswerBehaviour(
-            model, tokenizer, point, rows, *named, max_new_tokens=settings.max_new_tokens, **how
-        )
+    behaviour = _behaviour_of(model, tokenizer, point, rows, measure, settings.max_new_tokens, how)
     runs = behaviour.activations()
     spread = Spread(torch.cat(runs))
     controls = _controls(readout, model, tokenizer, direction, spread, foreign or {}, settings)
@@ -96,6 +93,23 @@ def causal_check(
     means = [run.mean(0) if len(run) else spread.activations.mean(0) for run in runs]
     check = CausalRuns(behaviour, direction, spread, means, controls, other, tuple(settings.doses), settings.seed)
     return check.findings(settings.occurs, f"sha256:{readout.digest()}", command)
+
+
+def causal_check_again(
+    readouts: Sequence[Readout], model: Any, tokenizer: Any, asked: Mapping[str, Any]
+) -> dict[str, CausalFindings]:
+    """Causal findings of each readout on a trained model; none, with a warning, if its parameters are in pieces.
+
+    Args:
+        asked (`dict`): keywords of `causal_check`.
+    """
+    if is_sharded(model):
+        logger.warning(
+            "The causal check was left out: the policy's parameters are in pieces. Run `interp-rlhf drift compare BASE "
+            "CHECKPOINT --monitor CARD --prompts FILE --causal-measure NAME …` on the saved checkpoint."
+        )
+        return {}
+    return {readout.name: causal_check(readout, model, tokenizer, trained=True, **asked) for readout in readouts}
 
 
 def _asked(prompts: Sequence[Any] | None, measure: Any, pairs: Sequence[Any] | None) -> list[Any]:
@@ -126,11 +140,21 @@ def _asked(prompts: Sequence[Any] | None, measure: Any, pairs: Sequence[Any] | N
     return rows
 
 
-def _named(measure: Any) -> tuple[Callable[[str], float], str]:
-    """A measure, or the one of this name, and its name."""
-    if isinstance(measure, str):
-        return MEASURES[measure](), measure
-    return measure, getattr(measure, "__name__", "measure")
+def _behaviour_of(
+    model: Any,
+    tokenizer: Any,
+    hook_point: str,
+    rows: list[Any],
+    measure: Any,
+    max_new_tokens: int,
+    how: dict[str, Any],
+) -> Behaviour:
+    """What is measured: answers by a measure, or by the one of this name; margins without a measure."""
+    if measure is None:
+        return MarginBehaviour(model, tokenizer, hook_point, rows, **how)
+    name = measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
+    function = MEASURES[measure]() if isinstance(measure, str) else measure
+    return AnswerBehaviour(model, tokenizer, hook_point, rows, function, name, max_new_tokens=max_new_tokens, **how)
 
 
 def _controls(

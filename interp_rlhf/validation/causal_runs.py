@@ -14,16 +14,16 @@ import numpy as np
 from ..activations.changes import Change
 from ..concepts.artifact import library_versions
 from ..concepts.causal_findings import CausalControl, CausalFindings, Dose, OtherRecipe
-from .behaviour import Job
 from .effects import MIN_OCCURRING, effect_of, monotone_fit, typical, verdict_of
+from .jobs import Job
 from .statistics import MIN_PROMPTS
 
 if TYPE_CHECKING:
     import torch
 
     from ..concepts.causal_findings import Effect
-    from .behaviour import Behaviour, Guards
     from .directions import ControlDirection, Spread
+    from .jobs import Behaviour, Guards
 
 # A dose counts if the answers are not much less likely, and not much more often empty or repeated, than without a change.
 LIMITS = {"perplexity": 3.0, "empty": 0.1, "repeated": 0.25}
@@ -161,7 +161,8 @@ class CausalRuns:
         return CausalFindings(
             readout=digest, verdict=verdict, reasons=reasons, measure=self.behaviour.measure, prompts=self.behaviour.prompts,
             occurs=round(level, 4), sigma=round(step, 4), doses=self._dose_entries(measured), monotone=monotone,
-            compared_at=list(curve.ends), steer=steer, project=project, mean=mean, interchange=measured.move(self._moves(self.direction, unchanged), swapped),
+            compared_at=list(curve.ends), steer=steer, project=project, mean=mean,
+            interchange=measured.move(self._moves(self.direction, unchanged), swapped),
             other=self._of_other_recipe(measured, verdict), controls=self._control_entries(measured), limits=LIMITS,
             seed=self.seed, command=command, versions=library_versions(),
         )  # fmt: skip

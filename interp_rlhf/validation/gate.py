@@ -23,7 +23,7 @@ ANSWER_SHARE = 0.1
 KEPT = 0.75
 
 
-def gate(card: Card) -> list[str]:
+def gate(card: Card, require_causal: bool = False) -> list[str]:
     """Reasons why a card may not be a reward or a penalty. The list is empty if it may.
 
     The probe's AUROC must lie above 0.5 and above both controls, by the lower bound of its 95 % interval against the 95th
@@ -31,6 +31,12 @@ def gate(card: Card) -> list[str]:
     sparse autoencoder must also beat as many latents of random dictionaries. A score that is nearly a function of the prompt is
     no reward: it cannot tell answers apart. Text baselines, and what the probe adds to them, do not gate: they are there to be
     read.
+
+    Args:
+        require_causal (`bool`, defaults to `False`): also require the verdict `causal` of the causal check. A frozen reading is a
+            valid reward without it: the policy cannot move what it reads, and only its text counts. Require it if the readout
+            reads the policy (`reader: policy` or `both`), if it is a term in the loss or is steered or ablated, or if you claim
+            that the model uses the concept.
     """
     evidence = card.evidence
     if evidence is None:
@@ -45,12 +51,12 @@ def gate(card: Card) -> list[str]:
     ):  # fmt: skip
         if findings is not None:
             reasons += _below_controls(findings, where) + _of_the_prompt(findings, where)
-    return reasons
+    return reasons + (_not_causal(card) if require_causal else [])
 
 
-def require_passed(card: Card, path: object) -> None:
+def require_passed(card: Card, path: object, require_causal: bool = False) -> None:
     """Raises `ValueError` for a card that may not be a reward. Warns about evidence that older versions wrote."""
-    reasons = gate(card)
+    reasons = gate(card, require_causal)
     if not reasons and card.evidence is not None and card.evidence.held_out.calibration is None:
         logger.warning(
             "The evidence of `%s` was written before 0.3: it says neither what the probe adds to the words, nor whether its "
@@ -61,6 +67,17 @@ def require_passed(card: Card, path: object) -> None:
             f"`{path}` may not be a {card.role}: {'; '.join(reasons)} – expected evidence above the controls. Run "
             f"`interp-rlhf probe check {path} …`, or use the card as a monitor (`role: monitor`)."
         )
+
+
+def _not_causal(card: Card) -> list[str]:
+    causal = card.causal
+    if causal is None:
+        return ["it has no causal check, which `require_causal` asks for (`interp-rlhf probe causal`)"]
+    if causal.readout != card.readout_digest:
+        return ["its causal check was written for another readout"]
+    if causal.verdict != "causal":
+        return [f"its causal check says `{causal.verdict}`: {'; '.join(causal.reasons)}"]
+    return []
 
 
 def _of_the_prompt(findings: Findings, where: str) -> list[str]:
