@@ -77,7 +77,7 @@ class Planted:
         return ids[0]
 
 
-def prompts(seed: int, count: int = 36) -> list[str]:
+def prompts(seed: int, count: int = 48) -> list[str]:
     """Prompts that end in a good word, a bad one and a neutral one, a third of each."""
     rng = random.Random(seed)
     ends = (GOOD, BAD, NEUTRAL)

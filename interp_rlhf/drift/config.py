@@ -123,8 +123,8 @@ class DriftConfig:
             raise ValueError(f"{len(self.causal_prompts)} `causal_prompts` – expected at least {MIN_PROMPTS}.")
         if isinstance(self.causal_measure, str) and self.causal_measure not in MEASURES:
             raise ValueError(
-                f"`causal_measure` is {self.causal_measure!r} – expected one of {', '.join(f'`{name}`' for name in MEASURES)}, or "
-                "a function of a text."
+                f"`causal_measure` is {self.causal_measure!r} – expected one of {', '.join(f'`{name}`' for name in MEASURES)}, "
+                "or a function of a text."
             )
 
 

@@ -45,8 +45,8 @@ def causal_check(
     """Does steering along a readout's direction change the text, and does silencing it? Next to other directions.
 
     At the hook point, on every token but a row's first: *steer* adds α standard deviations along the direction, *silence*
-    projects the coordinate out or sets it to its mean, and *interchange* swaps the mean coordinates of two prompts. An independent measure
-    of the greedy answers says what changed.
+    projects the coordinate out or sets it to its mean, and *interchange* swaps the mean coordinates of two prompts. An
+    independent measure of the greedy answers says what changed.
 
     Args:
         readout (`Readout`): the concept. Its `direction` is steered.
