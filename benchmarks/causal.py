@@ -3,8 +3,8 @@
     python benchmarks/causal.py --concept warmth --out benchmarks/causal_warmth.json
 
 Concepts: `warmth` (the shipped reward card, VADER), `sentiment` (rt-polarity reviews, VADER), `truth` (cities of Geometry of
-Truth, log-prob of the right minus a wrong country), `refusal` (XSTest answers, a regular expression). All but warmth are fitted here, at
-the block that cross-validation chooses, and need the public data (`--data`). Half an hour each on two CPU cores.
+Truth, log-prob of the right minus a wrong country), `refusal` (XSTest answers, a regular expression). All but warmth are fitted
+here, at the block that cross-validation chooses, and need the public data (`--data`). Half an hour each on two CPU cores.
 `--quick` runs a tenth of it, to see that it works. `--model` names another model; its cards are then all fitted here.
 """
 

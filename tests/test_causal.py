@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from planted import BAD, GOOD, HOOK_POINT, Planted, mood, prompts
-from tiny import make_card, sentences, write_rows
+from tiny import make_card, sentences
 
 from interp_rlhf import CausalSettings, Readout, causal_check, load_card
 from interp_rlhf.activations.changes import Change, changed
 from interp_rlhf.activations.generating import completions_of
 from interp_rlhf.cli import main
 from interp_rlhf.concepts.causal_findings import CausalFindings
-from interp_rlhf.concepts.examples import make_examples
+from interp_rlhf.concepts.examples import make_examples, write_jsonl
 from interp_rlhf.validation.directions import Spread, random_directions
 from interp_rlhf.validation.effects import effect_of, luck, monotone_fit, verdict_of
 from interp_rlhf.validation.gate import gate
@@ -49,7 +49,8 @@ def test_the_direction_that_drives_the_words_is_causal(driving):
     assert driving.verdict == "causal"
     assert driving.reasons == []
     assert driving.steer.typical.value > driving.steer.bound
-    assert driving.project.passes and driving.mean.passes
+    assert driving.project.passes
+    assert driving.mean.passes
 
 
 def test_a_direction_that_is_decodable_and_inert_is_read_only(planted):
@@ -269,7 +270,7 @@ def card_folder(tmp_path_factory, model_folder, tokenizer):
 
     folder = tmp_path_factory.mktemp("causal")
     make_card(folder, AutoModelForCausalLM.from_pretrained(model_folder()), tokenizer)
-    write_rows([{"prompt": text} for text in sentences(12, seed=4)], folder / "prompts.jsonl")
+    write_jsonl([{"prompt": text} for text in sentences(12, seed=4)], folder / "prompts.jsonl")
     return folder
 
 
