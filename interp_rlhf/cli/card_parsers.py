@@ -22,6 +22,8 @@ def add_card(commands: Commands) -> None:
     _add_show(card)
     _add_diff(card)
     _add_new(card)
+    _add_push(card)
+    _add_pull(card)
 
 
 def _add_show(commands: Commands) -> None:
@@ -63,7 +65,7 @@ def _add_new(commands: Commands) -> None:
         "stays as it is, and the old card is not touched. The evidence is kept if the new card reads the same (another role, "
         "weight or transform), and left out if it does not (another pooling): then run `probe check`. For new labelled data use "
         "`probe fit`.",
-        epilog="example: interp-rlhf card new reward/warmth/reward.v3.yaml --role penalty --weight 0.2 --out runs/penalty",
+        epilog="example: interp-rlhf card new reward/warmth/reward.v3.yaml --weight 0.5 --out runs/lighter",
     )
     new.add_argument("source", metavar="FROM", help="a card's YAML file, or an artifact (.safetensors)")
     new.add_argument(
@@ -73,7 +75,11 @@ def _add_new(commands: Commands) -> None:
     )
     new.add_argument("--name", help="name of the concept (default: the card's, or the artifact's file name)")
     new.add_argument("--concept", help="one sentence that describes the concept (default: the card's, or the name)")
-    new.add_argument("--role", choices=["reward", "penalty", "monitor"], help="(default: the card's, or reward)")
+    new.add_argument(
+        "--role",
+        choices=["reward", "penalty", "monitor"],
+        help="(default: the card's, or reward); the pooling stays: for penalties and monitors, `--pooling ema_max` is usual",
+    )
     new.add_argument("--version", type=int, metavar="N", help="(default: the card's version + 1, or 1)")
     new.add_argument("--weight", type=float, help="weight of the reward in the trainer (default: the card's, or 1)")
     new.add_argument("--pooling", metavar="NAME", help="one that the artifact is calibrated for (default: the card's)")
@@ -88,3 +94,51 @@ def _add_new(commands: Commands) -> None:
     new.add_argument("--json", action="store_true", help="print the result as JSON")
     add_modules(new)
     new.set_defaults(run=("card", "card_new"))
+
+
+def _add_push(commands: Commands) -> None:
+    push = commands.add_parser(
+        "push",
+        help="share a card with all its files on the Hub",
+        description="Puts the card, its artifact, its holdout cards with theirs, a page (README.md) and SHA256SUMS into a "
+        "repository, in one commit, and prints that commit. The repository is made if there is none. Other content under a "
+        "file's name is refused: a released card is never edited. The token is that of `hf auth login` or HF_TOKEN.",
+        epilog="example: interp-rlhf card push reward/warmth/reward.v3.yaml me/warmth --dry-run runs/shared",
+    )
+    push.add_argument("card", help=CARD_HELP)
+    push.add_argument("repo_id", metavar="REPO_ID", help="repository on the Hub, owner/name")
+    push.add_argument(
+        "--private", action="store_true", help="make a private repository; one that exists stays as it is"
+    )
+    push.add_argument(
+        "--revision", metavar="BRANCH", help="branch of the commit, made if there is none (default: main)"
+    )
+    push.add_argument("--message", help="message of the commit (default: name and version of the card)")
+    push.add_argument("--dry-run", metavar="DIR", help="write the files into this folder, and send nothing")
+    push.add_argument("--json", action="store_true", help="print the commit and the digests as JSON")
+    add_modules(push)
+    push.set_defaults(run=("card_sharing", "card_push"))
+
+
+def _add_pull(commands: Commands) -> None:
+    pull = commands.add_parser(
+        "pull",
+        help="fetch a shared card with all its files, and check them",
+        description="Resolves a branch to a commit, fetches the card, its artifact and its holdout cards at that commit, and "
+        "checks each against SHA256SUMS and the artifact against the card. Only then are they written, with CARD.lock.json: the "
+        "repository, the commit and the digests. Files that exist stay; other content under the same name is refused.",
+        epilog="example: interp-rlhf card pull me/warmth --revision 0123456789abcdef0123456789abcdef01234567 --out cards",
+    )
+    pull.add_argument("source", metavar="REPO_ID", help="owner/name on the Hub, or a folder of `card push --dry-run`")
+    pull.add_argument(
+        "--revision", default="main",
+        help="SHA of a commit, or a branch or tag, which is resolved to a commit (default: %(default)s)",
+    )  # fmt: skip
+    pull.add_argument("--out", default="cards", metavar="DIR", help="folder for the files (default: %(default)s)")
+    pull.add_argument(
+        "--card", metavar="FILE", help="which card (default: the one that the repository's page is about)"
+    )
+    pull.add_argument("--force", action="store_true", help="replace other files under the same names")
+    pull.add_argument("--json", action="store_true", help="print the commit and the digests as JSON")
+    add_modules(pull)
+    pull.set_defaults(run=("card_sharing", "card_pull"))

@@ -60,6 +60,8 @@ def next_card(source: str | Path, out: str | Path | None, changes: CardChanges) 
     else:
         old = load_card(source)
         origin = old.path
+        if changes == CardChanges(version=changes.version):
+            raise ValueError(f"`{source}` would be copied as it is – expected a change, such as `--weight 0.5`.")
         card = _with_changes(old.card, changes)
         if out is None and origin != Path(source):
             raise ValueError(f"`{source}` comes with interp_rlhf – expected `--out`, the folder of the new card.")
