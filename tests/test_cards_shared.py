@@ -376,6 +376,15 @@ def test_what_the_hub_cannot_give_ends_in_one_line(cards, hub, client, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_page_of_a_model_is_not_overwritten(cards, hub, client):
+    hub.repositories["me/model"] = Repository(private=False)
+    hub.repositories["me/model"].commit("main", {"README.md": b"---\nlicense: mit\n---\n# My model"}, "initial commit")
+    [push] = client(["push", cards / "reward.v3.yaml", "me/model"])
+    assert push[0] == 2
+    assert "has a `README.md` that is not the page of a card" in push[2]
+    assert hub.repositories["me/model"].messages == ["initial commit"]
+
+
 def test_a_push_after_somebody_elses_and_a_wrong_token_are_refused(cards, hub, client):
     [first] = client(["push", cards / "reward.v3.yaml", "me/warmth"])
     assert first[0] == 0

@@ -83,8 +83,8 @@ def push_card(
     Raises:
         `FileNotFoundError`: the card, an artifact or a holdout card is missing.
         `OSError`: the Hub cannot be reached, or refuses the token.
-        `ValueError`: the card does not describe its artifact, or the repository has other content under a file's name: a
-            released card is never edited.
+        `ValueError`: the card does not describe its artifact, or the repository has other content under a file's name (a
+            released card is never edited) or the page of something else.
 
     Example:
         >>> from pathlib import Path
@@ -101,13 +101,13 @@ def push_card(
         raise ValueError(f"`{card}` has a file named `{reserved[0]}` – expected another name: the shared page has it.")
     page = card_page(loaded, repo_id).encode()
     if dry_run is not None:
-        shared = _with_sums(files, page, None, str(dry_run))
+        shared = _with_sums(files, page, lambda name: None, str(dry_run))
         require_placeable(shared, Path(dry_run))
         place(shared, dry_run)
         return PushedCard(repo_id, None, digests_of({**files, PAGE: page}))
     named = f"{loaded.card.name}, version {loaded.card.version}"
     commit = commit_files(
-        repo_id, lambda last: _with_sums(files, page, last(SUMS), repo_id), private=private, branch=revision,
+        repo_id, lambda last: _with_sums(files, page, last, repo_id), private=private, branch=revision,
         message=message or f"Share {named}",
     )  # fmt: skip
     return PushedCard(repo_id, commit, digests_of({**files, PAGE: page}))
@@ -221,17 +221,31 @@ def _card_and_its_files(name: str, checked: _Checked, where: str) -> dict[str, b
             raise ValueError(str(error).replace(f"{aside}/", f"{where}/")) from None
 
 
-def _with_sums(files: dict[str, bytes], page: bytes, last: bytes | None, where: str) -> dict[str, bytes]:
-    """The files, the page and `SHA256SUMS`, which goes on listing what was shared before."""
-    before = {} if last is None else _listed_digests(last.decode("utf-8", "replace"), where)
-    digests = digests_of(files)
-    changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
+def _with_sums(
+    files: dict[str, bytes], page: bytes, last: Callable[[str], bytes | None], where: str
+) -> dict[str, bytes]:
+    """The files, the page and `SHA256SUMS`, which goes on listing what was shared before.
+
+    Args:
+        last: content of a file that is shared already, or None.
+
+    Raises:
+        `ValueError`: other content is shared under the name of one of the files, or a page that `push_card` has not written.
+    """
+    changed = [name for name, data in sorted(files.items()) if last(name) not in (None, data)]
     if changed:
         raise ValueError(
             f"`{where}` has other content under {', '.join(f'`{name}`' for name in changed)} – expected new names: a released "
             "card is never edited. Make the next version (`interp-rlhf card new`), or choose another repository."
         )
-    listed = before | digests | digests_of({PAGE: page})
+    there = last(PAGE)
+    if there is not None and named_card(there.decode("utf-8", "replace")) is None:
+        raise ValueError(
+            f"`{where}` has a `{PAGE}` that is not the page of a card – expected none: it would be overwritten. Choose another "
+            "repository for the card, such as a new one."
+        )
+    before = _listed_digests((last(SUMS) or b"").decode("utf-8", "replace"), where)
+    listed = before | digests_of({**files, PAGE: page})
     text = "".join(f"{listed[name]}  {name}\n" for name in sorted(listed))
     return {**files, PAGE: page, SUMS: text.encode()}
 
