@@ -45,6 +45,8 @@ _HOMES = {
     "fit_probe": "concepts.fitting",
     "load_card": "concepts.card",
     "load_examples": "concepts.examples",
+    "pull_card": "validation.sharing",
+    "push_card": "validation.sharing",
     "read": "activations",
     "register_drift_metric": "drift.metrics",
     "register_measure": "validation.measures",
@@ -87,6 +89,8 @@ __all__ = [
     "fit_probe",
     "load_card",
     "load_examples",
+    "pull_card",
+    "push_card",
     "read",
     "register_drift_metric",
     "register_measure",
@@ -136,6 +140,7 @@ if TYPE_CHECKING:
     from .validation.causal_settings import CausalSettings
     from .validation.check import check_card
     from .validation.measures import register_measure
+    from .validation.sharing import pull_card, push_card
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,6 @@ from interp_rlhf.validation.gate import gate
 
 # Small doses: the planted direction moves all words at once, and larger ones leave no other word.
 DOSES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
-SETTINGS = CausalSettings(doses=DOSES, max_new_tokens=4, batch_rows=256)
 
 
 def verdict_on(planted, vector, seed=0, **more):
@@ -101,10 +100,12 @@ def test_pairs_are_measured_by_their_log_probs(planted):
         for i, prompt in enumerate(prompts(0))
     ]
     readout = Readout("planted", HOOK_POINT, planted.drives)
-    found = causal_check(readout, planted.model, planted.tokenizer, pairs=rows, settings=SETTINGS)
+    # Answers to prompts that end in a neutral word have a margin near 0: the concept is what lies above.
+    settings = CausalSettings(doses=DOSES, batch_rows=256, occurs=3.0)
+    found = causal_check(readout, planted.model, planted.tokenizer, pairs=rows, settings=settings)
     assert found.verdict == "causal"
     inert = Readout("inert", HOOK_POINT, planted.inert)
-    assert causal_check(inert, planted.model, planted.tokenizer, pairs=rows, settings=SETTINGS).verdict == "read-only"
+    assert causal_check(inert, planted.model, planted.tokenizer, pairs=rows, settings=settings).verdict == "read-only"
 
 
 def test_the_margin_is_the_difference_of_log_probs_by_hand(planted):

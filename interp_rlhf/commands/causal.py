@@ -20,8 +20,7 @@ from ..embedded import load_or_embedded
 from ..validation.causal import causal_check
 from ..validation.causal_settings import CausalSettings
 from ..validation.measures import MEASURES
-from .console import shown_estimate
-from .evidence_lines import print_line
+from .causal_lines import causal_lines
 from .options import registered
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..concepts.card import LoadedCard
-    from ..concepts.causal_findings import CausalFindings, Effect
+    from ..concepts.causal_findings import CausalFindings
     from ..concepts.examples import Examples
 
 REGEX = "regex:"
@@ -51,7 +50,7 @@ def probe_causal(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"card": str(card.path), **findings.model_dump()}))
     else:
-        print_causal(findings)
+        print("\n".join(causal_lines(findings)))
     return int(findings.verdict != "causal" and arguments.require_causal)
 
 
@@ -151,38 +150,3 @@ def directions_at(hook_point: str, readouts: Mapping[str, Readout]) -> dict[str,
             "compared. Fit them there, or leave them out: built-in ones take their place."
         )
     return {name: one.direction for name, one in readouts.items()}
-
-
-def print_causal(findings: CausalFindings) -> None:
-    """Print a causal check: the doses, each effect next to its controls, and the verdict."""
-    print(f"\ncausal check: {findings.measure}, {findings.prompts} prompts, σ = {findings.sigma:.3g}")
-    for dose in findings.doses:
-        mark = "" if dose.counts else "  out of its limits"
-        compared = "  ← compared with controls" if dose.alpha in findings.compared_at and dose.alpha else ""
-        print_line(
-            f"{dose.alpha:+g} σ",
-            f"{dose.value:+.3f}  perplexity {dose.perplexity:.1f}, empty {dose.empty:.0%}, repeated {dose.repeated:.0%}"
-            f"{mark}{compared}",
-        )
-    print_line("a rising curve explains", f"{findings.monotone:.0%}")
-    for name, effect in (
-        ("steer", findings.steer), ("project out", findings.project), ("set to mean", findings.mean),
-        ("interchange", findings.interchange),
-    ):  # fmt: skip
-        print_line(name, "not tested" if effect is None else _shown_effect(effect))
-    other = findings.other
-    if other is not None:
-        flag = ", the recipes disagree" if other.disagrees else ""
-        print_line(
-            other.method.replace("_", " "),
-            f"{other.verdict}; cosine {other.cosine:.2f}, weighted {other.weighted_cosine:.2f}{flag}",
-        )
-    print(f"causal verdict: {findings.verdict}" + (f" ({'; '.join(findings.reasons)})" if findings.reasons else ""))
-
-
-def _shown_effect(effect: Effect) -> str:
-    beats = ", ".join(f"{name} {part.value:.0%}" for name, part in effect.beats.items())
-    return (
-        f"{shown_estimate(effect.typical, '+')}, {effect.share.value:.0%} of {effect.prompts} as predicted, chance up to "
-        f"{effect.bound:.3f}; beats {beats}: {'yes' if effect.passes else 'no'}"
-    )

@@ -15,7 +15,8 @@ from ..drift.compare import compare_checkpoints, crossed, load_texts, loaded_sec
 from ..embedded import place_of
 from ..runlog.log import jsonable
 from ..validation.causal import causal_check
-from .causal import causal_inputs, directions_at, print_causal
+from .causal import causal_inputs, directions_at
+from .causal_lines import causal_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -45,7 +46,7 @@ def drift_compare(arguments: argparse.Namespace) -> int:
         _print_event(event)
         for name, (before, after) in causal.items():
             print(f"\n{name} on {arguments.after}; its card says: {before or 'not checked'}")
-            print_causal(after)
+            print("\n".join(causal_lines(after)))
         _print_verdict(verdict, problems)
     return int(bool(problems))
 

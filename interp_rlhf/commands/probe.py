@@ -23,7 +23,8 @@ from ..sae.files import load_sae
 from ..validation.check import check_card
 from ..validation.gate import gate
 from ..validation.measures import MEASURES
-from .causal import causal_inputs, checked_causally, print_causal
+from .causal import causal_inputs, checked_causally
+from .causal_lines import causal_lines
 from .evidence_lines import print_findings
 from .options import autoencoder_place, latent_numbers, registered
 
@@ -169,7 +170,7 @@ def probe_check(arguments: argparse.Namespace) -> int:
         print(json.dumps(entry | {"causal": None if causal is None else causal.model_dump()}))
     else:
         if causal is not None:
-            print_causal(causal)
+            print("\n".join(causal_lines(causal)))
         print(
             f"\n{card.path}: " + ("may be a reward" if not reasons else "may be a monitor only: " + "; ".join(reasons))
         )
