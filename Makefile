@@ -52,7 +52,7 @@ test-benchmarks: .venv/ready
 
 # How often evidence is right, over 40 seeds. It takes longer than the others.
 test-evidence: .venv/ready
-	$(SLOW) tests/test_evidence.py
+	$(SLOW) tests/test_evidence.py tests/test_causal.py
 
 # Hours: on a machine with nothing else to do.
 bench: .venv/ready

@@ -44,6 +44,7 @@ _HOMES = {
     "check_card": "validation.check",
     "fit_probe": "concepts.fitting",
     "load_card": "concepts.card",
+    "off_target": "validation.off_target",
     "load_examples": "concepts.examples",
     "pull_card": "validation.sharing",
     "push_card": "validation.sharing",
@@ -89,6 +90,7 @@ __all__ = [
     "fit_probe",
     "load_card",
     "load_examples",
+    "off_target",
     "pull_card",
     "push_card",
     "read",
@@ -140,6 +142,7 @@ if TYPE_CHECKING:
     from .validation.causal_settings import CausalSettings
     from .validation.check import check_card
     from .validation.measures import register_measure
+    from .validation.off_target import off_target
     from .validation.sharing import pull_card, push_card
 
 

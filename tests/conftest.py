@@ -70,7 +70,7 @@ _COMMANDS = {  # file with slow tests: the command that runs them
     "test_engines.py": "make test-engines", "test_ppo.py": "make test-engines", "test_terms.py": "make test-engines",
     "test_recipes.py": "make test-recipes",
     "test_rewards.py": "make test-compiled", "test_real_model.py": "make test-real-model",
-    "test_sae_interop.py": "make test-interop", "test_evidence.py": "make test-evidence",
+    "test_sae_interop.py": "make test-interop", "test_evidence.py": "make test-evidence", "test_causal.py": "make test-evidence",
     "test_benchmarks.py": "make test-benchmarks",
 }  # fmt: skip
 

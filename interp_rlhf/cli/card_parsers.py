@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .shared import add_modules
+from ..validation.measures import MEASURES
+from .shared import MODEL_HELP, add_modules
 
 if TYPE_CHECKING:
     import argparse
@@ -22,6 +23,7 @@ def add_card(commands: Commands) -> None:
     _add_show(card)
     _add_diff(card)
     _add_new(card)
+    _add_matrix(card)
     _add_push(card)
     _add_pull(card)
 
@@ -94,6 +96,40 @@ def _add_new(commands: Commands) -> None:
     new.add_argument("--json", action="store_true", help="print the result as JSON")
     add_modules(new)
     new.set_defaults(run=("card", "card_new"))
+
+
+def _add_matrix(commands: Commands) -> None:
+    matrix = commands.add_parser(
+        "matrix",
+        help="what steering one concept, or training on it, does to the others",
+        description="For several cards of one model: cosines of their directions, plain and weighted by the activations, and the "
+        "off-target matrix. Each concept is steered while the model answers prompts. The model as it is reads the answers with "
+        "all cards, and measures read their text. With run logs, rows say how far a training moved each card that it watched.",
+        epilog="example: interp-rlhf card matrix reward/warmth/reward.v3.yaml reward/warmth/monitor.v3.yaml --prompts p.jsonl "
+        "--measure vader --run-log warmth=runs/grpo/interp.jsonl --plot matrix.svg",
+    )
+    matrix.add_argument("cards", nargs="+", metavar="CARD", help=CARD_HELP)
+    matrix.add_argument(
+        "--prompts", required=True, metavar="FILE", help="file with a column `prompt`, at least 10 rows"
+    )
+    matrix.add_argument(
+        "--measure", action="append", default=[], metavar="NAME",
+        help=f"independent measure of the answers: {', '.join(MEASURES)}, or one that a `--module` registers; may be repeated",
+    )  # fmt: skip
+    matrix.add_argument(
+        "--run-log", action="append", default=[], metavar="NAME=FILE", help="run log of a training; may be repeated"
+    )
+    matrix.add_argument(
+        "--dose", type=float, default=4.0, help="in standard deviations of the activation (default: 4)"
+    )
+    matrix.add_argument(
+        "--max-new-tokens", type=int, default=24, metavar="N", help="length of an answer (default: 24)"
+    )
+    matrix.add_argument("--model", help=MODEL_HELP)
+    matrix.add_argument("--plot", metavar="FILE", help="also write a heat map as SVG")
+    matrix.add_argument("--json", action="store_true", help="print the matrix as JSON")
+    add_modules(matrix)
+    matrix.set_defaults(run=("card_matrix", "card_matrix"))
 
 
 def _add_push(commands: Commands) -> None:

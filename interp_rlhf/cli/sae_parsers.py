@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..sae.known_formats import format_titles
+from .causal_parsers import add_causal
 from .shared import DATA_HELP, MODEL_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def add_sae(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_sae_train(sae)
     _add_sae_inspect(sae)
     _add_sae_find(sae)
+    _add_sae_causal(sae)
 
 
 def _add_sae_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -196,3 +198,22 @@ def _add_sae_find(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     find.add_argument("--json", action="store_true", help="print everything as JSON")
     add_modules(find)
     find.set_defaults(run=("sae_latents", "sae_find"))
+
+
+def _add_sae_causal(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    causal = commands.add_parser(
+        "causal",
+        help="are latents causal: steer along what they write, silence it, and read the text",
+        description="The causal check of `probe causal`, of each latent by itself and of all together. The direction of a latent "
+        "is its decoder row.",
+        epilog="example: interp-rlhf sae causal runs/sae/sae --latents 12,80 --prompts prompts.jsonl --causal-measure vader "
+        "--out runs/latents",
+    )
+    _add_sae_source(causal)
+    causal.add_argument("--latents", required=True, metavar="I,J", help="which latents, such as 12,80")
+    causal.add_argument("--seed", type=int, default=0, help="seed of directions and bootstraps (default: 0)")
+    causal.add_argument("--out", metavar="DIR", help="folder for causal.json and a plot per latent")
+    causal.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_causal(causal)
+    add_modules(causal)
+    causal.set_defaults(run=("sae_causal", "sae_causal"))

@@ -33,8 +33,8 @@ class CardDifference:
 def card_differences(before: Card, after: Card) -> list[CardDifference]:
     """All differences, in the order of the schema. A number with its interval is one value.
 
-    If only one card has evidence, that is one difference: `evidence`, with the readout that it was written for. Of causal findings,
-    the verdict is compared.
+    If only one card has evidence, that is one difference: `evidence`, with the readout that it was written for. Of causal
+    findings, the verdict is compared.
     """
     both = before.evidence is not None and after.evidence is not None
     first, second = (_values_of(card, both) for card in (before, after))

@@ -33,6 +33,7 @@ from .evaluation import evaluation_of, metrics_in_words
 from .last_good import LAST_GOOD, link_folder, link_or_copy, step_of_last_good
 from .logged import trainer_metrics
 from .own_text import per_prompt, sample_entries
+from .shifts import shifts_of_run
 from .start import START_FILE, start_file
 from .verdicts import evidence_of, judge
 
@@ -116,7 +117,7 @@ class DriftCallback(TrainerCallback):
         self.trainer, self.config = trainer, dataclasses.replace(config, texts=texts) if texts is not None else config
         sae = _autoencoder(self.config.sae, trainer.model)
         self.evaluation = evaluation_of(trainer, self.config, monitors, pressure, holdouts, reference, sae)
-        self._baseline = _shifts(self.config.baseline) if self.config.baseline is not None else {}
+        self._baseline = shifts_of_run(self.config.baseline, "`baseline`") if self.config.baseline is not None else {}
         self._log = record(trainer, run_log)
         self.rechecks: list[Callable[[], None]] = []
         self.batches: Callable[[], dict[str, Any]] | None = None
@@ -330,17 +331,6 @@ def _kept_step(args: Any, state: Any) -> int | None:
         return None
     step = str(best).rpartition("-")[2]
     return int(step) if step.isdigit() else getattr(state, "best_global_step", None)
-
-
-def _shifts(path: str | Path) -> dict[str, float]:
-    """The last movement of every monitor in a run log."""
-    events = [event for event in read_events(path) if isinstance(event, DriftEvent) and event.monitors]
-    if not events:
-        raise ValueError(
-            f"`baseline` `{path}` has no `drift` event with monitors – expected the run log of a run without the term. Watch the "
-            "same monitors there."
-        )
-    return {name: entry.shift for name, entry in events[-1].monitors.items() if entry.shift is not None}
 
 
 def _autoencoder(sae: str | Path | SparseAutoencoder | None, model: Any) -> SparseAutoencoder | None:

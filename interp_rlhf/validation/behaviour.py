@@ -80,7 +80,7 @@ class AnswerBehaviour(Behaviour):
         return [Done(value, text, tuple(ids)) for value, text, ids in zip(values, texts, completions, strict=True)]
 
     def guards(self, jobs: Sequence[Job], finished: Sequence[Done]) -> Guards:
-        batch = self._batch(jobs, finished)
+        batch = self.batch_of(jobs, finished)
         surprises = []
         if batch.completion_mask.any():
             _, log_probs, _ = read_predictions(self.model, batch, [self.hook_point], torch.zeros(1, dtype=torch.long))
@@ -94,7 +94,7 @@ class AnswerBehaviour(Behaviour):
 
     def activations(self) -> list[torch.Tensor]:
         jobs = [Job(i) for i in range(self.prompts)]
-        batch = self._batch(jobs, self.unchanged())
+        batch = self.batch_of(jobs, self.unchanged())
         if not batch.completion_mask.any():
             raise ValueError(
                 "The model answers no prompt with any text – expected answers that can be steered. Ask otherwise."
@@ -102,7 +102,8 @@ class AnswerBehaviour(Behaviour):
         found = read_activations(self.model, batch, self.hook_point)[self.hook_point]
         return list(found.split(batch.completion_mask.sum(1).tolist()))
 
-    def _batch(self, jobs: Sequence[Job], finished: Sequence[Done]) -> TokenBatch:
+    def batch_of(self, jobs: Sequence[Job], finished: Sequence[Done]) -> TokenBatch:
+        """Prompts with the answers that they got."""
         return TokenBatch.from_ids(
             [self._ids[job.prompt] for job in jobs], [done.ids for done in finished], self._ends
         )
