@@ -72,8 +72,8 @@ def latent_readouts(sae: SparseAutoencoder, chosen: list[int]) -> list[Readout]:
         )
     if sae.spec.output_point is not None:
         raise ValueError(
-            f"The autoencoder is a transcoder from `{sae.spec.hook_point}` to `{sae.spec.output_point}` – expected one that writes "
-            "where it reads: steering is done at one place."
+            f"The autoencoder is a transcoder from `{sae.spec.hook_point}` to `{sae.spec.output_point}` – expected one that "
+            "writes where it reads: one place is steered."
         )
     sets = [[index] for index in chosen] + ([chosen] if len(chosen) > 1 else [])
     return [
