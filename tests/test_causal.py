@@ -410,3 +410,149 @@ def test_too_few_prompts_and_pairs_without_a_side_are_refused(planted):
 def test_findings_are_strict():
     with pytest.raises(ValueError, match="verdict"):
         CausalFindings.model_validate({"verdict": "proven"})
+
+
+# --- where the check is part of something else
+
+
+def test_probe_check_runs_it_for_a_reward_with_prompts_and_keeps_its_own_evidence_if_it_stops(
+    card, model_folder, tmp_path, capsys
+):
+    from tiny import labelled_rows
+
+    write_jsonl(labelled_rows(24, seed=1), tmp_path / "fit.jsonl")
+    write_jsonl(labelled_rows(40, seed=2), tmp_path / "check.jsonl")
+    words = (
+        "probe", "check", card, "--fit-data", tmp_path / "fit.jsonl", "--data", tmp_path / "check.jsonl", "--model",
+        model_folder(), "--prompts", card.parent / "prompts.jsonl", "--causal-measure", "regex:[aeiou]{2}", "--doses=-4,-2,2,4",
+        "--max-new-tokens", 4, "--replace", "--seed", 5,
+    )  # fmt: skip
+    assert run(*words, "--occurs", 2) == 2  # no answer has it
+    stopped = load_card(card).card
+    assert stopped.evidence.seed == 5  # the evidence was written before the causal check stopped
+    assert stopped.causal is None
+    capsys.readouterr()
+    assert run(*words, "--occurs", 0.5) == 0
+    out = capsys.readouterr().out
+    checked = load_card(card).card
+    assert checked.causal is not None
+    assert f"causal verdict: {checked.causal.verdict}" in out
+    assert checked.causal.other.method == "difference_of_means"  # fitted on the data of the fit
+
+
+def test_card_show_draws_the_causal_check(card, model_folder, capsys):
+    assert causal(card, model_folder) == 0
+    capsys.readouterr()
+    assert run("card", "show", card) == 0
+    assert "causal check: regex:[aeiou]{2}, 12 prompts" in capsys.readouterr().out
+
+
+def test_drift_compare_checks_the_second_model_again(card, model_folder, tmp_path, capsys):
+    from tiny import labelled_rows
+
+    write_jsonl(labelled_rows(40, seed=2), tmp_path / "check.jsonl")
+    words = (
+        "drift", "compare", model_folder(), model_folder(), "--monitor", card, "--labelled", tmp_path / "check.jsonl",
+        "--prompts", card.parent / "prompts.jsonl", "--causal-measure", "regex:[aeiou]{2}", "--doses=-4,-2,2,4",
+        "--max-new-tokens", 4, "--occurs", 0.5, "--json",
+    )  # fmt: skip
+    assert run(*words) == 0
+    found = json.loads(capsys.readouterr().out)["causal"]["warmth"]
+    assert found["before"] is None
+    assert found["after"]["verdict"] in ("causal", "steers only", "silences only", "read-only")
+
+
+def test_a_training_ends_with_the_check_of_its_monitors(card, model_folder, tokenizer, tmp_path):
+    from training import sft_trainer
+
+    from interp_rlhf import DriftConfig, attach, write_report
+    from interp_rlhf.runlog.events import TableEvent
+    from interp_rlhf.runlog.log import read_events
+
+    trainer = sft_trainer(tmp_path / "run", model_folder(), tokenizer, max_steps=1)
+    drift = DriftConfig(
+        every=1, causal_prompts=sentences(12, seed=4), causal_measure=lambda text: float(text.count("a"))
+    )
+    attachment = attach(trainer, monitors=[card], drift=drift)
+    trainer.train()
+    tables = [event for event in read_events(attachment.run_log.path) if isinstance(event, TableEvent)]
+    assert [table.title.split("?")[0] for table in tables] == ["Is `warmth` causal after training"]
+    write_report([attachment.run_log.path], tmp_path / "report.html")
+    assert "causal after training" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"causal_prompts": ["a"] * 12}, "expected both or neither"),
+        ({"causal_prompts": ["a"] * 3, "causal_measure": "vader"}, "3 `causal_prompts`"),
+        ({"causal_prompts": ["a"] * 12, "causal_measure": "nothing"}, "`causal_measure` is 'nothing'"),
+    ],
+)
+def test_a_drift_configuration_that_cannot_be_checked_is_refused(given, said):
+    from interp_rlhf import DriftConfig
+
+    with pytest.raises(ValueError, match=said):
+        DriftConfig(**given)
+
+
+# --- several concepts, and latents
+
+
+def test_the_matrix_says_that_one_direction_moves_the_measure_and_the_other_does_not(planted):
+    from interp_rlhf import off_target
+
+    readouts = [Readout("drives", HOOK_POINT, planted.drives), Readout("inert", HOOK_POINT, planted.inert)]
+    found = off_target(
+        readouts, planted.model, planted.tokenizer, prompts(0), {"mood": mood}, dose=1.0, max_new_tokens=4
+    )
+    assert found.cosine[0][1] == pytest.approx(0, abs=1e-4)
+    # Good and bad words carry both: over tokens of text the two go together.
+    assert found.weighted_cosine[0][1] > 0.9
+    (drives, inert) = found.steering
+    assert drives[2] > 1
+    assert inert == pytest.approx([0, 0, 0], abs=0.2)
+    # Steering the first writes good words, which the second reads in the text.
+    assert drives[1] > 1
+
+
+def test_card_matrix_prints_cosines_moves_and_what_a_run_moved(card, model_folder, tmp_path, capsys):
+    import shutil
+
+    from interp_rlhf.runlog.events import DriftEvent, MonitorEntry
+    from interp_rlhf.runlog.log import RunLog
+
+    other = card.parent / "other.yaml"
+    shutil.copy(card, other)
+    other.write_text(other.read_text().replace("name: warmth", "name: other"))
+    log = RunLog(tmp_path / "interp.jsonl")
+    log.append(DriftEvent(monitors={"warmth": MonitorEntry(shift=1.5)}), 3)
+    words = (
+        "card", "matrix", card, other, "--prompts", card.parent / "prompts.jsonl", "--model", model_folder(),
+        "--max-new-tokens", 4, "--run-log", f"grpo={tmp_path / 'interp.jsonl'}", "--plot", tmp_path / "m.svg",
+    )  # fmt: skip
+    assert run(*words) == 0
+    out = capsys.readouterr().out
+    assert "+1.00 / +1.00" in out
+    assert "run grpo" in out
+    assert "+1.50" in out
+    assert (tmp_path / "m.svg").exists()
+    assert run(*words, "--run-log", "nothing") == 2
+    assert "expected NAME=FILE" in capsys.readouterr().err
+
+
+def test_latents_go_through_the_same_check(model_folder, tmp_path, card_folder, capsys):
+    from sae_files import write_sae_lens
+
+    place = write_sae_lens(tmp_path / "sae", hook_point="model.layers.1")
+    words = (
+        "sae", "causal", place, "--latents", "1,3", "--prompts", card_folder / "prompts.jsonl", "--causal-measure",
+        "regex:[aeiou]{2}", "--occurs", 0.5, "--doses=-4,-2,2,4", "--max-new-tokens", 4, "--model", model_folder(),
+        "--hook-point", "model.layers.1", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert run(*words) == 0
+    written = json.loads((tmp_path / "out" / "causal.json").read_text())
+    assert list(written) == ["latent-1", "latent-3", "set"]
+    assert "causal verdict" in capsys.readouterr().out
+    assert run(*words) == 2
+    assert "holds a causal check already" in capsys.readouterr().err

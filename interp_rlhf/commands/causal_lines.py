@@ -23,7 +23,7 @@ def causal_lines(findings: CausalFindings) -> list[str]:
     lines = ["", f"causal check: {findings.measure}, {findings.prompts} prompts, σ = {findings.sigma:.3g}"]
     for dose in findings.doses:
         mark = "" if dose.counts else ", out of its limits"
-        compared = "  ← compared with controls" if dose.alpha in findings.compared_at and dose.alpha else ""
+        compared = "  ← compared with controls" if dose.alpha and abs(dose.alpha) == findings.compared_at else ""
         bar = ("·" * round((dose.value - low) / span * (_BAR - 1)) + "●").ljust(_BAR)
         said = (
             f"perplexity {dose.perplexity:.1f}, empty {dose.empty:.0%}, repeated {dose.repeated:.0%}{mark}{compared}"

@@ -96,9 +96,9 @@ class CausalFindings(Strict):
         sigma: standard deviation of the activation along the direction, the unit of a dose.
         doses: curve of the concept, from the lowest dose; the dose 0 is the model as it is.
         monotone: share of the curve's variance that a rising curve explains.
-        compared_at: the two doses at which the concept is compared with controls: on each side of 0 the smallest one that counts
-            and has nine tenths of the side's largest effect.
-        steer: rise between these two doses.
+        compared_at: dose α at which the concept is compared with controls: the smallest that counts on both sides and has nine
+            tenths of the largest rise from −α to α; 0 if there is none.
+        steer: rise from −α to α.
         project, mean: fall when the coordinate is projected out, and when it is set to its mean, where the concept occurs.
         interchange: move towards the partner when two prompts' mean coordinates are swapped.
         other: the other recipe; None without labelled examples.
@@ -114,7 +114,7 @@ class CausalFindings(Strict):
     sigma: float
     doses: list[Dose]
     monotone: float
-    compared_at: list[float]
+    compared_at: float
     steer: Effect | None = None
     project: Effect | None = None
     mean: Effect | None = None

@@ -35,7 +35,7 @@ def _draw_doses(axes: Any, findings: CausalFindings) -> None:
         shown = [d for d in doses if d.counts == counts]
         if shown:
             axes.scatter([d.alpha for d in shown], [d.value for d in shown], marker=marker, label=label, zorder=2)
-    for alpha in findings.compared_at:
+    for alpha in (-findings.compared_at, findings.compared_at):
         axes.axvline(alpha, linestyle=":", color="tab:grey", linewidth=1)
     axes.set_xlabel("dose, in standard deviations of the activation", fontsize=8)
     axes.set_ylabel(f"{findings.measure}, typical value", fontsize=8)

@@ -19,6 +19,8 @@ from .jobs import Job
 from .statistics import MIN_PROMPTS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
 
     from ..concepts.causal_findings import Effect
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 # A dose counts if the answers are not much less likely, and not much more often empty or repeated, than without a change.
 LIMITS = {"perplexity": 3.0, "empty": 0.1, "repeated": 0.25}
-# Share of a side's largest effect at which a dose is large enough.
+# Share of the largest rise at which a dose is large enough.
 ENOUGH = 0.9
 # Two recipes disagree below this weighted cosine.
 AGREE = 0.5
@@ -43,28 +45,27 @@ class DoseCurve:
     counts: np.ndarray
 
     @property
-    def ends(self) -> tuple[float, float]:
-        """The doses, one on each side of 0, at which the concept is compared with controls; 0 on a side where none counts.
+    def dose(self) -> float:
+        """Dose α at which −α and α are compared; 0 if no dose counts on both sides.
 
-        On each side the smallest dose with `ENOUGH` of the side's largest effect. Beyond it the concept gains nothing, and
-        directions without meaning catch up.
+        The smallest with `ENOUGH` of the largest rise from −α to α. Beyond it the concept gains nothing, and directions without
+        meaning catch up. Both sides have one dose, so that a random direction and its opposite are alike.
         """
-        unchanged = self.values[self.alphas == 0][0]
-        chosen = []
-        for sign in (-1.0, 1.0):
-            side = sorted(self.alphas[self.counts & (sign * self.alphas > 0)], key=abs)
-            moves = [
-                float(typical(sign * (self.values[self.alphas == a][0] - unchanged), self.two_values)) for a in side
-            ]
-            largest = max(moves, default=0.0)
-            reached = [a for a, move in zip(side, moves, strict=True) if move >= ENOUGH * largest]
-            chosen.append(float((reached[0] if largest > 0 else side[-1]) if side else 0.0))
-        return chosen[0], chosen[1]
+        both = [a for a in self.alphas[self.counts & (self.alphas > 0)] if self.counts[self.alphas == -a].any()]
+        rises = [float(typical(self._at(a) - self._at(-a), self.two_values)) for a in both]
+        if not both:
+            return 0.0
+        largest = max(rises)
+        reached = [a for a, rise in zip(both, rises, strict=True) if rise >= ENOUGH * largest]
+        return float(reached[0] if largest > 0 else both[-1])
+
+    def _at(self, alpha: float) -> np.ndarray:
+        """Values (P,) at a dose."""
+        return np.asarray(self.values[self.alphas == alpha][0])
 
     def rises(self) -> np.ndarray:
-        """Rise (P,) from the lower to the upper of `ends`."""
-        low, high = (self.values[self.alphas == end][0] for end in self.ends)
-        return np.asarray(high - low)
+        """Rise (P,) from −`dose` to `dose`."""
+        return self._at(self.dose) - self._at(-self.dose)
 
     @property
     def two_values(self) -> bool:
@@ -96,9 +97,9 @@ class Measured:
     silenced: dict[str, np.ndarray]
     seed: int
 
-    def rise(self, moves: np.ndarray) -> Effect | None:
-        """Effect of steering; None if no dose counts."""
-        return None if self.curve.ends == (0.0, 0.0) else self._effect(moves, self.steered, MIN_PROMPTS)
+    def rise(self, moves: np.ndarray) -> Effect:
+        """Effect of steering."""
+        return self._effect(moves, self.steered, MIN_PROMPTS)
 
     def fall(self, moves: np.ndarray) -> Effect | None:
         """Effect of silencing; None if the concept occurs on too few prompts."""
@@ -142,26 +143,26 @@ class CausalRuns:
         occurring = np.flatnonzero(unchanged > level)
         self._require_occurring(occurring, unchanged, level, curve)
         vectors = {one.name: one.vector for one in self.controls}
+        own = {"project": Change.silencing(self.direction), "mean": self._to_mean(self.direction)}
+        silences = {name: self._to_mean(vector) for name, vector in vectors.items()}
+        falls = self._falls({**own, **silences}, occurring, unchanged)
         measured = Measured(
-            curve, unchanged, occurring,
-            [one.name for one in self.controls if one.kind == "random"],
-            {name: self._rises(vector, step, curve.ends, unchanged) for name, vector in vectors.items()},
-            {name: self._falls(vector, True, occurring, unchanged) for name, vector in vectors.items()}, self.seed,
+            curve, unchanged, occurring, [one.name for one in self.controls if one.kind == "random"],
+            self._rises(vectors, curve.dose, "steering along controls"), {name: falls[name] for name in vectors}, self.seed,
         )  # fmt: skip
-        steer = measured.rise(curve.rises())
-        project, mean = (
-            measured.fall(self._falls(self.direction, to_mean, occurring, unchanged)) for to_mean in (False, True)
-        )
+        steer = measured.rise(curve.rises()) if curve.dose else None
+        project, mean = measured.fall(falls["project"]), measured.fall(falls["mean"])
         monotone = monotone_fit(curve.alphas[curve.counts], typical_values(curve.counted, measured.curve.two_values))
         verdict, reasons = verdict_of(steer, [project, mean], monotone)
         if np.ptp(curve.values) == 0:
             constant = f"`{self.behaviour.measure}` is {unchanged[0]:.3g} for every answer"
             verdict, reasons = "insufficient evidence", [constant]
-        swapped = {one.name: self._moves(one.vector, unchanged) for one in self.controls if one.kind != "random"}
+        kept = [one for one in self.controls if one.kind != "random"]
+        swapped = {one.name: self._moves(one.vector, unchanged) for one in kept}
         return CausalFindings(
             readout=digest, verdict=verdict, reasons=reasons, measure=self.behaviour.measure, prompts=self.behaviour.prompts,
             occurs=round(level, 4), sigma=round(step, 4), doses=self._dose_entries(measured), monotone=monotone,
-            compared_at=list(curve.ends), steer=steer, project=project, mean=mean,
+            compared_at=curve.dose, steer=steer, project=project, mean=mean,
             interchange=measured.move(self._moves(self.direction, unchanged), swapped),
             other=self._of_other_recipe(measured, verdict), controls=self._control_entries(measured), limits=LIMITS,
             seed=self.seed, command=command, versions=library_versions(),
@@ -203,23 +204,34 @@ class CausalRuns:
         values = np.array([[done.value for done in part] for _, part in rows])
         return DoseCurve(np.array(alphas), values, guards, np.array(counts))
 
-    def _rises(
-        self, vector: torch.Tensor, step: float, ends: tuple[float, float], unchanged: np.ndarray
-    ) -> np.ndarray:
-        """Rise (P,) of the measure from the lowest to the highest dose along a direction."""
-        sides = [alpha for alpha in ends if alpha]
-        jobs = [
-            Job(i, Change.steering(alpha * step * vector)) for alpha in sides for i in range(self.behaviour.prompts)
-        ]
-        parts = iter(np.split(self.behaviour.values(jobs, "steering along controls"), max(1, len(sides))))
-        low, high = (next(parts) if alpha else unchanged for alpha in ends)
-        return np.asarray(high - low)
+    def _values(self, jobs: Mapping[str, Sequence[Job]], label: str) -> dict[str, np.ndarray]:
+        """Values of several lists of jobs, in common batches."""
+        values = self.behaviour.values([job for part in jobs.values() for job in part], label)
+        ends = np.cumsum([len(part) for part in jobs.values()])[:-1]
+        return dict(zip(jobs, np.split(values, ends), strict=True))
 
-    def _falls(self, vector: torch.Tensor, to_mean: bool, prompts: np.ndarray, unchanged: np.ndarray) -> np.ndarray:
-        """Fall of the measure on some prompts when a coordinate is set to its mean, or to 0."""
-        change = Change.silencing(vector, self.spread.mean(vector) if to_mean else 0.0)
-        jobs = [Job(int(i), change) for i in prompts]
-        return np.asarray(unchanged[prompts] - self.behaviour.values(jobs, "silencing"))
+    def _rises(self, vectors: Mapping[str, torch.Tensor], dose: float, label: str) -> dict[str, np.ndarray]:
+        """Rise (P,) of the measure from a step against each direction to the same step along it, by the concept's unit."""
+        prompts, size = range(self.behaviour.prompts), dose * self.spread.sigma(self.direction)
+        if not dose:
+            return {name: np.zeros(len(prompts)) for name in vectors}
+        jobs = {
+            name: [Job(i, Change.steering(side * size * vector)) for side in (-1, 1) for i in prompts]
+            for name, vector in vectors.items()
+        }
+        halves = {name: np.split(values, 2) for name, values in self._values(jobs, label).items()}
+        return {name: high - low for name, (low, high) in halves.items()}
+
+    def _falls(
+        self, changes: Mapping[str, Change], prompts: np.ndarray, unchanged: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Fall of the measure on some prompts, by change."""
+        jobs = {name: [Job(int(i), change) for i in prompts] for name, change in changes.items()}
+        return {name: unchanged[prompts] - values for name, values in self._values(jobs, "silencing").items()}
+
+    def _to_mean(self, vector: torch.Tensor) -> Change:
+        """Sets the coordinate along a unit vector to its mean."""
+        return Change.silencing(vector, self.spread.mean(vector))
 
     def _moves(self, vector: torch.Tensor, unchanged: np.ndarray) -> np.ndarray:
         """Moves of pairs of prompts towards each other when their mean coordinates are swapped, half the sum of both."""
@@ -237,10 +249,13 @@ class CausalRuns:
         if self.other is None:
             return None
         (method, vector), curve = self.other, measured.curve
-        steer = measured.rise(self._rises(vector, self.spread.sigma(vector), curve.ends, measured.unchanged))
-        if steer is None:
+        if not curve.dose:
             return None
-        silence = measured.fall(self._falls(vector, True, measured.occurring, measured.unchanged))
+        # The same dose in its own standard deviations.
+        dose = curve.dose * self.spread.sigma(vector) / self.spread.sigma(self.direction)
+        steer = measured.rise(self._rises({method: vector}, dose, "steering along the other recipe")[method])
+        falls = self._falls({method: self._to_mean(vector)}, measured.occurring, measured.unchanged)
+        silence = measured.fall(falls[method])
         of_other, _ = verdict_of(steer, [silence], 1.0)
         weighted = self.spread.weighted_cosine(vector, self.direction)
         return OtherRecipe(

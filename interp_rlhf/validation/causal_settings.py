@@ -21,7 +21,7 @@ class CausalSettings:
 
     Args:
         doses (`Sequence[float]`): doses α in standard deviations of the activation along the direction, without 0: at least four,
-            on both sides.
+            each with both signs.
         random (`int`, defaults to 10): number of random directions, at least 10.
         occurs (`float`, *optional*): value of the measure above which the concept occurs. By default the middle between the
             lowest and the highest value over all prompts and doses that count.
@@ -53,6 +53,8 @@ class CausalSettings:
                 f"`doses` is {doses} – expected at least four finite ones on both sides of 0, such as -4, -2, 2, 4. The dose 0 "
                 "is always among them."
             )
+        if {-dose for dose in doses} != set(doses):
+            raise ValueError(f"`doses` is {doses} – expected each dose with both signs: −α is compared with α.")
         if self.random < RANDOM:
             raise ValueError(
                 f"`random` is {self.random} – expected at least {RANDOM} random directions: fewer say little about chance."

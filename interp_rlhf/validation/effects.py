@@ -102,13 +102,13 @@ def verdict_of(
     """Verdict, and the reasons why it is not `causal`.
 
     Args:
-        steer (`Effect`, *optional*): None if no dose counts.
+        steer (`Effect`, *optional*): None if no dose counts on both sides.
         silences (`list[Effect | None]`): projecting out and mean-ablating; None where the concept occurs too rarely.
         monotone (`float`): see `monotone_fit`.
     """
     reasons = []
     if steer is None:
-        reasons.append("no dose keeps the text within the limits")
+        reasons.append("no dose keeps the text within the limits on both sides")
     tested = [silence for silence in silences if silence is not None]
     if len(tested) < len(silences):
         reasons.append("silencing was not tested")
