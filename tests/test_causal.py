@@ -463,13 +463,16 @@ def test_drift_compare_checks_the_second_model_again(card, model_folder, tmp_pat
 
 
 def test_a_training_ends_with_the_check_of_its_monitors(card, model_folder, tokenizer, tmp_path):
-    from training import sft_trainer
+    from training import make_trainer
+    from transformers import AutoModelForCausalLM
 
     from interp_rlhf import DriftConfig, attach, write_report
     from interp_rlhf.runlog.events import TableEvent
     from interp_rlhf.runlog.log import read_events
 
-    trainer = sft_trainer(tmp_path / "run", model_folder(), tokenizer, max_steps=1)
+    trainer = make_trainer(
+        "SFT", AutoModelForCausalLM.from_pretrained(model_folder()), tokenizer, tmp_path / "run", max_steps=1
+    )
     drift = DriftConfig(
         every=1, causal_prompts=sentences(12, seed=4), causal_measure=lambda text: float(text.count("a"))
     )
@@ -542,9 +545,11 @@ def test_card_matrix_prints_cosines_moves_and_what_a_run_moved(card, model_folde
 
 
 def test_latents_go_through_the_same_check(model_folder, tmp_path, card_folder, capsys):
-    from sae_files import write_sae_lens
+    from test_sae_understand import random_sae
+    from transformers import AutoModelForCausalLM
 
-    place = write_sae_lens(tmp_path / "sae", hook_point="model.layers.1")
+    place = tmp_path / "sae"
+    random_sae(AutoModelForCausalLM.from_pretrained(model_folder())).save(place)
     words = (
         "sae", "causal", place, "--latents", "1,3", "--prompts", card_folder / "prompts.jsonl", "--causal-measure",
         "regex:[aeiou]{2}", "--occurs", 0.5, "--doses=-4,-2,2,4", "--max-new-tokens", 4, "--model", model_folder(),
