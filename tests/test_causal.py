@@ -459,7 +459,8 @@ def test_drift_compare_checks_the_second_model_again(card, model_folder, tmp_pat
     assert run(*words) == 0
     found = json.loads(capsys.readouterr().out)["causal"]["warmth"]
     assert found["before"] is None
-    assert found["after"]["verdict"] in ("causal", "steers only", "silences only", "read-only")
+    assert found["after"]["measure"] == "regex:[aeiou]{2}"
+    assert found["after"]["readout"].startswith("sha256:")
 
 
 def test_a_training_ends_with_the_check_of_its_monitors(card, model_folder, tokenizer, tmp_path):
@@ -548,8 +549,10 @@ def test_latents_go_through_the_same_check(model_folder, tmp_path, card_folder, 
     from test_sae_understand import random_sae
     from transformers import AutoModelForCausalLM
 
+    from interp_rlhf.sae.files import save_sae
+
     place = tmp_path / "sae"
-    random_sae(AutoModelForCausalLM.from_pretrained(model_folder())).save(place)
+    save_sae(random_sae(AutoModelForCausalLM.from_pretrained(model_folder())), place)
     words = (
         "sae", "causal", place, "--latents", "1,3", "--prompts", card_folder / "prompts.jsonl", "--causal-measure",
         "regex:[aeiou]{2}", "--occurs", 0.5, "--doses=-4,-2,2,4", "--max-new-tokens", 4, "--model", model_folder(),

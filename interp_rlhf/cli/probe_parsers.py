@@ -107,6 +107,10 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help=f"independent measure to report as well: {', '.join(MEASURES)}, or one that a `--module` registers; may be repeated",
     )
+    check.add_argument(
+        "--group-by", default="group", metavar="COLUMN",
+        help="column by which tables are made: AUROC, rates and calibration of each group (default: group, if it is there)",
+    )  # fmt: skip
     check.add_argument("--sae", help="the autoencoder behind a card of latents")
     add_sae_place(check)
     check.add_argument("--hook-point", help="module path that the autoencoder reads; it replaces the one in the file")

@@ -65,4 +65,29 @@ def further_lines(findings: Findings) -> dict[str, str]:
             f"explained variance {sae.explained_variance:.3f}, L0 {sae.l0:.1f}, {sae.dead_fraction:.1%} of {sae.latents} "
             f"latents never on in {sae.tokens} tokens"
         )
-    return lines
+    return lines | _by_group(findings)
+
+
+def _by_group(findings: Findings) -> dict[str, str]:
+    """A line per group, and one that names the smallest group and the one with the lowest AUROC."""
+    groups = findings.by_group
+    if not groups:
+        return {}
+    lines = {}
+    for group in groups:
+        auroc = "one label only" if group.probe is None else f"AUROC {shown_estimate(group.probe)}"
+        rates = [
+            f"{rate:.0%} of {what}" for rate, what in (
+                (group.true_positive_rate, "the positive"), (group.false_positive_rate, "the negative"),
+            ) if rate is not None
+        ]  # fmt: skip
+        slope = group.calibration.slope if group.calibration is not None else None
+        fit = "" if slope is None else f", slope {slope:.2f}"
+        lines[f"group {group.name}"] = (
+            f"{auroc}; says yes to {' and '.join(rates)}{fit}; {group.examples} examples, {group.positives} positive, "
+            f"{group.prompts} prompts"
+        )
+    rated = [group for group in groups if group.probe is not None]
+    lowest = min(rated, key=lambda group: group.probe.auroc if group.probe is not None else 1.0, default=None)
+    said = f"smallest: {groups[0].name} ({groups[0].examples} examples)"
+    return lines | {"of the groups": said + (f"; lowest AUROC: {lowest.name}" if lowest is not None else "")}

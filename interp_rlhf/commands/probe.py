@@ -147,7 +147,10 @@ def probe_check(arguments: argparse.Namespace) -> int:
     asked = causal_inputs(arguments) if _wants_causal(arguments, card.card.role) else None
     measures = {name: registered(MEASURES, "--measure", name)() for name in arguments.measure}
     paths = {"fit": arguments.fit_data, "check": arguments.data, "completions": arguments.completions}
-    examples = {name: load_examples(path, arguments.positive) for name, path in paths.items() if path is not None}
+    examples = {
+        name: load_examples(path, arguments.positive, "group" if name == "fit" else arguments.group_by)
+        for name, path in paths.items() if path is not None
+    }  # fmt: skip
     model, tokenizer, _ = load_or_embedded(arguments.model)
     evidence = check_card(
         card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),

@@ -125,6 +125,26 @@ class SaeFindings(Strict):
     tokens: int
 
 
+class GroupFindings(Strict):
+    """Results on the examples of one group (column `group`).
+
+    Attributes:
+        prompts: number of prompts.
+        probe: AUROC within the group; None if it lacks a label.
+        true_positive_rate, false_positive_rate: share of the positive and of the negative examples with log-odds above 0; None
+            without such examples.
+    """
+
+    name: str
+    examples: int
+    positives: int
+    prompts: int
+    probe: Estimate | None = None
+    true_positive_rate: float | None = None
+    false_positive_rate: float | None = None
+    calibration: Calibration | None = None
+
+
 class Findings(Strict):
     """Results of a probe and of its controls on one set of examples. Evidence from before 0.3 lacks fields with a default."""
 
@@ -146,6 +166,7 @@ class Findings(Strict):
     measures: dict[str, Estimate] = Field(default_factory=dict)
     random_dictionary: Control | None = None
     sae: SaeFindings | None = None
+    by_group: list[GroupFindings] | None = None
 
 
 class Evidence(Strict):

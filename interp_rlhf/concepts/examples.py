@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 CONTENT = ("text", "messages", "prompt", "completion")
 # Columns that TRL renders together with the content, and the generated ids of a completion.
 BESIDE = ("completion_ids", "tools", "chat_template_kwargs")
+# Group of a row whose column `group` is empty, and how many groups a table may have.
+NO_GROUP = "(none)"
+MOST_GROUPS = 50
 # Columns that hold text or messages. A file may hold messages as JSON.
 SPOKEN = ("messages", "prompt", "completion", "chosen", "rejected")
 
@@ -42,6 +45,8 @@ class Examples:
         labels (`np.ndarray` of shape (N,)): 1 if the concept is present, else 0.
         label_names (`tuple[str, str]`): names of label 0 and label 1.
         fingerprint (`str`): SHA-256 of content and labels, in order.
+        slices (`tuple[str, ...]`): for tables by group: the value of each row's column `group`, such as its topic or source.
+            Empty without such a column. It has nothing to do with `groups`, and does not enter the fingerprint.
 
     Texts, prompts and groups are computed once. Do not change the rows afterwards.
     """
@@ -50,6 +55,7 @@ class Examples:
     labels: np.ndarray
     label_names: tuple[str, str]
     fingerprint: str
+    slices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +77,7 @@ class Examples:
         return [_digest(prompt or answer) for prompt, answer in map(spoken, self.rows)]
 
 
-def load_examples(source: str | Path, positive: str | None = None) -> Examples:
+def load_examples(source: str | Path, positive: str | None = None, group_by: str = "group") -> Examples:
     """Labelled examples of a file.
 
     Args:
@@ -79,6 +85,7 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
             `load_from_disk` reads (the split `train`, or the only one).
         positive (`str`, *optional*): the text label which means that the concept is present. Not needed for the labels 0 and 1,
             or false and true.
+        group_by (`str`, defaults to `"group"`): column of the tables by group, see `Examples.slices`. It need not be there.
 
     Returns:
         `Examples`: the rows with their labels.
@@ -96,11 +103,11 @@ def load_examples(source: str | Path, positive: str | None = None) -> Examples:
         ['completion', 'prompt']
     """
     source = str(source)
-    return make_examples(read_rows(source), source=source, positive=positive)
+    return make_examples(read_rows(source), source=source, positive=positive, group_by=group_by)
 
 
 def make_examples(
-    rows: Iterable[Mapping[str, Any]], source: str = "examples", positive: str | None = None
+    rows: Iterable[Mapping[str, Any]], source: str = "examples", positive: str | None = None, group_by: str = "group"
 ) -> Examples:
     """Labelled examples of rows in memory, such as a list, a `Dataset` or a `DataFrame`. See `load_examples`."""
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
@@ -141,7 +148,31 @@ def make_examples(
         for row in rows
     ]
     fingerprint = _digest([kept, binary.tolist()])
-    return Examples(kept, binary, names, f"sha256:{fingerprint}")
+    return Examples(kept, binary, names, f"sha256:{fingerprint}", _slices(rows, source, group_by))
+
+
+def _slices(rows: Sequence[Mapping[str, Any]], source: str, column: str) -> tuple[str, ...]:
+    """The group of each row; none without the column. A row without a value is in the group `NO_GROUP`.
+
+    Raises:
+        `ValueError`: a column was asked for that is not there, or it has one value or more than `MOST_GROUPS`.
+    """
+    if not any(column in row for row in rows):
+        if column == "group":
+            return ()
+        known = sorted({key for row in rows for key in row})
+        raise ValueError(
+            f"`{source}` has no column `{column}` – expected one of {', '.join(f'`{key}`' for key in known)}."
+        )
+    values = [_python_label(row.get(column)) for row in rows]
+    slices = tuple(NO_GROUP if value in (None, "") or value != value else str(value) for value in values)
+    count = len(set(slices))
+    if count < 2 or count > MOST_GROUPS:
+        raise ValueError(
+            f"`{source}`: the column `{column}` has {count} values in {len(rows)} rows – expected 2 to {MOST_GROUPS} groups. Use "
+            "a coarser column (`group_by`, `--group-by`), or remove it."
+        )
+    return slices
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:

@@ -28,6 +28,7 @@ from .findings import added_finding, calibration_finding, estimate, prompt_findi
 from .overlap import require_apart
 from .probes import CheckProbes
 from .prompts import read_swapped
+from .slices import findings_by_group
 from .statistics import auroc_interval, auroc_within, weighted_aurocs
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ def _findings(
             within=within, swapped=swapped, seed=seed,
         ),
         measures={name: interval(values) for name, values in measured.items()},
+        by_group=findings_by_group(labels, read.card, read.log_odds, groups, rows.slices, seed) if rows.slices else None,
     )  # fmt: skip
 
 
