@@ -39,6 +39,7 @@ _HOMES = {
     "Subspace": "concepts.subspace",
     "TokenBatch": "activations",
     "attach": "attachment",
+    "attribution_patching": "validation.patching",
     "check_card": "validation.check",
     "fit_probe": "concepts.fitting",
     "load_card": "concepts.card",
@@ -79,6 +80,7 @@ __all__ = [
     "Subspace",
     "TokenBatch",
     "attach",
+    "attribution_patching",
     "check_card",
     "fit_probe",
     "load_card",
@@ -130,6 +132,7 @@ if TYPE_CHECKING:
     from .training.terms.registry import register_term
     from .validation.check import check_card
     from .validation.measures import register_measure
+    from .validation.patching import attribution_patching
 
 
 def __getattr__(name: str) -> Any:
