@@ -3,10 +3,9 @@
 In: a model, contrast pairs, what to measure. Out: a `Patching`: attributions of every site, and of some sites the exact
 effects. It must not know how they are shown.
 
-Source: attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348), with gradients integrated along a path as in Hanna et
-al. (arXiv 2403.17806) and Marks et al. (arXiv 2403.19647). Deviations: sites are chosen on one part of the pairs and reported
-on the other; with `steps` the path is the straight line between both runs' embeddings and residual streams, and all sites of a
-step share one backward.
+Source: attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348), and integrated gradients (Sundararajan et al., arXiv
+1703.01365) on the line between two activations, as in Marks et al. (arXiv 2403.19647). Deviation: sites are chosen on one part of
+the pairs and reported on the other.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..activations.components import HEADS, RESIDUAL, component_points
+from ..activations.components import HEADS
 from ..activations.hook_points import INPUT, embedding_point, output_tensor, resolve, unwrap
 from ..activations.noise import rope_from_the_start
 from ..activations.own_passes import measuring, reading
@@ -89,27 +89,23 @@ class PairEffects:
 def attribute_pair(
     sides: Sides, metric: PatchMetric, pair: TokenPair, points: Mapping[str, Sequence[str]], heads: int, steps: int
 ) -> PairEffects:
-    """Gradient times difference of activations at every site: one clean forward, and `steps` corrupt forwards and backwards.
+    """Gradient times difference of activations at every site: one clean forward, and one corrupt forward with its backward.
 
-    With one step the gradient is that of the corrupt run. With more it is the mean over that many runs whose embeddings and
-    residual streams lie on the straight line between both runs, at the middles of equal parts.
+    With more than one step the gradient at a hook point is the mean over so many points on the straight line between its
+    corrupt and its clean activation, at the middles of equal parts (integrated gradients). The sum over all positions of a
+    hook point then tends to the exact effect of patching them all. It costs `steps` forwards and backwards per hook point.
     """
     every = [point for of_component in points.values() for point in of_component]
-    line = [embedding_point(sides.model), *component_points(sides.model, RESIDUAL)] if steps > 1 else []
     with sides.clean() as model, torch.no_grad():
-        clean_metric, clean = _observe(model, metric, pair.clean, [*every, *line], pair.places[0])
+        clean_metric, clean = _observe(model, metric, pair.clean, every, pair.places[0])
     with sides.corrupt() as model:
         if pair.same and sides.tuned is None:  # the same run: the difference is 0, and not only nearly
             zeros = dict.fromkeys(every, np.zeros((len(pair.places[0]), 1)))
             return PairEffects(clean_metric, clean_metric, _maps(points, zeros, heads, zeros))
-        corrupt_metric, corrupt, gradients = _gradients(model, metric, pair, every, {}, line)
+        corrupt_metric, corrupt, gradients = _gradients(model, metric, pair, every)
         if steps > 1:
-            gradients = dict.fromkeys(every, 0.0)  # type: ignore[arg-type]
-            for step in range(steps):
-                share = (step + 0.5) / steps
-                on_line = {point: corrupt[point] + share * (clean[point] - corrupt[point]) for point in line}
-                for point, gradient in _gradients(model, metric, pair, every, on_line, [])[2].items():
-                    gradients[point] = gradients[point] + gradient / steps
+            for point in every:
+                gradients[point] = _on_the_line(model, metric, pair, point, corrupt[point], clean[point], steps)
     differences = {point: (clean[point].double() - corrupt[point].double()).cpu().numpy() for point in every}
     slopes = {point: gradients[point].double().cpu().numpy() for point in every}
     return PairEffects(clean_metric, corrupt_metric, _maps(points, slopes, heads, differences))
@@ -226,59 +222,73 @@ def _observe(
 
 
 def _gradients(
-    model: nn.Module,
-    metric: PatchMetric,
-    pair: TokenPair,
-    points: Sequence[str],
-    on_line: Mapping[str, torch.Tensor],
-    also: Sequence[str],
+    model: nn.Module, metric: PatchMetric, pair: TokenPair, points: Sequence[str]
 ) -> tuple[float, Activations, Activations]:
-    """The metric of a corrupt run, its activations, and the metric's gradients with respect to those at `points`.
+    """The metric of a corrupt run, its activations, and the metric's gradients with respect to them.
 
     The embedding is a leaf of the graph, so that a frozen model has gradients too; those of parameters are not computed.
-
-    Args:
-        on_line (`Mapping[str, torch.Tensor]`): activations that the run is given. Gradients pass them as if they were its own.
-        also (`Sequence[str]`): hook points whose activations are returned without a gradient.
     """
     rows, places = pair.corrupt, list(pair.places[1])
-    leaf, seen = embedding_point(model), {}
-    kept: dict[str, torch.Tensor] = {}
+    leaf = embedding_point(model)
+    seen: dict[str, torch.Tensor] = {}
 
     def see_at(point: str) -> See:
         def see(activation: torch.Tensor) -> torch.Tensor | None:
-            passed = activation
-            if point in on_line:
-                target = activation.detach().reshape(*rows.input_ids.shape, -1).clone()
-                target[:, places] = on_line[point].to(target)
-                passed = activation + (target.view_as(activation) - activation).detach()
-            if point == leaf:
-                passed = passed.detach().requires_grad_()
-            seen[point] = passed
-            kept[point] = passed.detach()
-            return None if passed is activation else passed
+            seen[point] = activation.detach().requires_grad_() if point == leaf else activation
+            return seen[point] if point == leaf else None
 
         return see
 
-    with torch.enable_grad(), _hooks(model, {point: see_at(point) for point in {leaf, *points, *on_line, *also}}):
+    with _hooks(model, {point: see_at(point) for point in {leaf, *points}}):
         value = metric(model, rows, 1)
     if not value.requires_grad:
         raise ValueError(
             f"{metric.name} has no gradient with respect to the activations – expected a number that is computed from them. "
-            "Return it without `detach` or `item`, or give a readout that comes after the sites."
+            "Return it without `detach` or `item`."
         )
     found = torch.autograd.grad(value.sum(), [seen[point] for point in points], allow_unused=True)
     gradients = {}
     for point, gradient in zip(points, found, strict=True):
-        whole = torch.zeros_like(kept[point]) if gradient is None else gradient
+        whole = torch.zeros_like(seen[point]) if gradient is None else gradient
         # The rows of a prompt's answers have the prompt's activations in common: one change changes them in all rows.
         gradients[point] = whole.detach().float().reshape(*rows.input_ids.shape, -1).sum(0)[places]
-    activations = {point: _first_row(kept[point], rows)[places] for point in {*points, *also}}
-    return float(value.detach()), activations, gradients
+    return float(value.detach()), {point: _first_row(seen[point], rows)[places] for point in points}, gradients
+
+
+def _on_the_line(
+    model: nn.Module,
+    metric: PatchMetric,
+    pair: TokenPair,
+    point: str,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    steps: int,
+) -> torch.Tensor:
+    """Mean gradient (N, D) of the metric with respect to the activation at one hook point, on the line from `start` to `end`."""
+    total = torch.zeros_like(start, dtype=torch.float32)
+    if torch.equal(start, end):
+        return total
+    answers, width = pair.corrupt.input_ids.shape
+    places = torch.tensor(pair.places[1], device=start.device)
+    many = max(1, BATCH_TOKENS // (answers * width))
+    for first in range(0, steps, many):
+        shares = [(step + 0.5) / steps for step in range(first, min(first + many, steps))]
+        line = torch.stack([start + share * (end - start) for share in shares]).requires_grad_()  # (copies, N, D)
+
+        def put(activation: torch.Tensor, line: torch.Tensor = line) -> torch.Tensor:
+            rows = activation.detach().reshape(len(line) * answers, width, -1)
+            changed = rows.index_copy(1, places, line.repeat_interleave(answers, 0).to(rows.dtype))
+            return changed.reshape(activation.shape)
+
+        with _hooks(model, {point: put}):
+            value = metric(model, pair.corrupt, len(shares)).sum()
+        (gradient,) = torch.autograd.grad(value, [line], allow_unused=True)
+        total += 0 if gradient is None else gradient.detach().float().sum(0)
+    return total / steps
 
 
 def _first_row(activation: torch.Tensor, rows: PromptRows) -> torch.Tensor:
-    """Activation (T, D) of the first row, float32 at least; a module that is given tokens without their rows is no exception."""
+    """Activation (T, D) of the first row; OPT gives some modules all tokens in one row."""
     return activation.detach().reshape(*rows.input_ids.shape, -1)[0]
 
 

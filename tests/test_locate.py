@@ -1,0 +1,406 @@
+"""Attribution patching and exact patching: hand-set weights, every family, and models that are left as they were."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, make_model, make_readout, make_tokenizer, with_lora
+from torch import nn
+
+from interp_rlhf import attribution_patching
+from interp_rlhf.activations.components import component_points, head_count
+from interp_rlhf.activations.hook_points import decoder_layers
+
+EVERY = ["residual", "attention", "mlp", "heads"]
+
+
+def pairs(count=4):
+    words = ["warm", "cold", "rude", "never", "hope", "tree"][:count]
+    return [
+        {
+            "clean": f"the good {w} day is", "corrupt": f"the bad {w} day is", "followed": " kind", "violated": " rude",
+        } for w in words
+    ]  # fmt: skip
+
+
+def one_token(tokenizer, text):
+    (token,) = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return token
+
+
+# A toy without any bend: attention gives twice the stream of the token before, the MLP three times its input.
+
+
+class _Before(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.o_proj = nn.Linear(2, 2, bias=False)
+        self.o_proj.weight.data = 2 * torch.eye(2)
+
+    def forward(self, stream):
+        return self.o_proj(torch.cat([torch.zeros_like(stream[:, :1]), stream[:, :-1]], 1))
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn, self.mlp = _Before(), nn.Linear(2, 2, bias=False)
+        self.mlp.weight.data = 3 * torch.eye(2)
+
+    def forward(self, stream):
+        stream = stream + self.self_attn(stream)
+        return stream + self.mlp(stream)
+
+
+class _Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(
+            num_hidden_layers=2, num_attention_heads=2, hidden_size=2, is_encoder_decoder=False
+        )
+        self.config.get_text_config = lambda: self.config
+        self.embed = nn.Embedding(4, 2)
+        self.embed.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])  # a, b, c, d
+        self.layers = nn.ModuleList([_Block(), _Block()])
+        self.requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        stream = self.embed(input_ids)
+        for layer in self.layers:
+            stream = layer(stream)
+        # Token a has the logit stream[0], token b stream[1].
+        return SimpleNamespace(logits=torch.cat([stream, torch.zeros_like(stream)], -1))
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3}, unk_token="d"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="d", pad_token="d")
+
+
+def test_on_a_linear_model_attribution_is_the_exact_effect_and_sums_to_the_whole():
+    """A block makes 4 (x[t] + 2 x[t−1]) of the stream x; the metric is (1, −1) · x of the last token after two blocks.
+
+    Clean `a c`: streams (1, 0), (1, 1), then (4, 0), (12, 4), then (…), (80, 16): metric 64; corrupt `b c` is its mirror
+    image, −64. So the whole is 128. Gradients (times (1, −1)) after block 0: 8 at the first token, 4 at the last; after block
+    1: 0 and 1. Residual, block 0: (4, −4) · 8 = 64 and (8, −8) · 4 = 64; block 1: 0 and 128. Attention gives 0 at the first
+    token; at the last, block 0: (2, −2) · 16 = 64, block 1: (8, −8) · 4 = 64, half of it per head. MLP, block 0: (3, −3) · 8 =
+    48 and (6, −6) · 4 = 48; block 1: 0 and (48, −48) · 1 = 96.
+    """
+    pair = {"clean": "a c", "corrupt": "b c", "followed": " a", "violated": " b"}
+    found = attribution_patching(_Toy(), word_tokenizer(), pair, components=EVERY, random=None, split=None)
+    assert (found.clean, found.corrupt) == ([64.0], [-64.0])
+    expected = {
+        "residual": [[64, 64], [0, 128]], "attention": [[0, 64], [0, 64]], "mlp": [[48, 48], [0, 96]],
+        "heads": [[[0, 32], [0, 32]], [[0, 32], [0, 32]]],
+    }  # fmt: skip
+    assert {name: array.tolist() for name, array in found.attribution.items()} == expected
+    assert found.attribution["residual"].sum(1).tolist() == [128.0, 128.0]
+    assert found.positions == ["-2 a/b", "-1 c"]
+    for group in found.exact:
+        assert len(group.sites) == group.candidates
+        assert all(one.exact == one.attribution for one in group.sites)
+    swapped = {**pair, "clean": "b c", "corrupt": "a c"}
+    other = attribution_patching(_Toy(), word_tokenizer(), swapped, top=0, random=0, split=None)
+    assert other.attribution["mlp"].tolist() == (-np.array(expected["mlp"])).tolist()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_exact_patching_is_what_a_hook_by_hand_gives_and_attribution_is_the_slope(family, tokenizer):
+    model = make_model(family, tokenizer)
+    found = attribution_patching(
+        model, tokenizer, pairs(1), components=EVERY, random=None, split=None, per_position=True
+    )
+    row = pairs(1)[0]
+    ids = {side: tokenizer(row[side], return_tensors="pt")["input_ids"] for side in ("clean", "corrupt")}
+    tokens = [one_token(tokenizer, row[side]) for side in ("followed", "violated")]
+
+    def margin(logits):
+        return float(logits[0, -1, tokens[0]] - logits[0, -1, tokens[1]])
+
+    def run(side, change=None, point=None):
+        kept = []
+
+        def hook(module, args, output):
+            tensor = output[0] if isinstance(output, tuple) else output
+            kept.append(tensor.detach().clone())
+            if change is not None:
+                new = change(tensor.clone())
+                return (new, *output[1:]) if isinstance(output, tuple) else new
+            return None
+
+        handle = model.get_submodule(point).register_forward_hook(hook) if point else None
+        with torch.no_grad():
+            value = margin(model(ids[side]).logits)
+        if handle:
+            handle.remove()
+        return value, kept
+
+    by_site = {str(one.site): one for group in found.exact for one in group.sites}
+    for component in ("residual", "attention", "mlp"):
+        point = component_points(model, component)[1]
+        clean = run("clean", point=point)[1][0]
+        base = run("corrupt")[0]
+
+        def put(tensor, share=1.0, clean=clean):
+            tensor[:, -1] = tensor[:, -1] + share * (clean[:, -1] - tensor[:, -1])
+            return tensor
+
+        one = by_site[f"{point} at -1"]
+        assert one.exact == pytest.approx(run("corrupt", put, point)[0] - base, abs=1e-4)
+        slope = (
+            run("corrupt", lambda t: put(t, 0.01), point)[0] - run("corrupt", lambda t: put(t, -0.01), point)[0]
+        ) / 0.02
+        assert one.attribution == pytest.approx(slope, abs=0.05 * abs(slope) + 1e-2)
+    # The output projections of these families have no bias, or one that both runs share.
+    assert np.allclose(found.attribution["heads"].sum(1), found.attribution["attention"], atol=1e-4)
+
+
+def test_with_many_steps_the_sum_over_positions_is_the_exact_effect(tokenizer):
+    model = make_model("llama", tokenizer)
+    found = attribution_patching(model, tokenizer, pairs(2), steps=64, random=None)
+    for one in found.exact[0].sites:
+        assert one.attribution == pytest.approx(one.exact, abs=2e-3)
+    assert found.exact[0].spearman == pytest.approx(1)
+    assert found.exact[0].recall == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_identical_prompts_give_exactly_zero_in_a_model_left_in_training_mode(family, tokenizer):
+    noise = (
+        {"attention_dropout": 0.3} if family == "llama" else {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
+    )
+    model = make_model(family, tokenizer, **noise).train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    modules, state = list(modes), torch.get_rng_state()
+    model.lm_head.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    same = [{**row, "corrupt": row["clean"]} for row in pairs(2)]
+    found = attribution_patching(model, tokenizer, same, components=EVERY, random=None)
+    assert not any(array.any() for array in found.attribution.values())
+    assert all(one.exact == 0 for group in found.exact for one in group.sites)
+    # Contrast pairs: before the first token that differs both runs are the same, and the rest is the same twice.
+    first, second = (attribution_patching(model, tokenizer, pairs(2), components=EVERY, random=None) for _ in range(2))
+    assert not first.attribution["residual"][:, :2].any()
+    assert first.to_json() == second.to_json()
+    assert first.attribution["residual"][:-1, 2:].all()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_are_there_under_no_grad_and_in_a_frozen_model(tokenizer):
+    model = make_model("llama", tokenizer)
+    expected = attribution_patching(model, tokenizer, pairs(2), top=0, random=0).to_json()
+    with torch.no_grad():
+        assert attribution_patching(model, tokenizer, pairs(2), top=0, random=0).to_json() == expected
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert attribution_patching(model, tokenizer, pairs(2), top=0, random=0).to_json() == expected
+    model.requires_grad_(False)
+    assert attribution_patching(model, tokenizer, pairs(2), top=0, random=0).to_json() == expected
+
+
+def test_answers_of_several_tokens_are_summed_log_probabilities(tokenizer):
+    model = make_model("qwen2", tokenizer)
+    rows = [{**row, "followed": " kind friend", "violated": " never rude day"} for row in pairs(2)]
+    found = attribution_patching(model, tokenizer, rows, components=["residual", "heads"], random=None, split=None)
+
+    def log_prob(prompt, answer):
+        ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0].log_softmax(-1)
+        return sum(float(log_probs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
+
+    for i, row in enumerate(rows):
+        for side in ("clean", "corrupt"):
+            value = log_prob(row[side], row["followed"]) - log_prob(row[side], row["violated"])
+            assert getattr(found, side)[i] == pytest.approx(value, abs=1e-4)
+    fine = attribution_patching(model, tokenizer, rows, steps=48, random=None, split=None)
+    assert all(one.attribution == pytest.approx(one.exact, abs=5e-3) for one in fine.exact[0].sites)
+
+
+def test_prompts_of_unequal_length_are_refused_by_number_or_aligned(tokenizer):
+    model = make_model("gpt2", tokenizer)
+    rows = pairs(2)
+    rows[1] = {**rows[1], "corrupt": "the bad bad bad cold day is"}
+    with pytest.raises(
+        ValueError, match=r"Pair 2: `clean` has \d+ tokens and `corrupt` \d+ – expected prompts of equal length"
+    ):
+        attribution_patching(model, tokenizer, rows)
+    found = attribution_patching(model, tokenizer, rows, align=True, random=None, split=None)
+    lengths = [len(tokenizer(rows[1][side])["input_ids"]) for side in ("clean", "corrupt")]
+    # `the`, then `good` against `bad bad bad`, then the rest.
+    assert found.left_out == lengths[1] - (lengths[0] - len(tokenizer(" good")["input_ids"]))
+    assert np.isfinite(found.attribution["mlp"]).all()
+    alone = attribution_patching(model, tokenizer, rows[1], align=True, steps=48, random=None, split=None)
+    assert all(one.attribution == pytest.approx(one.exact, abs=5e-3) for one in alone.exact[0].sites)
+
+
+def test_adapters_count_and_their_parameters_get_no_gradient(tokenizer):
+    model = with_lora(make_model("llama", tokenizer))
+    found = attribution_patching(model, tokenizer, pairs(2), components=EVERY, top=0, random=0)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable
+    assert all(p.grad is None for p in trainable)
+    assert found.hook_points["heads"][0] == "model.layers.0.self_attn.o_proj.input"
+    with model.disable_adapter():
+        bare = attribution_patching(model, tokenizer, pairs(2), top=0, random=0)
+    plain = attribution_patching(make_model("llama", tokenizer), tokenizer, pairs(2), top=0, random=0)
+    assert np.allclose(bare.attribution["mlp"], plain.attribution["mlp"], atol=1e-5)
+    assert not np.allclose(found.attribution["mlp"], plain.attribution["mlp"], atol=1e-2)
+
+
+def test_between_a_base_and_its_tuned_model_the_last_block_carries_everything(tokenizer):
+    """Final norm and head are shared: with the tuned stream after the last block, the base says what the tuned model says."""
+    base, tuned = make_model("llama", tokenizer), with_lora(make_model("llama", tokenizer))
+    rows = [{key: row[key] for key in ("clean", "followed", "violated")} for row in pairs(3)]
+    found = attribution_patching(base, tokenizer, rows, tuned=tuned, components=["residual", "mlp"], random=None)
+    assert found.tuned
+    (residual,) = (group for group in found.exact if group.group == "residual")
+    last = next(one for one in residual.sites if one.site.block == 2)
+    gap = np.mean([found.clean[i] - found.corrupt[i] for i in found.evidence])
+    assert abs(gap) > 0.05
+    assert last.exact == pytest.approx(gap, abs=1e-4)
+    again = attribution_patching(tuned, tokenizer, rows, tuned=tuned, components=["residual", "mlp"], random=None)
+    assert np.allclose(again.attribution["residual"], found.attribution["residual"], atol=1e-5)
+    assert not any(layer.disable_adapters for layer in tuned.modules() if hasattr(layer, "lora_A"))
+    same = attribution_patching(base, tokenizer, rows, tuned=make_model("llama", tokenizer), random=None)
+    assert not same.attribution["mlp"].any()
+    with pytest.raises(ValueError, match="`tuned` is `model` itself"):
+        attribution_patching(base, tokenizer, rows, tuned=base)
+    with pytest.raises(ValueError, match="expected one architecture"):
+        attribution_patching(base, tokenizer, rows, tuned=make_model("llama", tokenizer, num_hidden_layers=2))
+
+
+def test_a_readout_or_a_function_of_the_logits_takes_the_place_of_the_margin(tokenizer):
+    model = make_model("llama", tokenizer)
+    rows = [{key: row[key] for key in ("clean", "corrupt")} for row in pairs(2)]
+    readout = make_readout(model, layer=1)
+    found = attribution_patching(model, tokenizer, rows, metric=readout, components=["residual", "mlp"], random=None)
+    assert not found.attribution["mlp"][2].any()  # comes after the readout
+    # A mean of ⟨h, w⟩ is linear in the stream that it reads.
+    at_readout = [one for group in found.exact for one in group.sites if one.site.hook_point == "model.layers.1"]
+    assert at_readout
+    assert all(one.exact == pytest.approx(one.attribution, abs=1e-4) for one in at_readout)
+    kind, rude = one_token(tokenizer, " kind"), one_token(tokenizer, " rude")
+    margin = attribution_patching(model, tokenizer, pairs(2), top=0, random=0)
+    by_hand = attribution_patching(
+        model, tokenizer, rows, metric=lambda logits: logits[:, -1, kind] - logits[:, -1, rude], top=0, random=0
+    )
+    assert np.allclose(by_hand.attribution["mlp"], margin.attribution["mlp"], atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"`metric` returned \(\) for logits of shape .* expected a tensor of shape \(1,\)"
+    ):
+        attribution_patching(model, tokenizer, rows, metric=lambda logits: logits.sum())
+    with pytest.raises(ValueError, match="has no gradient"):
+        attribution_patching(model, tokenizer, rows, metric=lambda logits: logits[:, -1, 0].detach())
+
+
+def test_messages_are_rendered_and_pairs_of_one_prompt_stay_together(tokenizer):
+    model = make_model("llama", tokenizer)
+    rows = [
+        {
+            key: [{"role": "user", "content": value}] if key in ("clean", "corrupt") else value.strip()
+            for key, value in row.items()
+        } for row in pairs(3)
+    ]  # fmt: skip
+    rows.append({**rows[0], "violated": "cold"})
+    found = attribution_patching(model, tokenizer, rows, top=0, random=0)
+    assert found.positions[-1].endswith("<|assistant|>")
+    assert {0, 3} <= set(found.choosing) or {0, 3} <= set(found.evidence)
+    assert sorted(found.choosing + found.evidence) == [0, 1, 2, 3]
+    other = attribution_patching(model, tokenizer, rows, top=0, random=0, split=1)
+    assert other.to_json() != found.to_json()
+    with pytest.raises(ValueError, match="expected at least two"):
+        attribution_patching(model, tokenizer, rows[0])
+
+
+OTHER_FAMILIES = {
+    "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "model.decoder.layers.0.fc2", "out_proj"),
+    "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 64}, "gpt_neox.layers.0.mlp", "dense"),
+    "phi": ("PhiConfig", {"intermediate_size": 64}, "model.layers.0.mlp", "dense"),
+    "qwen3": (
+        "Qwen3Config",
+        {"intermediate_size": 64, "head_dim": 8, "num_key_value_heads": 2},
+        "model.layers.0.mlp",
+        "o_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_attention_and_mlp_are_found_in_other_families(name, tokenizer):
+    import transformers
+
+    config, sizes, mlp, projection = OTHER_FAMILIES[name]
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+        eos_token_id=0, pad_token_id=1, bos_token_id=None, **sizes,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(made).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    assert component_points(model, "mlp")[0] == mlp
+    assert component_points(model, "heads")[0].endswith(f".{projection}.input")
+    found = attribution_patching(model, tokenizer, pairs(2), components=EVERY, steps=32, random=None, split=None)
+    assert np.allclose(found.attribution["heads"].sum(1), found.attribution["attention"], atol=2e-2)
+    outputs = next(group for group in found.exact if group.group == "outputs")
+    assert all(one.attribution == pytest.approx(one.exact, abs=1e-2) for one in outputs.sites)
+
+
+def test_bad_arguments_are_named(tokenizer):
+    model = make_model("llama", tokenizer)
+    for changes, message in (
+        ({"components": ["attention", "norm"]}, "expected some of `residual`, `attention`, `mlp`, `heads`"),
+        ({"steps": 0}, "`steps` is 0 – expected at least 1"),
+        ({"random": -1}, "`random` is -1"),
+        ({"metric": 3}, "`metric` is a `int`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attribution_patching(model, tokenizer, pairs(2), **changes)
+    for row, message in (
+        ([], "`pairs` is empty"),
+        ([{"clean": "a day"}], "Pair 1: it has .* expected `corrupt`"),
+        ([{"clean": "a day", "corrupt": "a day"}], "Pair 1: it has .* expected `followed`"),
+        ([{**pairs(1)[0], "violated": " kind"}], "Pair 1: `followed` and `violated` are both"),
+        (["a day"], "Pair 1: it has str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attribution_patching(model, tokenizer, row)
+    model.model.layers[1].self_attn, model.model.layers[1].mixed = nn.Identity(), model.model.layers[1].self_attn
+    with pytest.raises(
+        ValueError, match=r"`model.layers.1` has the modules .*`mixed`.* expected attention among them"
+    ):
+        component_points(model, "attention")
+    assert head_count(model) == 4
+    assert len(decoder_layers(model)) == 3
+
+
+def test_the_result_goes_through_json(tokenizer):
+    found = attribution_patching(
+        make_model("llama", tokenizer), tokenizer, pairs(2), components=EVERY, top=2, random=2
+    )
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told["hook_points"]["mlp"] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert np.array(told["attribution"]["heads"]).shape == (3, 4, len(found.positions))
+    site = told["exact"][0]["sites"][0]
+    assert {"component", "block", "hook_point", "top", "chosen", "attribution", "exact"} <= site.keys()
+    assert make_tokenizer() is not None
