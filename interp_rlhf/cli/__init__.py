@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..extensions import import_modules
+from .locate_parsers import add_locate
 from .probe_parsers import add_drift, add_probe
 from .sae_parsers import add_sae
 from .shared import MODEL_HELP
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     add_probe(commands)
+    add_locate(commands)
     add_drift(commands)
     add_sae(commands)
     _add_report(commands)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..concepts.pooling import FITTED, POOLINGS
 from ..validation.measures import MEASURES
-from .shared import DATA_HELP, MODEL_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
+from .shared import DATA_HELP, MODEL_HELP, PAIRS_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
 
 if TYPE_CHECKING:
     import argparse
@@ -179,6 +179,11 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="VERDICT",
         help="exit with 1 at this verdict; may be repeated",
     )
+    compare.add_argument(
+        "--patch", metavar="PAIRS",
+        help="contrast pairs: put B's activations into A on the same prompts and report which blocks carry the change; "
+        + PAIRS_HELP,
+    )  # fmt: skip
     compare.add_argument("--seed", type=int, default=0, help="seed of folds and bootstraps (default: 0)")
     compare.add_argument("--json", action="store_true", help="print everything as JSON")
     add_modules(compare)

@@ -12,6 +12,8 @@ from ..concepts.examples import load_examples
 from ..drift.compare import compare_checkpoints, crossed, load_texts, parse_limits
 from ..embedded import place_of
 from ..runlog.log import jsonable
+from ..validation.contrast_pairs import load_pairs
+from .console import print_aligned
 
 if TYPE_CHECKING:
     import argparse
@@ -24,9 +26,10 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     limits = parse_limits(arguments.max, arguments.min, arguments.fail_on)
     texts = load_texts(arguments.texts) if arguments.texts else None
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
+    pairs = load_pairs(arguments.patch) if arguments.patch else None
     drift, verdict = compare_checkpoints(
         place_of(arguments.before), place_of(arguments.after), texts=texts, hook_points=arguments.hook_point,
-        monitors=arguments.monitor, labelled=labelled, seed=arguments.seed,
+        monitors=arguments.monitor, labelled=labelled, pairs=pairs, seed=arguments.seed,
     )  # fmt: skip
     problems = crossed(drift, verdict, limits)
     event = drift.fields()
@@ -35,6 +38,8 @@ def drift_compare(arguments: argparse.Namespace) -> int:
         print(json.dumps(jsonable({**judged, "crossed": problems, **event})))
     else:
         _print_event(event)
+        if "patching" in event:
+            _print_patching_between(event["patching"])
         _print_verdict(verdict, problems)
     return int(bool(problems))
 
@@ -55,6 +60,18 @@ def _print_event(event: dict[str, Any]) -> None:
                 change = numbers[f"{way}_change"]
                 print(f"{way:>16} AUROC {numbers[f'{way}_auroc']:.3f} [{low:.3f}, {high:.3f}], "
                       f"change {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]")  # fmt: skip
+
+
+def _print_patching_between(patching: dict[str, Any]) -> None:
+    """The sites that carry most of what the training changed, by group."""
+    print(
+        f"\nthe tuned model's activations in its base, by {patching['metric']}, over {len(patching['evidence'])} pairs"
+    )
+    for group in patching["exact"]:
+        rows = [
+            [one["hook_point"], f"{one['exact']:+.3f}", f"{one['attribution']:+.3f}", ""] for one in group["sites"][:5]
+        ]
+        print_aligned([group["group"], "exact", "attribution", ""], rows)
 
 
 def _print_verdict(verdict: Verdict, problems: list[str]) -> None:

@@ -16,11 +16,11 @@ import torch
 from ..activations.hook_points import backbone, on_activation, unwrap
 from ..activations.sharding import device_of
 from ..concepts.pooling import pool
-from ..concepts.readout import Readout
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..concepts.readout import Readout
     from .contrast_pairs import PromptRows
 
 LogitFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -125,9 +125,10 @@ def as_metric(metric: Readout | LogitFunction | None, model: nn.Module) -> Patch
     """
     if metric is None:
         return Margin()
-    if isinstance(metric, Readout):
-        metric.check_model(model, exact=False, trained=True)
-        return ReadoutScore(metric)
+    if hasattr(metric, "hook_point"):
+        readout: Any = metric
+        readout.check_model(model, exact=False, trained=True)
+        return ReadoutScore(readout)
     if callable(metric):
         return OfLogits(metric)
     raise ValueError(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .patch_metrics import LogitFunction, PatchMetric
     from .patch_sites import Site
 
+RECALL_AT = 5  # sites
 Maps = dict[str, np.ndarray]
 
 
@@ -248,7 +249,7 @@ def _carry_out(
         return patching
     of_groups = _sites_to_patch(patching, heads, plan)
     values = _patch_all(sides, metric, [tokens[i] for i in evidence], of_groups, heads, plan.progress)
-    exact = [_group_effects(name, of_groups[name], values[name], patching, plan.top) for name in of_groups]
+    exact = [_group_effects(name, of_groups[name], values[name], patching) for name in of_groups]
     return replace(patching, exact=exact)
 
 
@@ -342,7 +343,7 @@ def _patch_all(
 
 
 def _group_effects(
-    group: str, candidates: _Candidates, exact: Mapping[Site, float], patching: Patching, top: int
+    group: str, candidates: _Candidates, exact: Mapping[Site, float], patching: Patching
 ) -> GroupEffects:
     best, at_random = set(candidates.best), set(candidates.drawn)
     sites = [
@@ -351,7 +352,7 @@ def _group_effects(
     ]
     estimated, real = (np.array([getattr(one, name) for one in sites]) for name in ("attribution", "exact"))
     drawn = np.array([one.site in at_random for one in sites], dtype=bool)
-    at = min(top or 5, len(sites))
+    at = min(RECALL_AT, len(sites))
     largest = [set(np.argsort(-np.abs(values), kind="stable")[:at].tolist()) for values in (estimated, real)]
     return GroupEffects(
         group, len(candidates.every), sites, spearman(estimated, real), spearman(estimated[drawn], real[drawn]),
