@@ -8,12 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, make_model, make_readout, make_tokenizer, with_lora
+from tiny import FAMILIES, labelled_rows, make_model, make_readout, with_lora
 from torch import nn
 
 from interp_rlhf import attribution_patching
 from interp_rlhf.activations.components import component_points, head_count
 from interp_rlhf.activations.hook_points import decoder_layers
+from interp_rlhf.cli import main
+from interp_rlhf.concepts.card import load_card
+from interp_rlhf.concepts.examples import write_jsonl
+from interp_rlhf.report import write_report
+from interp_rlhf.runlog.log import RunLog, read_events
 
 EVERY = ["residual", "attention", "mlp", "heads"]
 
@@ -403,4 +408,148 @@ def test_the_result_goes_through_json(tokenizer):
     assert np.array(told["attribution"]["heads"]).shape == (3, 4, len(found.positions))
     site = told["exact"][0]["sites"][0]
     assert {"component", "block", "hook_point", "top", "chosen", "attribution", "exact"} <= site.keys()
-    assert make_tokenizer() is not None
+
+
+# The command line.
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs())) + "\n")
+    return path
+
+
+@pytest.fixture
+def adapter_folder(tmp_path, model_folder, load):
+    model = with_lora(load())
+    model.peft_config["default"].base_model_name_or_path = str(model_folder())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_locate_writes_result_log_and_page_and_prints_what_the_function_gives(
+    pairs_file, model_folder, tmp_path, capsys, load, tokenizer
+):
+    out = tmp_path / "out"
+    command = ["locate", "--pairs", pairs_file, "--model", model_folder(), "--heads", "--top", 3, "--random", 2]
+    command = [*map(str, command), "--out", str(out), "--json"]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = attribution_patching(load(), tokenizer, pairs(), components=EVERY, top=3, random=2)
+    written = json.loads((out / "locate.json").read_text())
+    for told in (printed, written):
+        assert {key: told[key] for key in found.to_json()} == json.loads(json.dumps(found.to_json()))
+    (event,) = (one for one in read_events(out / "interp.jsonl") if one.event == "patching")
+    assert event.attribution == found.to_json()["attribution"]
+    assert event.exact[0].sites[0].hook_point == found.exact[0].sites[0].site.hook_point
+    page = (out / "report.html").read_text()
+    assert page.count("<svg viewBox") >= 4
+    assert "Where it acts" in page
+    plots = sorted(path.name for path in (out / "report_plots").iterdir())
+    assert [name[14:] for name in plots] == ["residual-stream.svg", "attention-out.svg", "mlp-out.svg", "heads.svg"]
+    assert f"| {found.exact[0].sites[0].site.hook_point}".replace("_", "\\_") in (out / "report.md").read_text()
+    before = (out / "locate.json").read_bytes()
+    assert main(command) == 0  # its own files may be replaced
+    assert (out / "locate.json").read_bytes() == before
+
+
+def test_locate_refuses_bad_input_in_one_line_and_leaves_other_files_alone(pairs_file, model_folder, tmp_path, capsys):
+    model = str(model_folder())
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"clean": "a day", "corrupt": "a day is here", "followed": " kind", "violated": " rude"}\n')
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "locate.json").write_text('{"mine": 1}')
+    for arguments, message in (
+        (["--pairs", tmp_path / "none.jsonl"], "does not exist"),
+        (["--pairs", broken, "--no-split"], "Pair 1: `clean` has"),
+        (["--pairs", broken, "--no-split", "--align", "--random", "some"], "`--random some`"),
+        (["--pairs", pairs_file, "--components", "norms"], "`components` is ['norms']"),
+        (["--pairs", pairs_file, "--out", taken], "would be replaced"),
+        (["--pairs", pairs_file, "--out", pairs_file], "a file – expected a folder"),
+        (["--pairs", pairs_file, "--readout", tmp_path / "none.yaml"], "none.yaml"),
+        (["--pairs", pairs_file, "--tuned", tmp_path / "nothing"], "not there"),
+    ):
+        assert main(["locate", "--model", model, *map(str, arguments)]) == 2, message
+        said = capsys.readouterr().err
+        assert message in said
+        assert "Traceback" not in said
+    assert (taken / "locate.json").read_text() == '{"mine": 1}'
+    assert [path.name for path in taken.iterdir()] == ["locate.json"]
+    assert main(["locate", "--model", model, "--pairs", str(broken), "--no-split", "--align"]) == 0
+    assert "have no partner" in capsys.readouterr().out
+
+
+def test_locate_and_drift_compare_put_a_tuned_model_into_its_base(
+    pairs_file, model_folder, adapter_folder, tmp_path, capsys, load, tokenizer
+):
+    model, adapter = str(model_folder()), str(adapter_folder)
+    found = attribution_patching(
+        load(), tokenizer, pairs(), tuned=with_lora(load()), components=["residual", "mlp"], top=3
+    )
+    command = ["--model", model, "--tuned", adapter, "--components", "residual,mlp", "--top", "3", "--json"]
+    assert main(["locate", "--pairs", str(pairs_file), *command]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["tuned"]
+    assert np.allclose(told["attribution"]["mlp"], found.attribution["mlp"], atol=1e-5)
+    compare = ["drift", "compare", model, adapter, "--patch", str(pairs_file)]
+    assert main([*compare, "--json"]) == 0
+    event = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert np.allclose(event["patching"]["attribution"]["mlp"], found.attribution["mlp"], atol=1e-5)
+    assert main(compare) == 0
+    assert "the tuned model's activations in its base" in capsys.readouterr().out
+    log = RunLog(tmp_path / "drift" / "interp.jsonl")
+    log.append("run", 0, title="Drift", arm="compare", model=model)
+    log.append(
+        "drift",
+        0,
+        **{key: value for key, value in event.items() if key not in ("verdict", "because", "next", "crossed")},
+    )
+    write_report(log.path, tmp_path / "drift.html")
+    assert "What the training changed" in (tmp_path / "drift.html").read_text()
+
+
+def test_probe_fit_reads_where_the_contrast_acts_and_reports_both_places(
+    pairs_file, model_folder, tmp_path, capsys, load, tokenizer
+):
+    write_jsonl(labelled_rows(24, seed=1), tmp_path / "fit.jsonl")
+    command = [
+        "probe",
+        "fit",
+        "--data",
+        tmp_path / "fit.jsonl",
+        "--name",
+        "warmth",
+        "--model",
+        model_folder(),
+        "--sweep",
+        1,
+    ]
+    command = [*map(str, command), "--out", str(tmp_path / "cards")]
+    assert main([*command, "--at", "attributed"]) == 2
+    assert "expected `--at attributed` with `--pairs`" in capsys.readouterr().err
+    assert main([*command, "--at", "attributed", "--pairs", str(pairs_file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = attribution_patching(load(), tokenizer, pairs(), top=0, random=0)
+    by_layer = np.abs(found.chosen["attention"].sum(1) + found.chosen["mlp"].sum(1))[:-1]
+    assert told["hook_point"] == told["attributed"]["hook_point"] == f"model.layers.{int(by_layer.argmax())}"
+    curve = {point["hook_point"]: point["auroc"] for point in told["sweep"]}
+    assert told["attributed"]["auroc"] == curve[told["hook_point"]]
+    assert told["decoded_best"]["auroc"] == max(curve.values())
+    assert load_card(told["card"]).card.readout.hook_point == told["hook_point"]
+
+
+def test_a_broken_event_of_patching_is_shown_without_its_map(tmp_path):
+    log = RunLog(tmp_path / "interp.jsonl")
+    log.append("run", 0, title="Locate", arm="locate", model="tiny")
+    log.append(
+        "patching", metric="m", attribution={"mlp": [[1, 2], [3]], "heads": [1], "attention": [[1.0, None]]},
+        hook_points={"mlp": ["a", "b"], "attention": ["<script>"]}, positions=["-2", "-1"], evidence=[7], clean=["x"],
+        exact=[{"group": "outputs", "sites": [{"hook_point": "a"}, 3]}],
+    )  # fmt: skip
+    write_report(log.path, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script>" not in page.split("<main")[1].split("<script>")[0]
+    assert "&lt;script&gt;" in page
+    assert [path.name for path in (tmp_path / "page_plots").iterdir()] == ["patching-1-01-attention-out.svg"]

@@ -53,6 +53,12 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--sweep", type=int, metavar="N", help="choose among every N-th decoder layer by cross-validation (default: 3)"
     )
     fit.add_argument(
+        "--at", choices=["best", "attributed"], default="best",
+        help="best: where the probe's cross-validated AUROC is highest. attributed: the decoder layer where the contrast of "
+        "`--pairs` acts; the sweep is reported next to it (default: best)",
+    )  # fmt: skip
+    fit.add_argument("--pairs", help="contrast pairs for `--at attributed`; " + PAIRS_HELP)
+    fit.add_argument(
         "--kind", choices=["probe", "direction", "sae_latents"], default="probe",
         help="sae_latents: a probe on some latents of a sparse autoencoder, at that autoencoder's hook point (default: probe)",
     )  # fmt: skip
