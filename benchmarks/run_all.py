@@ -62,6 +62,7 @@ RUNS = (
     Run("dpo", "dpo", (*pairs(5), *EMBEDDED), 40, "smollm2"),
     Run("drift", "drift", (*pairs(5), "--memory-pairs", "2"), 10, "smollm2"),
     Run("canaries", "canaries", (), 2, "."),
+    Run("locate", "locate", ("--part", "quality", "--part", "cost"), 15, "smollm2"),
     Run("sae", "sae", (), 2, "encoding"),
     Run("scaling", "scaling", ("--out", str(HERE / "scaling.json")), 12),
     Run("probes", "probes", ("--part", "sets", "--part", "planted", "--out", str(HERE / "probes.json")), 20),
