@@ -284,6 +284,9 @@ def test_between_a_base_and_its_tuned_model_the_last_block_carries_everything(to
     again = attribution_patching(tuned, tokenizer, rows, tuned=tuned, components=["residual", "mlp"], random=None)
     assert np.allclose(again.attribution["residual"], found.attribution["residual"], atol=1e-5)
     assert not any(layer.disable_adapters for layer in tuned.modules() if hasattr(layer, "lora_A"))
+    tuned.requires_grad_(False)
+    attribution_patching(tuned, tokenizer, rows, tuned=tuned, top=0, random=0)
+    assert not any(p.requires_grad for p in tuned.parameters())
     same = attribution_patching(base, tokenizer, rows, tuned=make_model("llama", tokenizer), random=None)
     assert not same.attribution["mlp"].any()
     with pytest.raises(ValueError, match="`tuned` is `model` itself"):
@@ -395,6 +398,12 @@ def test_bad_arguments_are_named(tokenizer):
         ValueError, match=r"`model.layers.1` has the modules .*`mixed`.* expected attention among them"
     ):
         component_points(model, "attention")
+    short = make_model("gpt2", tokenizer, n_positions=4)
+    with pytest.raises(ValueError, match="expected at most 4, the model's learned positions"):
+        attribution_patching(short, tokenizer, pairs(2))
+    small = make_model("gpt2", tokenizer, vocab_size=200)
+    with pytest.raises(ValueError, match=r"Pair 1 has the token id .* vocabulary of 200"):
+        attribution_patching(small, tokenizer, pairs(2))
     assert head_count(model) == 4
     assert len(decoder_layers(model)) == 3
 

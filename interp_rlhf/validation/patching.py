@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..activations.batch import TokenBatch
 from ..activations.components import ATTENTION_OUT, COMPONENTS, HEADS, MLP_OUT, RESIDUAL, component_points, head_count
 from ..activations.hook_points import hidden_size, unwrap
-from ..activations.noise import runs_here
+from ..activations.noise import require_positions, runs_here
 from ..messages import as_list
 from .contrast_pairs import tokenize_pairs
 from .patch_metrics import as_metric
@@ -231,9 +232,11 @@ def _carry_out(
 ) -> Patching:
     model, tuned = sides.model, sides.tuned
     tokens = tokenize_pairs(pairs, tokenizer, answers=metric.answers, align=plan.align, one_prompt=tuned is not None)
+    for one in (model, tuned):
+        _require_readable(one, tokens)
     choosing, evidence = _split_pairs(tokens, plan.split)
     points = {name: component_points(model, name) for name in COMPONENTS if name in plan.components}
-    heads = head_count(model)
+    heads = head_count(model) if HEADS in points else 1
     every = tqdm(tokens, desc="Pairs", disable=not plan.progress, leave=False)
     effects = [attribute_pair(sides, metric, pair, points, heads, plan.steps) for pair in every]
     width = max(len(pair.pieces) for pair in tokens)
@@ -259,6 +262,11 @@ def _require_models(model: Any, tuned: Any) -> None:
             raise ValueError(
                 f"`{name}` is in pieces or on the meta device – expected a model in one piece. Load it on one device for this."
             )
+        if any(getattr(config, "is_prompt_learning", False) for config in getattr(one, "peft_config", {}).values()):
+            raise ValueError(
+                f"`{name}` has a prompt-learning adapter – expected LoRA or another one without virtual tokens, which are not "
+                "fed through here."
+            )
     if tuned is None:
         return
     if unwrap(tuned) is unwrap(model) and not hasattr(tuned, "disable_adapter"):
@@ -269,6 +277,22 @@ def _require_models(model: Any, tuned: Any) -> None:
             f"`model` has {shapes[0][0]} blocks of width {shapes[0][1]} and `tuned` {shapes[1][0]} of width {shapes[1][1]} – "
             "expected one architecture. Pass a model that was made from `model`."
         )
+
+
+def _require_readable(model: Any, tokens: Sequence[TokenPair]) -> None:
+    """Raises `ValueError` for prompts that a model cannot read: unknown token ids, or more tokens than it has positions."""
+    if model is None:
+        return
+    known = int(unwrap(model).get_input_embeddings().weight.shape[0])
+    for number, pair in enumerate(tokens, 1):
+        for rows in (pair.clean, pair.corrupt):
+            highest = max(int(rows.input_ids.max()), *(max(answer) for answer in rows.answers), 0)
+            if highest >= known:
+                raise ValueError(
+                    f"Pair {number} has the token id {highest} – expected ids below the model's vocabulary of {known}. Use the "
+                    "model's own tokenizer."
+                )
+            require_positions(model, TokenBatch(rows.input_ids, rows.attention_mask, rows.attention_mask))
 
 
 def _split_pairs(tokens: Sequence[TokenPair], split: int | None) -> tuple[list[int], list[int]]:

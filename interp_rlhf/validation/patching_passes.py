@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ..activations.components import HEADS
-from ..activations.hook_points import INPUT, embedding_point, output_tensor, resolve, unwrap
+from ..activations.hook_points import INPUT, embedding_point, is_tuner_layer, output_tensor, resolve, unwrap
 from ..activations.noise import rope_from_the_start
 from ..activations.own_passes import measuring, reading
-from ..activations.reference_pass import adapters_off_in
+from ..activations.sharding import switch_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,11 +57,15 @@ class Sides:
     @contextmanager
     def corrupt(self) -> Iterator[nn.Module]:
         """The model of corrupt runs, ready to run."""
-        with ExitStack() as stack:
-            if self.tuned is not None and unwrap(self.tuned) is unwrap(self.model):
-                stack.enter_context(adapters_off_in(self.model))
-            stack.enter_context(_own_passes(self.model))
-            yield self.model
+        one = self.tuned is not None and unwrap(self.tuned) is unwrap(self.model)
+        layers = [module for module in unwrap(self.model).modules() if is_tuner_layer(module)] if one else []
+        on = [layer for layer in layers if not layer.disable_adapters]
+        switch_adapters(on, enabled=False)
+        try:
+            with _own_passes(self.model):
+                yield self.model
+        finally:
+            switch_adapters(on, enabled=True)
 
 
 @contextmanager
@@ -103,6 +107,7 @@ def attribute_pair(
             zeros = dict.fromkeys(every, np.zeros((len(pair.places[0]), 1)))
             return PairEffects(clean_metric, clean_metric, _maps(points, zeros, heads, zeros))
         corrupt_metric, corrupt, gradients = _gradients(model, metric, pair, every)
+        clean = {point: activation.to(corrupt[point]) for point, activation in clean.items()}
         if steps > 1:
             for point in every:
                 gradients[point] = _on_the_line(model, metric, pair, point, corrupt[point], clean[point], steps)
@@ -146,6 +151,7 @@ def exact_effects(sides: Sides, metric: PatchMetric, pair: TokenPair, sites: Seq
         _, clean = _observe(model, metric, pair.clean, points, pair.places[0])
     with sides.corrupt() as model, torch.no_grad():
         _, corrupt = _observe(model, metric, pair.corrupt, points, pair.places[1])
+        clean = {point: activation.to(corrupt[point]) for point, activation in clean.items()}
         patches = [_patch_of(site, clean, corrupt, pair.places[1], heads) for site in sites]
         run = [i for i, patch in enumerate(patches) if patch is not None]
         many = max(1, BATCH_TOKENS // pair.corrupt.input_ids.numel() - 1)
