@@ -61,7 +61,7 @@ bench: .venv/ready
 # Attribution patching against TransformerLens', in a separate environment.
 bench-locate: export OMP_NUM_THREADS = 1
 bench-locate: .venv/peers/ready
-	.venv/peers/bin/python benchmarks/locate.py --part peer --json
+	.venv/peers/bin/python benchmarks/run_all.py --only locate-peer
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Contrast pairs of three concepts, for `locate.py`.
+"""Contrast pairs of five concepts, for `locate.py`.
 
 In: nothing. Out: rows as `attribution_patching` takes them. Each has two prompts of equal length and two answers of one token in
 SmolLM2's vocabulary.
@@ -26,7 +26,13 @@ def pair(template: str, clean: str, corrupt: str, followed: str, violated: str) 
     }  # fmt: skip
 
 
+_CAPITALS = (
+    ("France", "Paris", "Italy", "Rome"), ("Germany", "Berlin", "England", "London"), ("Japan", "Tokyo", "Russia", "Moscow"),
+    ("Spain", "Madrid", "Greece", "Athens"),
+)  # fmt: skip
+_NAMES = (("John", "Mary"), ("James", "Sarah"), ("Tom", "Anna"), ("David", "Emma"), ("Peter", "Lisa"))
 FILM = "The film was really {}. In one word, my opinion of the film is:"
+TARGETED = ("sentiment", "number", "language")
 CONTRASTS: dict[str, list[Row]] = {
     "sentiment": [pair(FILM, good, bad, "good", "bad") for good, bad in _FILMS],
     "number": [pair("The {} near the old river", one, many, "is", "are") for one, many in _NOUNS],
@@ -34,4 +40,9 @@ CONTRASTS: dict[str, list[Row]] = {
         pair("In {}, the official language that people speak is", one, other, spoken, other_spoken)
         for one, spoken, other, other_spoken in _LANGUAGES
     ],
+    "capital": [
+        pair("The capital of {} is the city of", one, other, city, other_city)
+        for one, city, other, other_city in _CAPITALS
+    ],
+    "gender": [pair("{} went home because", he, she, "he", "she") for he, she in _NAMES],
 }

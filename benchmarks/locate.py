@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import synthetic
 import torch
-from contrasts import CONTRASTS
+from contrasts import CONTRASTS, TARGETED
 from contrasts import Row as Pair
 from timing import Row, alternate, finish, parser, prepare, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,6 +133,9 @@ def peer(folder: Path, model: Any, tokenizer: Any, pairs: list[Pair], repeats: i
 def main() -> None:
     made = parser(__doc__, pairs=9)
     made.add_argument("--part", action="append", choices=PARTS, help="what to measure; may be repeated (default: all)")
+    made.add_argument(
+        "--concept", action="append", choices=sorted(CONTRASTS), help="which; may be repeated (default: three)"
+    )
     made.add_argument("--steps", type=int, default=3, help="gradients along the way (default: %(default)s)")
     made.set_defaults(model="embedded")
     arguments = made.parse_args()
@@ -143,7 +146,8 @@ def main() -> None:
     with synthetic.subject(arguments, VOCABULARY) as (subject, _):
         tokenizer = AutoTokenizer.from_pretrained(subject.folder)
         model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=torch.float32).eval()
-        contrasts = CONTRASTS if subject.real else made_up()
+        named = {name: CONTRASTS[name] for name in arguments.concept or TARGETED}
+        contrasts = named if subject.real else made_up()
         first = next(iter(contrasts.values()))
         if "cost" in parts:
             rows += cost(model, tokenizer, first, arguments.pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -562,3 +563,33 @@ def test_a_broken_event_of_patching_is_shown_without_its_map(tmp_path):
     assert "<script>" not in page.split("<main")[1].split("<script>")[0]
     assert "&lt;script&gt;" in page
     assert [path.name for path in (tmp_path / "page_plots").iterdir()] == ["patching-1-01-attention-out.svg"]
+
+
+def test_the_figures_of_the_page_are_the_committed_ones():
+    root = Path(__file__).resolve().parent.parent
+    parts = json.loads((root / "benchmarks" / "locate.json").read_text())
+    page, readme = (root / "docs" / "locate.md").read_text(), (root / "benchmarks" / "README.md").read_text()
+    ratios = parts["quality"]["ratios"]
+    for concept in ("sentiment", "number", "language"):
+        one, along = ratios[f"spearman_{concept}"], ratios[f"spearman_{concept}_3_steps"]
+        recalls = [ratios[f"recall_at_5_{concept}{suffix}"] for suffix in ("", "_3_steps")]
+        assert f"| {one:.2f} | {along:.4f} | {recalls[0]:.1f} | {recalls[1]:.1f} |" in page
+        assert along >= 0.9
+        assert recalls[1] >= 0.8
+        assert len(parts["quality"]["settings"]["effects"][concept]["sites"]) == 60
+    first_mlp = next(
+        row for row in parts["quality"]["settings"]["effects"]["number"]["sites"] if row[0] == "model.layers.0.mlp"
+    )
+    exact, one, along = (f"{value:+.2f}".replace("-", "−") for value in first_mlp[1:])
+    assert f"its exact effect is {exact} and one gradient says {one}" in page
+    assert f"not its size ({along})" in page
+    for part, name, target in (
+        ("cost", "attribution_vs_forwards_of_the_pair", 4), ("peer", "attribution_vs_transformer_lens", 1),
+    ):  # fmt: skip
+        value, (low, high) = parts[part]["ratios"][name], parts[part]["settings"]["intervals"][name]
+        assert value <= target
+        assert f"{value:.2f} [{low:.2f}, {high:.2f}]" in page
+        assert f"**{value:.2f}** [{low:.2f}, {high:.2f}]" in readme
+    difference = parts["peer"]["ratios"]["difference_from_transformer_lens"]
+    assert difference <= 1e-4
+    assert f"differ by at most {difference:.0e} of" in page

@@ -39,16 +39,16 @@ def component_points(model: nn.Module, component: str) -> list[str]:
         raise ValueError(
             f"A component is `{component}` – expected one of {', '.join(f'`{name}`' for name in COMPONENTS)}."
         )
-    layers = decoder_layers(model)
+    layers, base = decoder_layers(model), unwrap(model)
     if component == RESIDUAL:
         return layers
     if component == MLP_OUT:
-        return [_child_named(model, layer, _MLP_NAMES, _MLP_PARTS, component) for layer in layers]
-    attention = [_child_named(model, layer, _ATTENTION_NAMES, _ATTENTION_PARTS, component) for layer in layers]
+        return [_child_named(base, layer, _MLP_NAMES, _MLP_PARTS, component) for layer in layers]
+    attention = [_child_named(base, layer, _ATTENTION_NAMES, _ATTENTION_PARTS, component) for layer in layers]
     if component == ATTENTION_OUT:
         return attention
     what = "the output projection of attention"
-    return [_child_named(model, module, _PROJECTION_NAMES, (), what) + INPUT for module in attention]
+    return [_child_named(base, module, _PROJECTION_NAMES, (), what) + INPUT for module in attention]
 
 
 def head_count(model: nn.Module) -> int:
@@ -56,9 +56,9 @@ def head_count(model: nn.Module) -> int:
     return int(unwrap(model).config.get_text_config().num_attention_heads)
 
 
-def _child_named(model: nn.Module, path: str, names: Sequence[str], parts: Sequence[str], what: str) -> str:
+def _child_named(base: nn.Module, path: str, names: Sequence[str], parts: Sequence[str], what: str) -> str:
     """Path of the child of a module that has one of the names, else of the one whose name has one of the parts."""
-    children = [name for name, child in unwrap(model).get_submodule(path).named_children() if _has_weights(child)]
+    children = [name for name, child in base.get_submodule(path).named_children() if _has_weights(child)]
     by_name = [name for name in names if name in children]
     by_part = [name for name in children if "norm" not in name and any(part in name for part in parts)]
     for name in by_name + by_part:

@@ -310,7 +310,9 @@ def _hooks(model: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
             if point.endswith(INPUT) and point not in modules:
                 handle = modules[point.removesuffix(INPUT)].register_forward_pre_hook(_before_module(function))
             else:
-                handle = resolve(model, point).register_forward_hook(_after_module(function))
+                # `resolve` lists all modules for each point; it is left to say which point there is not.
+                module = modules[point] if point in modules else resolve(model, point)
+                handle = module.register_forward_hook(_after_module(function))
             stack.callback(handle.remove)
         yield
 
