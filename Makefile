@@ -9,7 +9,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: bench demo demo-quick test test-slow test-engines test-recipes test-compiled test-real-model test-interop test-benchmarks test-evidence lint setup
+.PHONY: bench bench-locate demo demo-quick test test-slow test-engines test-recipes test-compiled test-real-model test-interop test-benchmarks test-evidence lint setup
 
 demo: .venv/ready
 	$(BIN)/interp-rlhf demo --out runs/demo
@@ -58,6 +58,11 @@ test-evidence: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/run_all.py
 
+# Attribution patching against TransformerLens', in a separate environment.
+bench-locate: export OMP_NUM_THREADS = 1
+bench-locate: .venv/peers/ready
+	.venv/peers/bin/python benchmarks/run_all.py --only locate-peer
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,6 +79,12 @@ setup: .venv/ready
 
 .venv/engines: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
+	touch $@
+
+.venv/peers/ready: .venv/ready
+	test -x .venv/peers/bin/python || $(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/python -m pip install --quiet torch==2.13.0
+	.venv/peers/bin/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 .venv/interop/ready: .venv/ready

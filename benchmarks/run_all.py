@@ -12,6 +12,7 @@ meanwhile. A run that fails leaves its file as it was. `python tools/render.py` 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -34,7 +35,8 @@ class Run:
         options (`tuple[str, ...]`): its options.
         minutes (`int`): how long it took on two cores of an AMD EPYC.
         key (`str`): where its JSON line goes in the file; empty if the file is one line, or if the script writes it.
-        needs (`str`): what must be there, `trl-1-12` (an interpreter) or `activations` (a folder); empty for nothing.
+        needs (`str`): what must be there, `trl-1-12` (an interpreter), `activations` (a folder), `transformer-lens`;
+            empty for nothing.
     """
 
     name: str
@@ -62,6 +64,10 @@ RUNS = (
     Run("dpo", "dpo", (*pairs(5), *EMBEDDED), 40, "smollm2"),
     Run("drift", "drift", (*pairs(5), "--memory-pairs", "2"), 10, "smollm2"),
     Run("canaries", "canaries", (), 2, "."),
+    Run("locate", "locate", ("--part", "quality"), 18, "quality"),
+    Run("locate-others", "locate", ("--part", "quality", "--concept", "capital", "--concept", "gender"), 5, "others"),
+    Run("locate-cost", "locate", ("--part", "cost"), 1, "cost"),
+    Run("locate-peer", "locate", ("--part", "peer"), 2, "peer", "transformer-lens"),
     Run("sae", "sae", (), 2, "encoding"),
     Run("scaling", "scaling", ("--out", str(HERE / "scaling.json")), 12),
     Run("probes", "probes", ("--part", "sets", "--part", "planted", "--out", str(HERE / "probes.json")), 20),
@@ -109,9 +115,13 @@ def main() -> int:
 
 def carried_out(run: Run, arguments: argparse.Namespace) -> bool:
     """Runs a benchmark and stores its figures; false if it failed. One whose needs are not met is left out."""
-    needed = {"trl-1-12": arguments.trl_1_12, "activations": arguments.activations}.get(run.needs)
+    installed = importlib.util.find_spec("transformer_lens")
+    needed = {
+        "trl-1-12": arguments.trl_1_12, "activations": arguments.activations, "transformer-lens": installed,
+    }.get(run.needs)  # fmt: skip
     if run.needs and needed is None:
-        print(f"{run.name}: left out – expected `--{run.needs}`", flush=True)
+        missing = "`make bench-locate`" if run.needs == "transformer-lens" else f"`--{run.needs}`"
+        print(f"{run.name}: left out – expected {missing}", flush=True)
         return True
     command = [sys.executable, str(HERE / f"{run.script}.py"), "--json", *run.options]
     command += ["--trl-1-12", str(needed)] if run.needs == "trl-1-12" else []

@@ -41,6 +41,7 @@ _HOMES = {
     "attach": "attachment",
     "CausalSettings": "validation.causal_settings",
     "causal_check": "validation.causal",
+    "attribution_patching": "validation.patching",
     "check_card": "validation.check",
     "fit_probe": "concepts.fitting",
     "load_card": "concepts.card",
@@ -86,6 +87,7 @@ __all__ = [
     "TokenBatch",
     "attach",
     "causal_check",
+    "attribution_patching",
     "check_card",
     "fit_probe",
     "load_card",
@@ -143,6 +145,7 @@ if TYPE_CHECKING:
     from .validation.check import check_card
     from .validation.measures import register_measure
     from .validation.off_target import off_target
+    from .validation.patching import attribution_patching
     from .validation.sharing import pull_card, push_card
 
 

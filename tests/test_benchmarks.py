@@ -66,7 +66,7 @@ def test_committed_costs_say_what_was_measured_on_what(name):
             assert low <= measured["ratios"][ratio] <= high, ratio
 
 
-SCRIPTS = ("canaries", "dpo", "drift", "ppo", "ppo_real_model", "probes", "read", "reward", "sae", "scaling")
+SCRIPTS = ("canaries", "dpo", "drift", "locate", "ppo", "ppo_real_model", "probes", "read", "reward", "sae", "scaling")
 LIGHT = ("canaries", "read")  # the others take minutes on a busy machine
 
 

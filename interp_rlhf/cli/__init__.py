@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..extensions import import_modules
 from .card_parsers import add_card
+from .locate_parsers import add_locate
 from .probe_parsers import add_drift, add_probe
 from .sae_parsers import add_sae
 from .shared import MODEL_HELP
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_probe(commands)
     add_card(commands)
+    add_locate(commands)
     add_drift(commands)
     add_sae(commands)
     _add_report(commands)

@@ -7,7 +7,7 @@ import argparse
 from ..concepts.pooling import FITTED, POOLINGS
 from ..validation.measures import MEASURES
 from .causal_parsers import add_causal
-from .shared import DATA_HELP, MODEL_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
+from .shared import DATA_HELP, MODEL_HELP, PAIRS_HELP, POSITIVE_HELP, TEXTS_HELP, add_modules, add_sae_place
 
 
 def add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,6 +51,12 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     where.add_argument(
         "--sweep", type=int, metavar="N", help="choose among every N-th decoder layer by cross-validation (default: 3)"
     )
+    fit.add_argument(
+        "--at", choices=["best", "attributed"], default="best",
+        help="best: where the probe's cross-validated AUROC is highest. attributed: the decoder layer where the contrast of "
+        "`--pairs` acts; the sweep is reported next to it (default: best)",
+    )  # fmt: skip
+    fit.add_argument("--pairs", help="contrast pairs for `--at attributed`; " + PAIRS_HELP)
     fit.add_argument(
         "--kind", choices=["probe", "direction", "sae_latents"], default="probe",
         help="sae_latents: a probe on some latents of a sparse autoencoder, at that autoencoder's hook point (default: probe)",
@@ -209,6 +215,11 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="VERDICT",
         help="exit with 1 at this verdict; may be repeated",
     )
+    compare.add_argument(
+        "--patch", metavar="PAIRS",
+        help="contrast pairs: put B's activations into A on the same prompts and report which blocks carry the change; "
+        + PAIRS_HELP,
+    )  # fmt: skip
     compare.add_argument("--seed", type=int, default=0, help="seed of folds and bootstraps (default: 0)")
     add_causal(compare)
     compare.add_argument("--json", action="store_true", help="print everything as JSON")

@@ -14,6 +14,10 @@ DATA_HELP = (
     "JSONL, CSV or Parquet file, or a `datasets` path, with `label` and one of `text`, `messages`, "
     "or `prompt` and `completion`"
 )
+PAIRS_HELP = (
+    "JSONL, CSV or Parquet file with prompts `clean` and `corrupt` (texts or messages) "
+    "and answers `followed` and `violated`"
+)
 TEXTS_HELP = "JSONL or CSV file of texts, or a text file with one per line"
 POSITIVE_HELP = "which of two text labels means that the concept is present"
 MODEL_HELP = "folder or Hub id of the causal LM (default: the embedded SmolLM2-135M-Instruct)"

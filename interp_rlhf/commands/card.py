@@ -40,7 +40,7 @@ def card_show(arguments: argparse.Namespace) -> int:
         print(json.dumps(content))
         return 0
     print(f"{card.name}, version {card.version}: {card.concept}\n")
-    facts = _facts(loaded, header)
+    facts = _card_facts(loaded, header)
     width = max(map(len, facts))
     for name, said in facts.items():
         print(f"{name:<{width}}  {said}")
@@ -54,7 +54,7 @@ def card_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(loaded: LoadedCard, header: Header) -> dict[str, str]:
+def _card_facts(loaded: LoadedCard, header: Header) -> dict[str, str]:
     """What stands above the evidence, by the name of the line."""
     card, spec, canaries = loaded.card, loaded.card.readout, header.canaries
     tokens = sum(len(sequence) for sequence in canaries.get("ids", []))

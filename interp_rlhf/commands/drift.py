@@ -15,8 +15,10 @@ from ..drift.compare import compare_checkpoints, crossed, load_texts, loaded_sec
 from ..embedded import place_of
 from ..runlog.log import jsonable
 from ..validation.causal import causal_check
+from ..validation.contrast_pairs import load_pairs
 from .causal import causal_inputs, directions_at
 from .causal_lines import causal_lines
+from .console import print_aligned
 
 if TYPE_CHECKING:
     import argparse
@@ -31,9 +33,10 @@ def drift_compare(arguments: argparse.Namespace) -> int:
     asked = _causal_again(arguments)
     texts = load_texts(arguments.texts) if arguments.texts else None
     labelled = load_examples(arguments.labelled, arguments.positive) if arguments.labelled else None
+    pairs = load_pairs(arguments.patch) if arguments.patch else None
     drift, verdict = compare_checkpoints(
         place_of(arguments.before), place_of(arguments.after), texts=texts, hook_points=arguments.hook_point,
-        monitors=arguments.monitor, labelled=labelled, seed=arguments.seed,
+        monitors=arguments.monitor, labelled=labelled, pairs=pairs, seed=arguments.seed,
     )  # fmt: skip
     problems = crossed(drift, verdict, limits)
     event = drift.fields()
@@ -47,6 +50,8 @@ def drift_compare(arguments: argparse.Namespace) -> int:
         for name, (before, after) in causal.items():
             print(f"\n{name} on {arguments.after}; its card says: {before or 'not checked'}")
             print("\n".join(causal_lines(after)))
+        if "patching" in event:
+            _print_patching_between(event["patching"])
         _print_verdict(verdict, problems)
     return int(bool(problems))
 
@@ -89,6 +94,18 @@ def _print_event(event: dict[str, Any]) -> None:
                 change = numbers[f"{way}_change"]
                 print(f"{way:>16} AUROC {numbers[f'{way}_auroc']:.3f} [{low:.3f}, {high:.3f}], "
                       f"change {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]")  # fmt: skip
+
+
+def _print_patching_between(patching: dict[str, Any]) -> None:
+    """The sites that carry most of what the training changed, by group."""
+    print(
+        f"\nthe tuned model's activations in its base, by {patching['metric']}, over {len(patching['evidence'])} pairs"
+    )
+    for group in patching["exact"]:
+        rows = [
+            [one["hook_point"], f"{one['exact']:+.3f}", f"{one['attribution']:+.3f}", ""] for one in group["sites"][:5]
+        ]
+        print_aligned([group["group"], "exact", "attribution", ""], rows)
 
 
 def _print_verdict(verdict: Verdict, problems: list[str]) -> None:

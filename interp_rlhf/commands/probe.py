@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..activations.hook_points import decoder_layers
 from ..concepts.artifact import write_atomically
 from ..concepts.card import load_card, with_evidence
 from ..concepts.examples import load_examples
@@ -20,7 +23,9 @@ from ..concepts.publish import publish, require_new, with_canaries
 from ..concepts.sweep_plot import plot_sweep
 from ..embedded import load_or_embedded
 from ..sae.files import load_sae
+from ..validation.attributed import attributed_layer
 from ..validation.check import check_card
+from ..validation.contrast_pairs import load_pairs
 from ..validation.gate import gate
 from ..validation.measures import MEASURES
 from .causal import causal_inputs, checked_causally
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from ..concepts.examples import Examples
     from ..concepts.fitting import Fit
     from ..sae.autoencoder import SparseAutoencoder
+    from ..validation.attributed import AttributedLayer
 
 
 def probe_fit(arguments: argparse.Namespace) -> int:
@@ -46,16 +52,17 @@ def probe_fit(arguments: argparse.Namespace) -> int:
         arguments.out, name=arguments.name, role=arguments.role, version=arguments.version, weight=arguments.weight
     )
     examples = load_examples(arguments.data, arguments.positive)
-    fit = _fit_as_asked(arguments, latents, examples)
+    fit, layer = _fit_as_asked(arguments, latents, examples)
     path = publish(
         fit, arguments.out, name=arguments.name, concept=arguments.concept or arguments.name, role=arguments.role,
         version=arguments.version, pooling=None if arguments.pooling == "best" else arguments.pooling, weight=arguments.weight,
     )  # fmt: skip
     card = load_card(path).card
     if arguments.json:
-        print(json.dumps(_fit_entry(fit, path, card, len(examples))))
+        print(json.dumps(_fit_entry(fit, path, card, len(examples)) | _two_places(fit, layer)))
     else:
         _print_fit(arguments, fit, path, card, len(examples))
+        _print_two_places(_two_places(fit, layer))
     return 0
 
 
@@ -70,6 +77,12 @@ def _require_options_that_fit(arguments: argparse.Namespace, latents: list[int] 
         raise ValueError(
             "`--sweep` is given with `--kind sae_latents` – expected none: the autoencoder reads at one place."
         )
+    attributed = arguments.at == "attributed"
+    if attributed != (arguments.pairs is not None) or (attributed and (arguments.hook_point or latents)):
+        raise ValueError(
+            f"`--at` is {arguments.at}, with{'' if arguments.pairs else 'out'} `--pairs` – expected `--at attributed` with "
+            "`--pairs`, and then neither `--hook-point` nor `--latents`: the pairs choose the place."
+        )
     if latents is not None and len(set(latents)) < len(latents):
         raise ValueError(f"`--latents {arguments.latents}` names one twice – expected each once.")
     if arguments.pooling not in (None, "best"):
@@ -78,15 +91,49 @@ def _require_options_that_fit(arguments: argparse.Namespace, latents: list[int] 
         raise ValueError(f"`--sweep` is {arguments.sweep} – expected every how many layers to look at, at least 1.")
 
 
-def _fit_as_asked(arguments: argparse.Namespace, latents: list[int] | None, examples: Examples) -> Fit:
+def _fit_as_asked(
+    arguments: argparse.Namespace, latents: list[int] | None, examples: Examples
+) -> tuple[Fit, AttributedLayer | None]:
+    """The fit, and the layer that attribution chose if it was asked to."""
+    pairs = None if arguments.pairs is None else load_pairs(arguments.pairs)
     model, tokenizer, model_id = load_or_embedded(arguments.model)
     every = 3 if arguments.sweep is None else arguments.sweep
     points = [arguments.hook_point] if arguments.hook_point is not None else sweep_points(model, every)
-    return fit_probe(
-        model, tokenizer, examples, points, model_id=model_id, kind=arguments.kind, method=arguments.method,
+    layer = None
+    if pairs is not None:
+        layer = attributed_layer(model, tokenizer, pairs, seed=arguments.seed, progress=True)
+        points = [point for point in decoder_layers(model) if point in {*points, layer.hook_point}]
+    fit = partial(
+        fit_probe, model, tokenizer, examples, model_id=model_id, kind=arguments.kind, method=arguments.method,
         pooling=_poolings_to_fit(arguments.pooling), sae=_sae_of(arguments, model), latents=latents,
         seed=arguments.seed, regularization=arguments.regularization, progress=True,
     )  # fmt: skip
+    swept = fit(points)
+    if layer is None or swept.artifact.header.hook_point == layer.hook_point:
+        return swept, layer
+    return replace(fit(layer.hook_point), curve=swept.curve), layer
+
+
+def _two_places(fit: Fit, layer: AttributedLayer | None) -> dict[str, Any]:
+    """Where the concept acts and where it is decoded best, with the cross-validated AUROC of both."""
+    if layer is None or not fit.curve:
+        return {}
+    best = max(fit.curve, key=lambda point: point.auroc)
+    there = max((point for point in fit.curve if point.hook_point == layer.hook_point), key=lambda point: point.auroc)
+    return {
+        "attributed": {**asdict(layer), "auroc": round(there.auroc, 4)},
+        "decoded_best": {"hook_point": best.hook_point, "auroc": round(best.auroc, 4)},
+    }
+
+
+def _print_two_places(places: dict[str, Any]) -> None:
+    if places:
+        acts, best = places["attributed"], places["decoded_best"]
+        print(
+            f"the concept acts at {acts['hook_point']} (attribution {acts['chosen']:+.3f} on the choosing pairs, "
+            f"{acts['attribution']:+.3f} on the others), AUROC {acts['auroc']:.3f}; it is decoded best at "
+            f"{best['hook_point']}, AUROC {best['auroc']:.3f}"
+        )
 
 
 def _sae_of(arguments: argparse.Namespace, model: Any) -> SparseAutoencoder | None:

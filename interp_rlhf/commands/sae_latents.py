@@ -23,6 +23,7 @@ from ..validation.finding import find_latents
 from ..validation.inspecting import inspect_latents
 from .console import print_aligned, shown_interval
 from .options import autoencoder_place, latent_numbers
+from .own_files import require_own_log
 
 if TYPE_CHECKING:
     import argparse
@@ -140,7 +141,7 @@ def _page_path(path: str) -> Path:
     out = Path(path)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"`--out` is `{path}` – expected an HTML file, such as `{out.with_suffix('.html')}`.")
-    _require_our_log(out.with_name(f"{out.stem}.events.jsonl"))
+    require_own_log(out.with_name(f"{out.stem}.events.jsonl"), _COMMANDS)
     require_own_pages(out)
     return out
 
@@ -150,7 +151,7 @@ def _write_files(
 ) -> list[str]:
     """Write the log and the page; returns their paths, the page last."""
     log = RunLog(out.with_name(f"{out.stem}.events.jsonl"))
-    _require_our_log(log.path)
+    require_own_log(log.path, _COMMANDS)
     log.path.unlink(missing_ok=True)
     settings = {
         key: value
@@ -162,18 +163,3 @@ def _write_files(
     log.append(name, **event)
     log.append("end", seconds=round(time.monotonic() - started, 3))
     return [str(log.path), *map(str, write_report(log.path, out))]
-
-
-def _require_our_log(log: Path) -> None:
-    """Raises `ValueError` before a log is replaced that these commands did not write."""
-    if not log.exists():
-        return
-    try:
-        first = json.loads(log.read_text(encoding="utf-8").split("\n", 1)[0])
-    except ValueError:
-        first = None
-    if not isinstance(first, dict) or first.get("arm") not in _COMMANDS:
-        raise ValueError(
-            f"`{log}` would be replaced, and this command did not write it – expected no such file. Pass another `--out`, or "
-            "move it away."
-        )

@@ -23,6 +23,7 @@ from ..concepts.readout import Readout
 from ..messages import as_list
 from ..registry import did_you_mean
 from .evaluation import Evaluation
+from .patching_between import patching_between
 from .verdicts import TABLE, evidence_of, judge
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def compare_checkpoints(
     hook_points: Sequence[str] | None = None,
     monitors: Sequence[str] = (),
     labelled: Examples | None = None,
+    pairs: Sequence[Any] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[DriftEvent, Verdict]:
@@ -50,16 +52,15 @@ def compare_checkpoints(
     Args:
         before (`str`), after (`str`): folders or Hub ids. Either may be a folder with a PEFT adapter. The adapter of `after` must
             belong to `before`, or to its base.
-        texts, hook_points, labelled, seed: as in `DriftConfig`.
-        monitors (`Sequence[str]`): cards.
+        monitors (`Sequence[str]`): cards. The other arguments are as in `DriftConfig`.
+        pairs (`list[dict]`, *optional*): contrast pairs, see `patching_between`; for these both models are in memory.
         progress (`bool`, defaults to `True`): whether a bar is shown.
 
     Returns:
         `tuple[DriftEvent, Verdict]`: the `drift` event and its verdict. Intervals are bootstraps over the labelled examples.
 
     Raises:
-        `ValueError`: models that cannot be compared (another tokenizer, vocabulary, width or base), or monitors of another
-            model.
+        `ValueError`: models that cannot be compared (another tokenizer, vocabulary, width or base), monitors of another model.
     """
     readouts = [Readout.from_card(load_card(path)) for path in as_list(monitors)]
     if readouts and labelled is None:
@@ -90,6 +91,8 @@ def compare_checkpoints(
     assert evaluation is not None
     _require_comparable(dict(zip((before, after), observed, strict=True)))
     event = replace(evaluation.compare(observed[0], observed[1]), before=before, after=after)
+    if pairs is not None:
+        event = replace(event, patching=patching_between(before, after, tokenizer, pairs, seed, progress))
     return event, judge(evidence_of(event))
 
 

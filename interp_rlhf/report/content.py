@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .figures import drift_figures, has_measure, metric_figures
 from .groups import group_metrics
 from .latent_pages import latents_content
-from .notes import LATENT_NOTES, NOTES
+from .notes import LATENT_NOTES, NOTES, PATCHING_NOTES
+from .patching_pages import patching_content
 from .plots import arm_style
 from .samples import compare_samples, token_readout
 from .text import MISSING, as_number, show, show_seconds, visible
@@ -57,6 +58,9 @@ def page_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any
         "inspections": latents_content(
             [(run.label if len(runs) > 1 else "", one) for run in runs for one in run.inspections]
         ),
+        "patchings": patching_content(
+            [(run.label if len(runs) > 1 else "", one) for run in runs for one in run.patchings]
+        ),
         "token_readout": readout,
         "samples": samples[:_PROMINENT],
         "more_samples": samples[_PROMINENT:],
@@ -76,6 +80,7 @@ def _sections(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("training", "Training", content["figures"] or content["others"]),
         ("drift", "Drift", content["drift_costs"]),
         ("moved", "What moved it", content["moved"]),
+        ("patching", "Where it acts", content["patchings"]),
         ("latents", "Latents", content["inspections"]),
         ("samples", "Samples", content["samples"]),
         ("reading", "How to read this", True),
@@ -85,7 +90,8 @@ def _sections(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _notes(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
     trained = () if all(run.only_read for run in runs) else NOTES
-    return (LATENT_NOTES if any(run.inspections or run.searches for run in runs) else ()) + trained
+    patched = PATCHING_NOTES if any(run.patchings for run in runs) else ()
+    return patched + (LATENT_NOTES if any(run.inspections or run.searches for run in runs) else ()) + trained
 
 
 def _run_header(run: Run, index: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..runlog.events import DriftEvent, EndEvent, MetricEvent, RunEvent, SamplesEvent, TableEvent, VerdictEvent
 from ..runlog.latent_events import LatentsEvent, LatentsFoundEvent
 from ..runlog.log import parse, read_run_log
+from ..runlog.patching_events import PatchingEvent
 from .inspection import found_table, inspected
 from .runs import Judgement, Moved, ResultTable, Run, Sample, Samples
 from .tables import evaluation_tables, logged_table
@@ -154,6 +155,7 @@ def _(event: DriftEvent, run: Run, step: int) -> None:
         _add_numbers(run.monitors.setdefault(name, {}), numbers, step)
     run.tables |= {table.title: table for table in evaluation_tables(event, step)}
     run.moved += _moved_in(event, step)
+    run.patchings += [] if event.patching is None else [event.patching]
 
 
 def _is_curve(key: str, value: Any) -> bool:
@@ -218,6 +220,11 @@ def _(event: LatentsFoundEvent, run: Run, step: int) -> None:
     table = ResultTable(*found_table(event))
     run.tables[table.title] = table
     run.searches += 1
+
+
+@_add.register
+def _(event: PatchingEvent, run: Run, step: int) -> None:
+    run.patchings.append(event)
 
 
 def _make_labels_unique(runs: list[Run]) -> None:

@@ -75,3 +75,21 @@ LATENT_NOTES: tuple[tuple[str, str], ...] = (
         "outstanding norm are left out of every number: they are attention sinks.",
     ),
 )
+
+PATCHING_NOTES: tuple[tuple[str, str], ...] = (
+    (
+        "Attribution is a slope, patching is a step",
+        "Attribution takes the gradient in the corrupt run for the whole way to the clean activation. Where the model bends, as "
+        "in the first MLP, it can be far off. The exact effects next to it say how far, and on how many sites.",
+    ),
+    (
+        "Effects do not add up",
+        "Each effect is of one site alone. A later module can undo or repeat what an earlier one does, so the effects of all "
+        "sites may sum to more or less than the difference of the two runs.",
+    ),
+    (
+        "It acts on these prompts",
+        "Another contrast, template or answer can take another path. Sites were chosen on some pairs and measured on others of "
+        "the same kind; that guards against chance, not against a template.",
+    ),
+)

@@ -70,7 +70,8 @@ def write_report(
     loaded = load_runs(runs)
     content = page_content(loaded, title)
     folder = out.with_name(f"{out.stem}_plots")
-    panels = [panel for figure in content["figures"] + content["drift_figures"] for panel in figure.panels]
+    figures = content["figures"] + content["drift_figures"] + [one["figure"] for one in content["patchings"]]
+    panels = [panel for figure in figures for panel in figure.panels]
     files = {folder / panel.file: panel.svg for panel in panels}
     content["plots"] = quote(folder.name)
     content["script"] = _shipped_text("page.js")

@@ -134,30 +134,38 @@ def heat_map(
     steps: Sequence[int],
     values: Sequence[Sequence[float | None]],
     limits: tuple[float, float],
+    columns: Sequence[str] = (),
+    across: str = "step of evaluation",
 ) -> str:
-    """Values per row and step as an SVG document, the first row at the bottom; a hole is grey.
+    """Values per row and step, or per row and named column, as an SVG document, the first row at the bottom; a hole is grey.
 
     Args:
         title (`str`): shown above the map.
         rows (`Sequence[str]`): one name per row, for hook points in the order of the model.
         steps (`Sequence[int]`): one per column.
         values (`Sequence[Sequence[float | None]]`): one sequence per row, one value per step.
-        limits (`tuple[float, float]`): values of the darkest and the lightest colour, shared by the arms.
+        limits (`tuple[float, float]`): values of the darkest and the lightest colour, shared by the arms. Limits of opposite sign
+            and equal size have white at 0 between two colours.
+        columns (`Sequence[str]`): names of the columns, in place of steps.
+        across (`str`): what the columns are.
 
     Returns:
         `str`: the SVG document.
     """
-    with _Drawing(height=min(1.6 + 0.16 * len(rows), 5.5)) as (figure, axes):
+    with _Drawing(height=min(1.6 + 0.16 * len(rows), 5.5) + (0.6 if columns else 0)) as (figure, axes):
         cells = [[math.nan if value is None else value for value in row] for row in values]
         axes.set_facecolor("#d5d8dd")
         axes.grid(False)
-        mesh = axes.pcolormesh(cells, cmap="viridis", vmin=limits[0], vmax=limits[1], edgecolors="face", linewidth=0.2)
+        colours = "RdBu_r" if limits[0] == -limits[1] else "viridis"
+        mesh = axes.pcolormesh(cells, cmap=colours, vmin=limits[0], vmax=limits[1], edgecolors="face", linewidth=0.2)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
         bar.outline.set_visible(False)
         axes.set_title(shorten(title, 38))
-        axes.set_xlabel("step of evaluation")
-        columns = _evenly(len(steps), 6)
-        axes.set_xticks([column + 0.5 for column in columns], [show(steps[column]) for column in columns])
+        axes.set_xlabel(across)
+        names = [shorten(name, 16) for name in columns] or [show(step) for step in steps]
+        ticks = _evenly(len(names), 16 if columns else 6)
+        turned = 90 if columns else 0
+        axes.set_xticks([tick + 0.5 for tick in ticks], [names[tick] for tick in ticks], rotation=turned)
         shown = _evenly(len(rows), 12)
         axes.set_yticks([row + 0.5 for row in shown], [shorten(rows[row], 20) for row in shown])
         return _svg(figure)

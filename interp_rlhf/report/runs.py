@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..runlog.patching_records import PatchingEntry
     from .inspection import InspectedLatents
 
 Metrics = dict[str, dict[int, float | None]]  # metric → step → value; `None` is a value that was not finite
@@ -100,16 +101,23 @@ class Run:
     moved: list[Moved] = field(default_factory=list)
     inspections: list[InspectedLatents] = field(default_factory=list)
     searches: int = 0  # for latents; their results are tables
+    patchings: list[PatchingEntry] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         """True if nothing but the start (and perhaps the end) was logged."""
         return not (
-            self.metrics or self.evaluations or self.samples or self.tables or self.verdicts or self.inspections
+            self.metrics
+            or self.evaluations
+            or self.samples
+            or self.tables
+            or self.verdicts
+            or self.inspections
+            or self.patchings
         )
 
     @property
     def only_read(self) -> bool:
-        """True if nothing was trained: a model was read to understand its latents."""
+        """True if nothing was trained: a model was read to understand its latents, or patched."""
         trained = self.trainer or self.metrics or self.evaluations or self.samples or self.verdicts
-        return not trained and bool(self.inspections or self.searches)
+        return not trained and bool(self.inspections or self.searches or self.patchings)

@@ -41,6 +41,7 @@ def as_json(runs: Sequence[Run], title: str) -> dict[str, Any]:
                 "tables": [vars(table) for table in run.tables.values()],
                 "moved": [vars(moved) for moved in run.moved],
                 "latents": [asdict(inspection) for inspection in run.inspections],
+                "patchings": [one.to_json() for one in run.patchings],
                 "overhead_seconds": round(run.overhead_seconds, 3),
             }
             for run in runs

@@ -17,7 +17,7 @@ A run writes `interp.jsonl` into its output folder. Each line is one event, a JS
 seconds) and, for most events, `step` (optimizer steps). Lines are only ever appended. A kill leaves at most the last line
 incomplete, and readers skip that line. Numbers that are not finite are written as null.
 
-This page is made from the classes in `interp_rlhf/runlog/events.py` and `interp_rlhf/runlog/latent_events.py`, by
+This page is made from the classes in `interp_rlhf/runlog/events.py`, `latent_events.py` and `patching_events.py`, by
 `python -m interp_rlhf.runlog.document > docs/run_log.md`.
 
 *Since* is the version of the run log in which the key appeared. This is version {SCHEMA}. A key marked *optional* is left out

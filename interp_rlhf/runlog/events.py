@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .patching_records import PatchingEntry  # noqa: TC001
 from .records import Record, fact
 
 SCHEMA = 2
@@ -233,6 +234,9 @@ class DriftEvent(Event):
     finite: bool = fact("false if the model gave numbers that are not finite", True, optional=True)
     sae: SaeEntry | None = fact("a sparse autoencoder on the fixed texts", optional=True)
     own_text: OwnTextEntry | None = fact("the policy's answers to the fixed prompts", optional=True)
+    patching: PatchingEntry | None = fact(
+        "which block carries what the training changed, if contrast pairs were given", since=2, optional=True
+    )
     moved: dict[str, list[MovedEntry]] | None = fact(
         "monitor to the answers that moved it most since the evaluation before", optional=True
     )

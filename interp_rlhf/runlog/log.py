@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from .events import SCHEMA, DriftEvent, EndEvent, Event, MetricEvent, RunEvent, SamplesEvent, TableEvent, VerdictEvent
 from .latent_events import LatentsEvent, LatentsFoundEvent
+from .patching_events import PatchingEvent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 CLASSES: tuple[type[Event], ...] = (
-    RunEvent, MetricEvent, DriftEvent, SamplesEvent, TableEvent, VerdictEvent, LatentsEvent, LatentsFoundEvent, EndEvent,
+    RunEvent, MetricEvent, DriftEvent, SamplesEvent, TableEvent, VerdictEvent, LatentsEvent, LatentsFoundEvent, PatchingEvent,
+    EndEvent,
 )  # fmt: skip
 EVENTS = {one.event: one for one in CLASSES}
 

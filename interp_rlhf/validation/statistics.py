@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from ..concepts.linear import equal_classes, log_loss, losses
 
@@ -279,6 +280,11 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     if len(a) < 3 or any(np.ptp(values) <= 1e-12 * np.abs(values).max() for values in (a, b)):
         return None
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rank correlation of two columns, ties by their mean rank; None as for `correlation`."""
+    return correlation(*(rankdata(values) for values in (a, b)))
 
 
 def shares(original: np.ndarray, swapped: np.ndarray, weights: np.ndarray) -> np.ndarray:
