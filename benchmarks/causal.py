@@ -142,7 +142,8 @@ def main() -> None:
         doses=(-4, -2, 2, 4) if options.quick else CausalSettings.doses, max_new_tokens=4 if options.quick else 20,
         batch_rows=128, seed=options.seed,
     )  # fmt: skip
-    command = f"python benchmarks/causal.py --concept {options.concept}"
+    more = f" --prompts {options.prompts}" if options.prompts != parser.get_default("prompts") else ""
+    command = f"python benchmarks/causal.py --concept {options.concept}{more}"
     findings = causal_check(readout, model, tokenizer, **asked, settings=settings, command=command, progress=True)
     result = {
         "concept": options.concept, "model": model_id, "hook_point": readout.hook_point, "seed": options.seed,

@@ -297,14 +297,6 @@ def test_whatever_cannot_work_is_refused_in_words(model, tokenizer):
         inspect_latents(model, tokenizer, sae, ["good kind sun"])
 
 
-def test_a_judge_sees_the_page_and_its_word_is_kept(model, tokenizer):
-    def judge(page):
-        return max((w.pieces[w.peak] for w in page.contexts.top), default="never on").strip()
-
-    found = inspect_latents(model, tokenizer, named_sae(model, tokenizer), TEXTS, latents=[0, 2, 3], judge=judge)
-    assert [page.label for page in found.pages] == ["warm", "rain", "never on"]
-
-
 def test_best_threshold_lies_in_the_middle_of_the_gap_with_the_highest_f1():
     import numpy as np
 

@@ -166,6 +166,13 @@ def _add_sae_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParse
         action="store_true",
         help="read no other latents: faster with --latents, but without FVU, L0 and dead latents",
     )
+    inspect.add_argument(
+        "--judge", metavar="WHO",
+        help="let a judge name the latents: local (the model itself), a folder or Hub id of another model, or the address of an "
+        "endpoint with OpenAI's chat completions, such as http://127.0.0.1:8000/v1 (key in $OPENAI_API_KEY). A name comes with "
+        "its score on other windows; give --contexts 20 or more",
+    )  # fmt: skip
+    inspect.add_argument("--judge-model", metavar="NAME", help="the model's name at the endpoint")
     inspect.add_argument("--seed", type=int, default=0, help="seed of draws, split and bootstrap (default: 0)")
     inspect.add_argument("--out", default="inspect.html", help="the HTML page (default: %(default)s)")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")

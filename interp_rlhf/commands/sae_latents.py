@@ -21,6 +21,7 @@ from ..sae.files import load_sae
 from ..sae.reading import ReadingOptions
 from ..validation.finding import find_latents
 from ..validation.inspecting import inspect_latents
+from ..validation.judges import EndpointJudge, LocalJudge
 from .console import print_aligned, shown_interval
 from .options import autoencoder_place, latent_numbers
 from .own_files import require_own_log
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..concepts.examples import Examples
     from ..validation.finding import LatentsFound
     from ..validation.inspecting import Inspection, LatentPage
+    from ..validation.judges import Judge
 
 _COMMANDS = ("sae inspect", "sae find")  # the first event of their logs names one of them
 
@@ -47,10 +49,11 @@ def sae_inspect(arguments: argparse.Namespace) -> int:
     top = arguments.random if drawn else 20 if arguments.top is None else arguments.top
     model, tokenizer, model_id = load_or_embedded(arguments.model)
     sae = load_sae(arguments.sae, model=model, **autoencoder_place(arguments))
+    judge = _judge_of(arguments, model, tokenizer, model_id)
     inspection = inspect_latents(
         model, tokenizer, sae, texts, latents="random" if drawn else chosen,
         top=top, contexts=arguments.contexts, labelled=labelled, readouts=readouts, seed=arguments.seed,
-        whole=not arguments.only_chosen, how=how, progress=not arguments.json,
+        judge=judge, whole=not arguments.only_chosen, how=how, progress=not arguments.json,
     )  # fmt: skip
     files = _write_files(arguments, model_id, "latents", inspection.event(), started, out)
     if arguments.json:
@@ -61,6 +64,21 @@ def sae_inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _judge_of(arguments: argparse.Namespace, model: Any, tokenizer: Any, model_id: str) -> Judge | None:
+    """The judge that names latents: the model itself, another local one, or an endpoint."""
+    asked = arguments.judge
+    if asked is None:
+        return None
+    if asked == "local":
+        return LocalJudge(model, tokenizer, model_id)
+    if asked.startswith(("http://", "https://")):
+        if arguments.judge_model is None:
+            raise ValueError(f"`--judge {asked}` is given without `--judge-model` – expected the model's name there.")
+        return EndpointJudge(asked, arguments.judge_model)
+    other, its_tokenizer, name = load_or_embedded(asked)
+    return LocalJudge(other, its_tokenizer, name)
+
+
 def _print_inspection(inspection: Inspection, readouts: Sequence[Readout], labelled: bool) -> None:
     whole = inspection.whole
     if whole is not None:
@@ -69,6 +87,9 @@ def _print_inspection(inspection: Inspection, readouts: Sequence[Readout], label
     columns = ["latent", "density", "mean on", "maximum", *(f"cos {readout.name}" for readout in readouts)]
     columns += ["precision", "recall", "AUROC"] if labelled else []
     print_aligned([*columns, "promotes"], [_row_of_page(page) for page in inspection.pages])
+    for page in inspection.pages:
+        if page.name is not None:
+            print(f"latent {page.index}: {page.name}")
 
 
 def _row_of_page(page: LatentPage) -> list[str]:

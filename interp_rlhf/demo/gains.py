@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SCORES = ("probe_score", "monitor_score")
 
 
-class Judge:
+class AnswerScores:
     """Scores answers on the frozen base model and by VADER. It is the same for both arms, before and after.
 
     Args:

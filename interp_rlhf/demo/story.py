@@ -39,7 +39,7 @@ from ..concepts.sweep_plot import plot_sweep
 from ..embedded import MODEL_ID, load_or_embedded
 from ..validation import measures
 from ..validation.gate import require_passed
-from .gains import Judge, compared, difference_of_gains
+from .gains import AnswerScores, compared, difference_of_gains
 from .generate import ROLLOUT_TEMPERATURE, contrast, generate
 from .prompts import CONCEPT, prompts
 from .tables import log_samples, log_tables, print_evidence
@@ -240,7 +240,7 @@ class _Demo:
         settings = self.settings
         _say(4, "answers to held-out prompts before training")
         readouts = [Readout.from_card(str(cards[role])) for role in ("reward", "monitor")]
-        judge = Judge(self.model, self.tokenizer, readouts, self.vader)
+        judge = AnswerScores(self.model, self.tokenizer, readouts, self.vader)
         before = judge(self._held_out_answers(self.model, "before"))
         results, logs = {}, []
         for number, arm in enumerate(ARMS):

@@ -65,7 +65,10 @@ class LatentEntry(Record):
     near: list[WindowEntry] = fact("windows where it is off and its pre-activation is highest", list)
     off: list[WindowEntry] = fact("random windows where it is off", list)
     histogram: HistogramEntry | None = fact("activations that are not zero")
-    label: str = fact("what a judge called it", "")
+    label: str = fact("what a judge called it, with the score of the name", "")
+    name: dict[str, Any] | None = fact(
+        "the judge's name, its score, interval, control, judge and hash of the questions"
+    )
     written: float | None = fact("mean activation times the norm of its decoder row")
     cosines: dict[str, float | None] = fact("readout to cosine with the decoder row", dict, unit="[−1, 1]")
     promoted: list[PromotedEntry] = fact("tokens whose logits it raises most", list)

@@ -1,7 +1,7 @@
 """`inspect_latents`: evidence about latents on some texts, to read before giving a latent a name.
 
 In: a model, a sparse autoencoder, texts, optionally labelled examples and readouts. Out: an `Inspection` with a page per latent
-and the quality of the autoencoder on these texts. It must not know how pages look. The caller passes the judge that gives labels.
+and the quality of the autoencoder on these texts. It must not know how pages look. The caller passes the judge that names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from ..sae.autoencoder import describe
 from ..sae.contexts import gather_contexts, require_windows, survey
 from ..sae.effects import cosines, promotions
 from ..sae.reading import ReadingOptions, counted_batch, pool_latents
+from .naming import named_pages
 from .split import split_examples
 from .statistics import auroc_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ..sae.autoencoder import SparseAutoencoder
     from ..sae.contexts import LatentContexts, Survey
     from ..sae.effects import Promotion
+    from .judges import Judge
+    from .naming import LatentName
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class LatentPage:
         promoted, suppressed (`list[Promotion]`): see `promotions`.
         cosines (`dict[str, float]`): cosines of its decoder row with readouts.
         detection (`Detection`, *optional*): how well it detects the labelled concept.
-        label (`str`, *optional*): the answer of the judge.
+        name (`LatentName`, *optional*): what a judge calls it, with the score of that name.
     """
 
     contexts: LatentContexts
@@ -71,7 +74,7 @@ class LatentPage:
     suppressed: list[Promotion]
     cosines: dict[str, float]
     detection: Detection | None = None
-    label: str | None = None
+    name: LatentName | None = None
 
     @property
     def index(self) -> int:
@@ -80,7 +83,9 @@ class LatentPage:
 
     def entry(self) -> dict[str, Any]:
         """The page as one flat mapping for JSON and the run log. Numbers have five digits."""
-        found = {name: getattr(self, name) for name in ("label", "written", "cosines")}
+        found = {name: getattr(self, name) for name in ("written", "cosines")}
+        found["label"] = None if self.name is None else str(self.name)
+        found["name"] = None if self.name is None else asdict(self.name)
         found |= {name: [asdict(p) for p in getattr(self, name)] for name in ("promoted", "suppressed")}
         found["detection"] = None if self.detection is None else asdict(self.detection)
         short: dict[str, Any] = _five_digits(asdict(self.contexts) | found)
@@ -127,7 +132,7 @@ def inspect_latents(
     labelled: Examples | None = None,
     readouts: Sequence[Readout] = (),
     seed: int = 0,
-    judge: Callable[[LatentPage], str] | None = None,
+    judge: Judge | None = None,
     whole: bool = True,
     how: ReadingOptions | None = None,
     progress: bool = False,
@@ -149,8 +154,9 @@ def inspect_latents(
         labelled (`Examples`, *optional*): labelled examples for precision and recall of each latent. One half sets the threshold,
             the other half is reported; they share no prompt.
         readouts (`Sequence[Readout]`): directions to compare decoder rows with, at the hook point where the autoencoder writes.
-        seed (`int`, defaults to 0): seed of the draw, the random windows, the split and the bootstrap.
-        judge (`Callable[[LatentPage], str]`, *optional*): a person, a model or a rule that names a latent by its page.
+        seed (`int`, defaults to 0): seed of the draw, the random windows, the split and the bootstraps.
+        judge (`Judge`, *optional*): who names the latents, see `judges`. A name comes with its score on other
+            windows; take 20 `contexts` or more.
         whole (`bool`, defaults to `True`): also measure FVU, L0 and the dead fraction, which computes all latents. If false, only
             the rows of the chosen latents are computed, where the architecture allows that; `latents` must then be indices.
         how (`ReadingOptions`, *optional*): lengths of contexts, windows and batches.
@@ -172,7 +178,7 @@ def inspect_latents(
     if halves is not None:
         detected = _detect(model, tokenizer, sae, chosen, halves, seed, progress)
     pages = _pages(model, tokenizer, sae, gathered, cosines(sae, chosen, readouts), detected)
-    pages = pages if judge is None else [replace(page, label=judge(page)) for page in pages]
+    pages = pages if judge is None else named_pages(pages, judge, seed)
     concept = None if labelled is None else labelled.label_names[1]
     return Inspection(describe(sae), rule, pages, all_latents or survey_of_pass, concept)
 
