@@ -30,7 +30,7 @@ _CAPITALS = (
     ("France", "Paris", "Italy", "Rome"), ("Germany", "Berlin", "England", "London"), ("Japan", "Tokyo", "Russia", "Moscow"),
     ("Spain", "Madrid", "Greece", "Athens"),
 )  # fmt: skip
-_NAMES = (("John", "Mary"), ("James", "Sarah"), ("Tom", "Anna"), ("David", "Emma"), ("Peter", "Lisa"))
+_NAMES = (("John", "Mary"), ("James", "Sarah"), ("Tom", "Anna"), ("David", "Alice"), ("Paul", "Jane"))
 FILM = "The film was really {}. In one word, my opinion of the film is:"
 TARGETED = ("sentiment", "number", "language")
 CONTRASTS: dict[str, list[Row]] = {

@@ -570,13 +570,15 @@ def test_the_figures_of_the_page_are_the_committed_ones():
     parts = json.loads((root / "benchmarks" / "locate.json").read_text())
     page, readme = (root / "docs" / "locate.md").read_text(), (root / "benchmarks" / "README.md").read_text()
     ratios = parts["quality"]["ratios"]
-    for concept in ("sentiment", "number", "language"):
+    ratios |= parts["others"]["ratios"]
+    for concept in ("sentiment", "number", "language", "capital", "gender"):
         one, along = ratios[f"spearman_{concept}"], ratios[f"spearman_{concept}_3_steps"]
         recalls = [ratios[f"recall_at_5_{concept}{suffix}"] for suffix in ("", "_3_steps")]
         assert f"| {one:.2f} | {along:.4f} | {recalls[0]:.1f} | {recalls[1]:.1f} |" in page
         assert along >= 0.9
         assert recalls[1] >= 0.8
-        assert len(parts["quality"]["settings"]["effects"][concept]["sites"]) == 60
+        effects = parts["quality"]["settings"]["effects"] | parts["others"]["settings"]["effects"]
+        assert len(effects[concept]["sites"]) == 60
     first_mlp = next(
         row for row in parts["quality"]["settings"]["effects"]["number"]["sites"] if row[0] == "model.layers.0.mlp"
     )
