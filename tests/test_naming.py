@@ -171,7 +171,7 @@ def test_sae_inspect_names_latents_by_an_endpoint_that_runs_a_model(
     latent_model,
     tokenizer,
     tmp_path,
-    capsys,  # noqa: F811
+    capsys,
 ):
     local = LocalJudge(latent_model, tokenizer, "tiny")
 

@@ -163,8 +163,7 @@ def inspect_latents(
         progress (`bool`): show progress bars.
 
     Raises:
-        `ValueError`: another model's autoencoder, a latent out of range, readouts at another hook point, no text that counts, no
-            latent that is ever on.
+        `ValueError`: another model's autoencoder, a latent out of range, readouts elsewhere, no text that counts, none that is on.
     """
     texts, readouts = as_list(texts), as_list(readouts)
     how = replace(how or ReadingOptions(), progress=progress)
