@@ -168,7 +168,7 @@ def test_a_request_that_the_endpoint_refuses_is_one_clear_error():
 
 
 def test_sae_inspect_names_latents_by_an_endpoint_that_runs_a_model(
-    latent_model,
+    latent_model,  # noqa: F811
     tokenizer,
     tmp_path,
     capsys,

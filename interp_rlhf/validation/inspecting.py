@@ -163,7 +163,7 @@ def inspect_latents(
         progress (`bool`): show progress bars.
 
     Raises:
-        `ValueError`: another model's autoencoder, a latent out of range, readouts elsewhere, no text that counts, none that is on.
+        `ValueError`: another model's autoencoder, a latent out of range, readouts elsewhere, no text that counts.
     """
     texts, readouts = as_list(texts), as_list(readouts)
     how = replace(how or ReadingOptions(), progress=progress)

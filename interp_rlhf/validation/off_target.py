@@ -87,7 +87,7 @@ def off_target(
         >>> prompts = [f"please {word}" for word in "help thanks sorry day night rain sun house tree walk".split()]
         >>> matrix = off_target([readout, replace(readout, name="copy")], model, tokenizer, prompts, max_new_tokens=4)
         >>> matrix.names, round(matrix.cosine[0][1], 3)
-        (['warmth', 'copy'], 1.0)
+        (['concept', 'copy'], 1.0)
     """
     names = [readout.name for readout in readouts]
     if len(names) < 2 or len(set(names)) < len(names):

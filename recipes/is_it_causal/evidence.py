@@ -1,6 +1,6 @@
 """Are four concepts of SmolLM2 causal? Warmth, sentiment, truth of city statements and refusal, each by its own causal check.
 
-    python benchmarks/causal.py --concept warmth --out benchmarks/causal_warmth.json
+    python recipes/is_it_causal/evidence.py --concept warmth --out recipes/is_it_causal/warmth.json
 
 Concepts: `warmth` (the shipped reward card, VADER), `sentiment` (rt-polarity reviews, VADER), `truth` (cities of Geometry of
 Truth, log-prob of the right minus a wrong country), `refusal` (XSTest answers, a regular expression). All but warmth are fitted
@@ -119,6 +119,29 @@ def fitted_readout(
     return Readout.from_artifact(fit.artifact, name, "mean"), curve
 
 
+def table_row(result: dict[str, Any]) -> str:
+    """Row of the table in docs/evidence.md."""
+    found = result["findings"]
+
+    def shown(effect: dict[str, Any] | None) -> str:
+        if effect is None:
+            return "not tested"
+        middle = effect["typical"]
+        return (
+            f"{middle['value']:+.2f} [{middle['low']:+.2f}, {middle['high']:+.2f}], {effect['share']['value']:.0%}; bound "
+            f"{effect['bound']:.2f}; beats {sum((part['low'] or 0) > 0.5 for part in effect['beats'].values())} of "
+            f"{len(effect['beats'])}"
+        )
+
+    other = found["other"]
+    recipe = "–" if other is None else f"{other['verdict']} ({other['weighted_cosine']:.2f})"
+    measure = "log-prob margin, nats" if found["measure"].startswith("log-prob") else found["measure"]
+    return (
+        f"| {result['concept']} | {result['hook_point']} | {measure}, {found['prompts']} | {found['compared_at']:g} σ | "
+        f"{shown(found['steer'])} | {shown(found['project'])} | {shown(found['mean'])} | {recipe} | {found['verdict']} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", choices=sorted(CONCEPTS), default="warmth", help="(default: warmth)")
@@ -143,7 +166,7 @@ def main() -> None:
         batch_rows=128, seed=options.seed,
     )  # fmt: skip
     more = f" --prompts {options.prompts}" if options.prompts != parser.get_default("prompts") else ""
-    command = f"python benchmarks/causal.py --concept {options.concept}{more}"
+    command = f"python recipes/is_it_causal/evidence.py --concept {options.concept}{more}"
     findings = causal_check(readout, model, tokenizer, **asked, settings=settings, command=command, progress=True)
     result = {
         "concept": options.concept, "model": model_id, "hook_point": readout.hook_point, "seed": options.seed,
