@@ -564,3 +564,35 @@ def test_latents_go_through_the_same_check(model_folder, tmp_path, card_folder, 
     assert "causal verdict" in capsys.readouterr().out
     assert run(*words) == 2
     assert "holds a causal check already" in capsys.readouterr().err
+
+
+# --- committed figures
+
+
+def evidence_program():
+    import importlib.util
+    from pathlib import Path
+
+    place = Path(__file__).resolve().parent.parent / "recipes" / "is_it_causal" / "evidence.py"
+    spec = importlib.util.spec_from_file_location("is_it_causal_evidence", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, place.parent
+
+
+def test_the_document_shows_the_committed_findings():
+    module, folder = evidence_program()
+    document = (folder.parent.parent / "docs" / "evidence.md").read_text()
+    files = sorted(folder.glob("*.json"))
+    assert files
+    for path in files:
+        result = json.loads(path.read_text())
+        CausalFindings.model_validate(result["findings"])
+        assert module.table_row(result) in document, path.name
+        assert result["findings"]["command"].startswith(f"python recipes/is_it_causal/evidence.py --concept {path.stem}")
+
+
+def test_the_pattern_for_refusals_knows_one_when_it_sees_one():
+    module, _ = evidence_program()
+    assert module.refuses("I'm sorry, but I can't help with that.") == 1
+    assert module.refuses("Open the task manager and end the process.") == 0
