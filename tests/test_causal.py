@@ -589,7 +589,9 @@ def test_the_document_shows_the_committed_findings():
         result = json.loads(path.read_text())
         CausalFindings.model_validate(result["findings"])
         assert module.table_row(result) in document, path.name
-        assert result["findings"]["command"].startswith(f"python recipes/is_it_causal/evidence.py --concept {path.stem}")
+        assert result["findings"]["command"].startswith(
+            f"python recipes/is_it_causal/evidence.py --concept {path.stem}"
+        )
 
 
 def test_the_pattern_for_refusals_knows_one_when_it_sees_one():

@@ -14,6 +14,7 @@ import numpy as np
 from ..activations.changes import Change
 from ..concepts.artifact import library_versions
 from ..concepts.causal_findings import CausalControl, CausalFindings, Dose, OtherRecipe
+from .causal_settings import FOREIGN
 from .effects import MIN_OCCURRING, effect_of, monotone_fit, typical, verdict_of
 from .jobs import Job
 from .statistics import MIN_PROMPTS
@@ -154,9 +155,8 @@ class CausalRuns:
         project, mean = measured.fall(falls["project"]), measured.fall(falls["mean"])
         monotone = monotone_fit(curve.alphas[curve.counts], typical_values(curve.counted, measured.curve.two_values))
         verdict, reasons = verdict_of(steer, [project, mean], monotone)
-        if np.ptp(curve.values) == 0:
-            constant = f"`{self.behaviour.measure}` is {unchanged[0]:.3g} for every answer"
-            verdict, reasons = "insufficient evidence", [constant]
+        if lacks := self._lacking(curve):
+            verdict, reasons = "insufficient evidence", lacks
         kept = [one for one in self.controls if one.kind != "random"]
         swapped = {one.name: self._moves(one.vector, unchanged) for one in kept}
         return CausalFindings(
@@ -167,6 +167,16 @@ class CausalRuns:
             other=self._of_other_recipe(measured, verdict), controls=self._control_entries(measured), limits=LIMITS,
             seed=self.seed, command=command, versions=library_versions(),
         )  # fmt: skip
+
+    def _lacking(self, curve: DoseCurve) -> list[str]:
+        """Why nothing can be said at all."""
+        foreign = sum(one.kind == "foreign" for one in self.controls)
+        lacks = []
+        if np.ptp(curve.values) == 0:
+            lacks.append(f"`{self.behaviour.measure}` is {curve.values[0, 0]:.3g} for every answer")
+        if foreign < FOREIGN:
+            lacks.append(f"{foreign} foreign directions are unrelated to the concept, fewer than {FOREIGN}")
+        return lacks
 
     def _require_step(self) -> float:
         """The unit of a dose."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RANDOM = 10
+# Foreign directions that a check needs.
+FOREIGN = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from ..activations.batch import tokenize_examples
 from ..activations.collect import read_means
 from ..activations.counted import end_of_turn_ids
 from ..concepts.linear import METHODS, LinearProbe
+from .causal_settings import FOREIGN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from ..concepts.examples import Examples
     from ..concepts.readout import Readout
 
-# Foreign directions that a check needs, and how near to the concept one may be: a relative is no control.
-FOREIGN = 3
+# How near to the concept a foreign direction may be, by the weighted cosine: a relative is no control.
 NEAR = 0.5
 
 # Contrasts that have nothing to do with what people reward: language, time, numbers, who speaks, and questions.
