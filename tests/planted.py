@@ -71,6 +71,14 @@ class Planted:
             for part in (attention.o_proj, mlp.down_proj):
                 part.weight -= planted.T @ planted @ part.weight
 
+    def foreign(self) -> dict[str, torch.Tensor]:
+        """Directions from one neutral word to another: concepts that have nothing to do with moods."""
+        rows = self.model.get_input_embeddings().weight.detach()
+        words = NEUTRAL[:12]
+        return {
+            f"{a} {b}": rows[self._token(a)] - rows[self._token(b)] for a, b in zip(words[:6], words[6:], strict=True)
+        }
+
     def _token(self, word: str) -> int:
         ids = self.tokenizer(text=f" {word}")["input_ids"]
         assert len(ids) == 1, (word, ids)

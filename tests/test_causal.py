@@ -26,6 +26,7 @@ DOSES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 def verdict_on(planted, vector, seed=0, **more):
     settings = CausalSettings(doses=DOSES, max_new_tokens=4, batch_rows=256, seed=seed)
     readout = Readout("planted", HOOK_POINT, vector)
+    more.setdefault("foreign", planted.foreign())
     return causal_check(
         readout, planted.model, planted.tokenizer, prompts(seed), mood, settings=settings, **more
     )  # fmt: skip
@@ -102,10 +103,17 @@ def test_pairs_are_measured_by_their_log_probs(planted):
     readout = Readout("planted", HOOK_POINT, planted.drives)
     # Answers to prompts that end in a neutral word have a margin near 0: the concept is what lies above.
     settings = CausalSettings(doses=DOSES, batch_rows=256, occurs=3.0)
-    found = causal_check(readout, planted.model, planted.tokenizer, pairs=rows, settings=settings)
+    found = causal_check(
+        readout, planted.model, planted.tokenizer, pairs=rows, settings=settings, foreign=planted.foreign()
+    )
     assert found.verdict == "causal"
     inert = Readout("inert", HOOK_POINT, planted.inert)
-    assert causal_check(inert, planted.model, planted.tokenizer, pairs=rows, settings=settings).verdict == "read-only"
+    assert (
+        causal_check(
+            inert, planted.model, planted.tokenizer, pairs=rows, settings=settings, foreign=planted.foreign()
+        ).verdict
+        == "read-only"
+    )
 
 
 def test_the_margin_is_the_difference_of_log_probs_by_hand(planted):
@@ -141,12 +149,19 @@ def test_the_other_recipe_is_fitted_and_compared(planted):
 
 
 def test_foreign_directions_of_the_user_come_first_and_a_relative_is_no_control(planted):
-    given = {"relative": planted.drives + 0.05 * planted.marked, "marked": planted.marked}
+    given = {"relative": planted.drives + 0.05 * planted.marked, "marked": planted.marked, **planted.foreign()}
     found = verdict_on(planted, planted.drives, foreign=given)
     names = [control.name for control in found.controls if control.kind == "foreign"]
     assert "marked" in names
     assert "relative" not in names
-    assert len(names) == 3
+    assert len(names) >= 3
+
+
+def test_without_three_foreign_directions_nothing_is_said(planted, monkeypatch):
+    monkeypatch.setattr("interp_rlhf.validation.directions._CONTRASTS", {})
+    found = verdict_on(planted, planted.drives, foreign={"marked": planted.marked})
+    assert found.verdict == "insufficient evidence"
+    assert found.reasons == ["1 foreign directions are unrelated to the concept, fewer than 3"]
 
 
 # --- what is done to the activation
