@@ -159,6 +159,16 @@ def test_what_fails_is_tried_again_and_then_abstains():
     assert EndpointJudge("http://127.0.0.1:9/v1", "m", wait=0.01, retries=1).write("Name it") is None
 
 
+def test_a_judge_can_be_the_measure_of_a_causal_check():
+    from interp_rlhf.validation.judges import asked
+
+    measure = asked(
+        FunctionJudge(lambda prompt: "yes" if "warm" in prompt.split("Text: ")[1] else "no"), "Is it warm?"
+    )
+    assert [measure(text) for text in ("a warm day", "a cold day")] == [1, 0]
+    assert asked(FunctionJudge(lambda prompt: None), "Is it warm?")("a day") is None
+
+
 def test_a_request_that_the_endpoint_refuses_is_one_clear_error():
     with (
         serving(lambda asked, n: (401, "")) as (url, _),

@@ -224,6 +224,21 @@ class CountedJudge:
         return answer
 
 
+def asked(judge: Judge, question: str) -> Callable[[str], float | None]:
+    """A measure of a text: the judge's probability of yes to a question about it. None where the judge abstains.
+
+    Args:
+        question (`str`): such as "Is this answer warm?".
+    """
+
+    def measure(text: str) -> float | None:
+        chances = judge.choose(f"{question}\n\nText: {text}\n\nAnswer yes or no:", ("yes", "no"))
+        return None if chances is None else chances["yes"]
+
+    measure.__name__ = f"{question} ({judge.identity})"
+    return measure
+
+
 def _first_line(text: str) -> str | None:
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     return line.strip(" .\"'`*") or None
