@@ -79,7 +79,7 @@ class DemoSettings:
     evaluate: int = 48
     answer_tokens: int = 32
     causal: int = 24
-    causal_tokens: int = 16
+    causal_tokens: int = 12
     completion_tokens: int = 24
     rollouts: int = 16
     generations: int = 8
