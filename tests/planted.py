@@ -48,7 +48,7 @@ class Planted:
         model, silent = self.model, torch.stack([self.inert, self.marked])
         embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
         embedding.copy_(torch.randn_like(embedding) * 0.3)
-        head.copy_(torch.randn_like(head) * 0.12)
+        head.copy_(torch.randn_like(head) * 0.08)
         planted = torch.stack([self.drives, self.inert, self.marked])
         embedding -= embedding @ planted.T @ planted
         head -= head @ planted.T @ planted
@@ -86,7 +86,7 @@ class Planted:
 
 
 def prompts(seed: int, count: int = 48) -> list[str]:
-    """Prompts that end in a good word, a bad one and a neutral one, a third of each."""
+    """Prompts that end in a good word (a quarter), a bad one (an eighth), and in neutral words, whose mood is open."""
     rng = random.Random(seed)
-    ends = (GOOD, BAD, NEUTRAL)
-    return [" ".join([*rng.choices(NEUTRAL, k=5), rng.choice(ends[i % 3])]) for i in range(count)]
+    ends = (GOOD, BAD, GOOD, NEUTRAL, NEUTRAL, NEUTRAL, NEUTRAL, NEUTRAL)
+    return [" ".join([*rng.choices(NEUTRAL, k=5), rng.choice(ends[i % len(ends)])]) for i in range(count)]
