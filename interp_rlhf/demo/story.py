@@ -195,18 +195,23 @@ class _Demo:
             evidence[role] = {"hook_point": hook_point, **checked.held_out.model_dump()}
         require_passed(load_card(cards["reward"]).card, cards["reward"])
         print_evidence(evidence["reward"])
-        evidence["reward"]["causal"] = self._causal(cards["reward"], data["fit"]).model_dump()
+        found = self._causal(cards["reward"], data["fit"])
+        evidence["reward"]["causal"] = None if found is None else found.model_dump()
         return cards, {**evidence["reward"], "holdout_monitor": evidence["monitor"]}
 
-    def _causal(self, path: Path, examples: Examples) -> CausalFindings:
-        """The causal check of the reward's card, written into it."""
+    def _causal(self, path: Path, examples: Examples) -> CausalFindings | None:
+        """The causal check of the reward's card on prompts of the training, written into it; None if it cannot be made on them."""
         settings = self.settings
-        found = causal_check(
-            Readout.from_card(str(path)), self.model, self.tokenizer, prompts("check", settings.causal), "vader",
-            examples=examples, command="interp-rlhf demo", progress=True,
-            settings=CausalSettings(doses=(-4, -2, 2, 4), max_new_tokens=settings.causal_tokens, batch_rows=128,
-                seed=settings.seed),
-        )  # fmt: skip
+        try:
+            found = causal_check(
+                Readout.from_card(str(path)), self.model, self.tokenizer, prompts("train", settings.causal), "vader",
+                examples=examples, command="interp-rlhf demo", progress=True,
+                settings=CausalSettings(doses=(-4, -2, 2, 4), max_new_tokens=settings.causal_tokens, batch_rows=128,
+                    seed=settings.seed),
+            )  # fmt: skip
+        except ValueError as error:  # another model may answer no prompt with the concept: the story goes on without
+            print(f"the causal check was not made: {error}")
+            return None
         found = found.model_copy(update={"readout": load_card(path).card.readout_digest})
         write_atomically(path, with_causal(path.read_text(), found).encode())
         plot_causal(found, path.with_suffix(".causal.svg"), "warmth")
