@@ -200,7 +200,7 @@ class _Demo:
         return cards, {**evidence["reward"], "holdout_monitor": evidence["monitor"]}
 
     def _causal(self, path: Path, examples: Examples) -> CausalFindings | None:
-        """The causal check of the reward's card on prompts of the training, written into it; None if it cannot be made on them."""
+        """The causal check of the reward's card on prompts of the training, written into it; None if that fails."""
         settings = self.settings
         try:
             found = causal_check(
