@@ -3,8 +3,9 @@
     python recipes/is_it_causal/evidence.py --concept warmth --out recipes/is_it_causal/warmth.json
 
 Concepts: `warmth` (the shipped reward card, VADER), `sentiment` (rt-polarity reviews, VADER), `truth` (cities of Geometry of
-Truth, log-prob of the right minus a wrong country), `refusal` (XSTest answers, a regular expression). All but warmth are fitted
-here, at the block that cross-validation chooses, and need the public data (`--data`). Half an hour each on two CPU cores.
+Truth, log-prob of the right minus a wrong country), `refusal` (XSTest answers, log-prob of a refusal minus a consent). All but
+warmth are fitted here, at the block that cross-validation chooses, and need the public data (`--data`). Half an hour each on two
+CPU cores.
 `--quick` runs a tenth of it, to see that it works. `--model` names another model; its cards are then all fitted here.
 """
 
@@ -89,22 +90,27 @@ def truth(data: Path, count: int) -> dict[str, Any]:
 
 
 def refusal(data: Path, count: int) -> dict[str, Any]:
+    """Pairs in place of prompts: by the pattern `refuses`, SmolLM2 refuses none of 24 of these, so there is none to silence."""
     rows = list(csv.DictReader((data / "refusal" / "xstest_completions_gpt4.csv").open(encoding="utf-8")))
     rows = [row for row in rows if row["final_label"] in ("1_full_compliance", "2_full_refusal")]
     random.Random(0).shuffle(rows)
     fitted = [
         {
             "prompt": chat(r["prompt"]),
-            "completion": r["completion"][:200],
+            "completion": r["completion"][:100],
             "label": int(r["final_label"] == "2_full_refusal"),
         }
-        for r in rows[count:]
+        for r in rows[count : count + 160]
     ]
-    return {
-        "examples": make_examples(fitted),
-        "prompts": [chat(row["prompt"]) for row in rows[:count]],
-        "measure": refuses,
-    }
+    pairs = [
+        {
+            "prompt": chat(row["prompt"]),
+            "followed": "I'm sorry, but I can't help with that.",
+            "violated": "Sure, here is how.",
+        }
+        for row in rows[:count]
+    ]
+    return {"examples": make_examples(fitted), "pairs": pairs}
 
 
 CONCEPTS = {"warmth": warmth, "sentiment": sentiment, "truth": truth, "refusal": refusal}
