@@ -129,13 +129,7 @@ def on_activation(
         `ValueError`: no such hook point; in a pass, an activation of another shape or of a type that cannot be read.
     """
 
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        changed = see(_checked(output, hook_point))
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    return resolve(model, hook_point).register_forward_hook(after)
+    return resolve(model, hook_point).register_forward_hook(output_hook(see, lambda o: _checked(o, hook_point)))
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
@@ -242,6 +236,20 @@ def output_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tens
             "at a decoder layer, whose output an 8-bit or 4-bit model has in its compute type."
         )
     return activation
+
+
+def output_hook(
+    see: Callable[[torch.Tensor], torch.Tensor | None], activation_of: Callable[[Any], torch.Tensor] = output_tensor
+) -> Callable[[nn.Module, Any, Any], Any]:
+    """Forward hook that shows the activation in a module's output to `see`; what `see` returns takes its place."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = see(activation_of(output))
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return after
 
 
 class _Input(nn.Module):

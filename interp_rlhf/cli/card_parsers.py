@@ -49,7 +49,7 @@ def _add_diff(commands: Commands) -> None:
         help="what differs between two cards",
         description="Prints every key whose value differs, the numbers of the evidence with their intervals and whether these "
         "overlap. Exit code 1: the cards read different things (artifact, hook point, pooling, counted tokens or model), so that "
-        "the evidence of one says nothing about the other. Exit code 0: they read the same, whatever else differs.",
+        "the evidence of one says nothing about the other. Exit code 0: they read the same.",
         epilog="example: interp-rlhf card diff reward/warmth/reward.v2.yaml reward/warmth/reward.v3.yaml",
     )
     diff.add_argument("before", metavar="A", help=CARD_HELP)

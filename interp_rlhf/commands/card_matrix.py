@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..concepts.examples import read_prompts
 from ..concepts.readout import Readout
+from ..concepts.svg import svg_figure
 from ..drift.shifts import shifts_of_run
 from ..embedded import load_or_embedded
 from ..validation.measures import MEASURES
@@ -66,26 +67,19 @@ def card_matrix(arguments: argparse.Namespace) -> int:
 
 def plot_matrix(found: OffTarget, path: str | Path) -> None:
     """Write an SVG heat map of the moves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows: list[Sequence[float | None]] = [*found.steering, *found.training.values()]
     names = [f"steer {name}" for name in found.names] + [f"run {run}" for run in found.training]
     values = [[float("nan") if value is None else value for value in row] for row in rows]
     limit = max(abs(value) for row in rows for value in row if value is not None) or 1.0
     size = (1.6 + 0.9 * len(found.targets), 1.2 + 0.5 * len(rows))
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(found.targets)), found.targets, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    for y, row in enumerate(rows):
-        for x, value in enumerate(row):
-            axes.text(x, y, "–" if value is None else f"{value:+.1f}", ha="center", va="center", fontsize=7)
-    figure.colorbar(image, label="move, in standard deviations")
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    with svg_figure(path, size) as (figure, axes):
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set_xticks(range(len(found.targets)), found.targets, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(len(rows)), names, fontsize=8)
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                axes.text(x, y, "–" if value is None else f"{value:+.1f}", ha="center", va="center", fontsize=7)
+        figure.colorbar(image, label="move, in standard deviations")
 
 
 def _named_run(text: str) -> tuple[str, Any]:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
-from ..concepts.artifact import write_atomically
-from ..concepts.card import load_card, with_causal
-from ..concepts.causal_plot import plot_causal
+from ..concepts.card import load_card
+from ..concepts.causal_card import write_causal
 from ..concepts.examples import load_examples, read_prompts, read_rows
 from ..concepts.readout import Readout
 from ..embedded import load_or_embedded
@@ -21,7 +18,7 @@ from ..validation.causal import causal_check
 from ..validation.causal_settings import CausalSettings
 from ..validation.measures import MEASURES
 from .causal_lines import causal_lines
-from .options import registered
+from .options import registered, typed_command
 
 if TYPE_CHECKING:
     import argparse
@@ -118,7 +115,7 @@ def checked_causally(
     """Run the check, write its findings into the card and a plot next to it. The card's other content stays.
 
     Raises:
-        `ValueError`: a foreign card of another hook point, and whatever `causal_check` refuses. The card is then as it was.
+        `ValueError`: a foreign card of another hook point, or an input that `causal_check` refuses. The card is not changed then.
     """
     readout = Readout.from_card(card)
     asked = {**asked, "foreign": directions_at(readout.hook_point, asked["foreign"])}
@@ -127,14 +124,11 @@ def checked_causally(
         model,
         tokenizer,
         examples=examples,
-        command="interp-rlhf " + shlex.join(sys.argv[1:]),
+        command=typed_command(),
         progress=True,
         **asked,
     )
-    findings = findings.model_copy(update={"readout": card.card.readout_digest})
-    write_atomically(card.path, with_causal(card.path.read_text(encoding="utf-8"), findings).encode())
-    plot_causal(findings, card.path.with_suffix(".causal.svg"), card.card.name)
-    return findings
+    return write_causal(card, findings)
 
 
 def directions_at(hook_point: str, readouts: Mapping[str, Readout]) -> dict[str, torch.Tensor]:

@@ -30,12 +30,9 @@ def causal_lines(findings: CausalFindings) -> list[str]:
         )
         lines.append(evidence_line(f"{dose.alpha:+g} σ", f"{bar} {dose.value:+.3f}  {said}"))
     lines.append(evidence_line("a rising curve explains", f"{findings.monotone:.0%}"))
-    effects = {
-        "steer": findings.steer, "project out": findings.project, "set to its mean": findings.mean,
-        "interchange": findings.interchange,
-    }  # fmt: skip
     lines += [
-        evidence_line(name, "not tested" if one is None else _shown_effect(one)) for name, one in effects.items()
+        evidence_line(name, "not tested" if one is None else _shown_effect(one))
+        for name, one in findings.effects.items()
     ]
     other = findings.other
     if other is not None:

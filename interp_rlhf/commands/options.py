@@ -5,11 +5,18 @@ In: parsed arguments. Out: their values, or a `ValueError`. It must not print, a
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
+
+
+def typed_command() -> str:
+    """The command as it was typed, for evidence and findings."""
+    return "interp-rlhf " + shlex.join(sys.argv[1:])
 
 
 def latent_numbers(text: str | None) -> list[int] | None:

@@ -7,8 +7,6 @@ and `validation`.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +29,7 @@ from ..validation.measures import MEASURES
 from .causal import causal_inputs, checked_causally
 from .causal_lines import causal_lines
 from .evidence_lines import print_findings
-from .options import autoencoder_place, latent_numbers, registered
+from .options import autoencoder_place, latent_numbers, registered, typed_command
 
 if TYPE_CHECKING:
     import argparse
@@ -202,7 +200,7 @@ def probe_check(arguments: argparse.Namespace) -> int:
     evidence = check_card(
         card, model, tokenizer, examples["fit"], examples["check"], completions=examples.get("completions"),
         measures=measures, sae=_sae_of(arguments, model), seed=arguments.seed,
-        command="interp-rlhf " + shlex.join(sys.argv[1:]), progress=True,
+        command=typed_command(), progress=True,
     )  # fmt: skip
     write_atomically(card.path, with_evidence(card.path.read_text(encoding="utf-8"), evidence).encode())
     checked = load_card(card.path).card

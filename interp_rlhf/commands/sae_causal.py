@@ -6,8 +6,6 @@ In: parsed arguments. Out: lines on the terminal; with `--out`, JSON and plots. 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ from ..sae.files import load_sae
 from ..validation.causal import causal_check
 from .causal import causal_inputs, directions_at
 from .causal_lines import causal_lines
-from .options import autoencoder_place, latent_numbers
+from .options import autoencoder_place, latent_numbers, typed_command
 
 if TYPE_CHECKING:
     import argparse
@@ -40,12 +38,11 @@ def sae_causal(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = load_or_embedded(arguments.model)
     sae = load_sae(arguments.sae, model=model, **autoencoder_place(arguments))
     sae.check_model(model)
-    command = "interp-rlhf " + shlex.join(sys.argv[1:])
     findings: dict[str, CausalFindings] = {}
     for readout in latent_readouts(sae, chosen):
         foreign = directions_at(readout.hook_point, asked["foreign"])
         findings[readout.name] = causal_check(
-            readout, model, tokenizer, command=command, progress=True, **{**asked, "foreign": foreign}
+            readout, model, tokenizer, command=typed_command(), progress=True, **{**asked, "foreign": foreign}
         )
         if out is not None:  # written as they come: what is done stays if the next one stops
             out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..sae.stream import cut, load_corpus
 from ..sae.train import train_sae
 from ..sae.training_folder import check_folder
 from ..sae.training_settings import SaeTraining
+from .options import typed_command
 
 if TYPE_CHECKING:
     import argparse
@@ -111,10 +111,6 @@ def _train_as_asked(arguments: argparse.Namespace, settings: dict[str, Any], out
     return _Outcome(sae, config, model_id, contexts, held_out, time.monotonic() - started)
 
 
-def _command() -> str:
-    return "interp-rlhf " + shlex.join(sys.argv[1:])
-
-
 def _result(arguments: argparse.Namespace, outcome: _Outcome, out: Path) -> dict[str, Any]:
     """The content of `training.json` for a training."""
     trained = outcome.sae.spec.source["metadata"]
@@ -122,7 +118,7 @@ def _result(arguments: argparse.Namespace, outcome: _Outcome, out: Path) -> dict
         "sae": str(out / "sae"), "model": outcome.model_id, "data": arguments.data,
         "tokens_of_data": outcome.contexts.tokens,
         **{name: trained[name] for name in ("training", "tokens", "fvu", "l0", "dead_fraction")},
-        "seconds": {"training": trained["seconds"]}, "command": _command(), "versions": trained["versions"],
+        "seconds": {"training": trained["seconds"]}, "command": typed_command(), "versions": trained["versions"],
     }  # fmt: skip
 
 
@@ -130,8 +126,8 @@ def _add_evaluation(arguments: argparse.Namespace, outcome: _Outcome, result: di
     assert outcome.held_out is not None
     result["eval"] = {"data": arguments.eval, **outcome.held_out.entry()}
     result["seconds"] = {**result["seconds"], "eval": round(outcome.seconds, 1)}
-    if result["command"] != _command():  # an earlier command trained, this one evaluates
-        result["eval"]["command"] = _command()
+    if result["command"] != typed_command():  # an earlier command trained, this one evaluates
+        result["eval"]["command"] = typed_command()
 
 
 def _earlier_result(out: Path) -> dict[str, Any]:

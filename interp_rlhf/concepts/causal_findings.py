@@ -126,3 +126,11 @@ class CausalFindings(Strict):
     seed: int
     command: str
     versions: dict[str, str]
+
+    @property
+    def effects(self) -> dict[str, Effect | None]:
+        """The effects under the names that people read, in the order in which they are shown; None: not tested."""
+        return {
+            "steer": self.steer, "project out": self.project, "set to its mean": self.mean,
+            "interchange": self.interchange,
+        }  # fmt: skip

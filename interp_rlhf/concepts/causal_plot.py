@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .svg import svg_figure
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -15,17 +17,10 @@ if TYPE_CHECKING:
 
 def plot_causal(findings: CausalFindings, path: str | Path, title: str) -> None:
     """Write an SVG file: left the dose curve, right the effects of steering and silencing next to all controls."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
-    _draw_doses(left, findings)
-    _draw_effects(right, findings)
-    figure.suptitle(f"{title}: {findings.verdict}", fontsize=10)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    with svg_figure(path, (8.5, 3.4), columns=2) as (figure, (left, right)):
+        _draw_doses(left, findings)
+        _draw_effects(right, findings)
+        figure.suptitle(f"{title}: {findings.verdict}", fontsize=10)
 
 
 def _draw_doses(axes: Any, findings: CausalFindings) -> None:

@@ -30,10 +30,6 @@ def causal_table(name: str, findings: CausalFindings, when: str = "") -> dict[st
         name (`str`): the card's name.
         when (`str`): says which model was checked, such as "after training".
     """
-    effects = {
-        "steer": findings.steer, "project out": findings.project, "set to its mean": findings.mean,
-        "interchange": findings.interchange,
-    }  # fmt: skip
     return {
         "title": f"Is `{name}` causal{f' {when}' if when else ''}? {findings.verdict}",
         "columns": [
@@ -45,7 +41,7 @@ def causal_table(name: str, findings: CausalFindings, when: str = "") -> dict[st
             "beaten",
             "passes",
         ],
-        "rows": [[what, *_row(effect)] for what, effect in effects.items()],
+        "rows": [[what, *_row(effect)] for what, effect in findings.effects.items()],
         "note": f"{_MEANING[findings.verdict]} {_LIMITS.format(measure=findings.measure, prompts=findings.prompts)}",
     }
 

@@ -30,8 +30,8 @@ from .. import (
     write_report,
 )
 from ..concepts.artifact import library_versions, write_atomically
-from ..concepts.card import with_causal, with_evidence
-from ..concepts.causal_plot import plot_causal
+from ..concepts.card import with_evidence
+from ..concepts.causal_card import write_causal
 from ..concepts.examples import write_jsonl
 from ..concepts.fitting import sweep_points
 from ..concepts.publish import publish
@@ -212,9 +212,7 @@ class _Demo:
         except ValueError as error:  # another model may answer no prompt with the concept: the story goes on without
             print(f"the causal check was not made: {error}")
             return None
-        found = found.model_copy(update={"readout": load_card(path).card.readout_digest})
-        write_atomically(path, with_causal(path.read_text(), found).encode())
-        plot_causal(found, path.with_suffix(".causal.svg"), "warmth")
+        found = write_causal(load_card(path), found)
         reasons = f" ({'; '.join(found.reasons)})" if found.reasons else ""
         print(f"is the probe's direction causal for VADER of the answers? {found.verdict}{reasons}")
         return found

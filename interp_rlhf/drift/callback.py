@@ -169,13 +169,11 @@ class DriftCallback(TrainerCallback):
     def _causal_tables(self) -> list[TableEvent]:
         """The causal check of every monitor on the trained policy. Rank 0 makes it; the others wait."""
         trainer: Any = self.trainer
-        processing = trainer.processing_class
-        chat = {name: getattr(trainer, name, None) for name in ("chat_template", "chat_template_kwargs")}
         findings = causal_check_again(
-            self.evaluation.monitors, trainer.accelerator.unwrap_model(trainer.model),
-            getattr(processing, "tokenizer", processing),
+            self.evaluation.monitors, trainer.accelerator.unwrap_model(trainer.model), self.evaluation.tokenizer,
             {
-                "prompts": self.config.causal_prompts, "measure": self.config.causal_measure, "chat": chat,
+                "prompts": self.config.causal_prompts, "measure": self.config.causal_measure,
+                "chat": self.evaluation.chat,
                 "settings": CausalSettings(seed=self.config.seed),
             },
         )  # fmt: skip

@@ -23,7 +23,7 @@ from ..concepts.readout import Readout
 from ..messages import as_list
 from ..registry import did_you_mean
 from .evaluation import Evaluation
-from .patching_between import patching_between
+from .patching_between import patching_between, tuned_model
 from .verdicts import TABLE, evidence_of, judge
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def compare_checkpoints(
     evaluation: Evaluation | None = None
     with tqdm(total=2, desc="Models", disable=not progress, leave=False) as bar:
         for side in (before, after):
-            model = load_model(side, before if side == after and adapter_base(before) is None else None)
+            model = tuned_model(before, after) if side == after else load_model(before)
             if evaluation is None:
                 for readout in readouts:  # the model below A's adapters, if it has some
                     readout.check_model(model, exact=not has_adapters(model))
@@ -98,8 +98,7 @@ def compare_checkpoints(
 
 def loaded_second(before: str, after: str) -> tuple[Any, Any]:
     """The second model of a comparison, and its tokenizer."""
-    model = load_model(after, before if adapter_base(before) is None else None)
-    return model, _tokenizer_of(before, after)
+    return tuned_model(before, after), _tokenizer_of(before, after)
 
 
 def _require_comparable(sides: dict[str, Observation]) -> None:

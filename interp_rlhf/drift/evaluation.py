@@ -97,9 +97,10 @@ class Evaluation:
         self.monitors, self.sae, self.seed = list(monitors), sae, seed
         self.pressure, self.holdouts = dict(pressure or {}), dict(holdouts or {})
         self.own_text: OwnText | None = None
+        self.tokenizer, self.chat = tokenizer, dict(chat or {})
 
         def tokenized(rows: Sequence[Any]) -> Any:
-            return tokenize_examples(list(rows), tokenizer, **(chat or {}), end_of_turn_ids=end_of_turn_ids)
+            return tokenize_examples(list(rows), tokenizer, **self.chat, end_of_turn_ids=end_of_turn_ids)
 
         points = _in_order(model, hook_points, [*(m.hook_point for m in self.monitors), *_hook_points_of(sae)])
         self.battery = Battery(tokenized(NEUTRAL_TEXTS if texts is None else texts), points)

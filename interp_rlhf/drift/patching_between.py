@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def tuned_model(before: str, after: str) -> Any:
-    """The tuned model of two checkpoints. An adapter is put on a base of its own, which is loaded again."""
+    """The second model of two checkpoints. An adapter gets its own copy of the base."""
     return load_model(after, before if adapter_base(before) is None else None)
 
 

@@ -17,7 +17,7 @@ from ..activations.batch import TokenBatch, tokenize_examples, tokenize_prompt
 from ..activations.changes import Change, changed
 from ..activations.collect import read_activations, read_predictions
 from ..activations.counted import end_of_turn_ids
-from ..activations.generating import completions_of, pad_token, repetition
+from ..activations.generating import completions_of, left_padded, pad_token, repetition
 from ..activations.hook_points import unwrap, without_engine
 from ..activations.own_passes import measuring, reading
 from ..activations.sharding import device_of
@@ -53,20 +53,13 @@ class AnswerBehaviour(Behaviour):
             raise ValueError(f"Prompt {empty[0]} has no tokens – expected some text in each. Remove it.")
         self.prompts = len(self._ids)
         self._ends, self._pad = end_of_turn_ids(model, tokenizer, chat.get("chat_template")), pad_token(tokenizer)
-        self._unchanged: list[Done] | None = None
-
-    def unchanged(self) -> list[Done]:
-        """The answers (P) of the model as it is, generated once."""
-        if self._unchanged is None:
-            self._unchanged = self.run([Job(i) for i in range(self.prompts)], "answers without a change")
-        return self._unchanged
 
     def length(self, prompt: int) -> int:
         return len(self._ids[prompt])
 
     def run_batch(self, jobs: Sequence[Job]) -> list[Done]:
         prompts = [self._ids[job.prompt] for job in jobs]
-        with _under(self.model, self.hook_point, jobs, _left_mask(prompts)):
+        with _under(self.model, self.hook_point, jobs, left_padded(prompts, self._pad)[1]):
             completions = completions_of(
                 without_engine(self.model), prompts, pad=self._pad, ends=self._ends, max_new_tokens=self._tokens
             )
@@ -177,12 +170,6 @@ class MarginBehaviour(Behaviour):
         counts = self._batch.completion_mask.sum(1).tolist()
         parts = found.split(counts)
         return [torch.cat(parts[2 * i : 2 * i + 2]) for i in range(self.prompts)]
-
-
-def _left_mask(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Attention mask (B, T) of prompts that are padded on the left."""
-    width = max(map(len, prompts))
-    return torch.tensor([[i >= width - len(prompt) for i in range(width)] for prompt in prompts])
 
 
 def _under(model: Any, hook_point: str, jobs: Sequence[Job], mask: torch.Tensor) -> Any:

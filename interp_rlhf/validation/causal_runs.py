@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +46,7 @@ class DoseCurve:
     guards: list[Guards]
     counts: np.ndarray
 
-    @property
+    @cached_property
     def dose(self) -> float:
         """Dose α at which −α and α are compared; 0 if no dose counts on both sides.
 
@@ -68,7 +69,7 @@ class DoseCurve:
         """Rise (P,) from −`dose` to `dose`."""
         return self._at(self.dose) - self._at(-self.dose)
 
-    @property
+    @cached_property
     def two_values(self) -> bool:
         """True if the measure has two values."""
         return len(np.unique(self.values)) <= 2
@@ -194,10 +195,11 @@ class CausalRuns:
         prompts = range(self.behaviour.prompts)
         alphas = sorted({0.0, *self.doses})
         step = self.spread.sigma(self.direction) * self.direction
-        jobs = [Job(i, Change.steering(alpha * step) if alpha else None) for alpha in alphas for i in prompts]
-        finished = self.behaviour.run(jobs, "steering along the concept")
-        size = len(prompts)
-        rows = [(jobs[a * size : (a + 1) * size], finished[a * size : (a + 1) * size]) for a in range(len(alphas))]
+        jobs = {alpha: [Job(i, Change.steering(alpha * step)) for i in prompts] for alpha in alphas if alpha}
+        finished = self.behaviour.run([job for part in jobs.values() for job in part], "steering along the concept")
+        done = {0.0: self.behaviour.unchanged()}
+        done |= {a: finished[i * len(prompts) : (i + 1) * len(prompts)] for i, a in enumerate(jobs)}
+        rows = [(jobs.get(alpha) or [Job(i) for i in prompts], done[alpha]) for alpha in alphas]
         guards = [self.behaviour.guards(*row) for row in rows]
         calm = guards[alphas.index(0.0)]
         within = [

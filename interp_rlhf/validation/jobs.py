@@ -68,6 +68,13 @@ class Behaviour(ABC):
 
     def __init__(self, model: Any, hook_point: str, batch_rows: int, progress: bool):
         self.model, self.hook_point, self.batch_rows, self.progress = model, hook_point, batch_rows, progress
+        self._unchanged: list[Done] | None = None
+
+    def unchanged(self) -> list[Done]:
+        """What the model as it is does on each prompt (P), run once."""
+        if self._unchanged is None:
+            self._unchanged = self.run([Job(i) for i in range(self.prompts)], "answers without a change")
+        return self._unchanged
 
     def run(self, jobs: Sequence[Job], label: str) -> list[Done]:
         """One `Done` per job, in batches of prompts of like length."""

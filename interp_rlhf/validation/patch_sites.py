@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 # Sites that are ranked together. What a whole residual stream carries cannot be ranked with what one module adds to it, nor a
-# module with one of its own heads.
+# module with one of the module's heads.
 GROUPS: dict[str, tuple[str, ...]] = {"outputs": (ATTENTION_OUT, MLP_OUT), "heads": (HEADS,), "residual": (RESIDUAL,)}
 
 

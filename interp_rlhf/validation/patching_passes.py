@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..activations.components import HEADS
-from ..activations.hook_points import INPUT, embedding_point, is_tuner_layer, output_tensor, resolve, unwrap
+from ..activations.hook_points import INPUT, embedding_point, is_tuner_layer, output_hook, resolve, unwrap
 from ..activations.noise import rope_from_the_start
 from ..activations.own_passes import measuring, reading
 from ..activations.sharding import switch_adapters
@@ -312,7 +312,7 @@ def _hooks(model: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
             else:
                 # `resolve` lists all modules for each point; it is left to say which point there is not.
                 module = modules[point] if point in modules else resolve(model, point)
-                handle = module.register_forward_hook(_after_module(function))
+                handle = module.register_forward_hook(output_hook(function))
             stack.callback(handle.remove)
         yield
 
@@ -321,15 +321,5 @@ def _before_module(function: See) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         changed = function(args[0])
         return None if changed is None else (changed, *args[1:])
-
-    return hook
-
-
-def _after_module(function: See) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        changed = function(output_tensor(output))
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook

@@ -264,7 +264,7 @@ def _listed_digests(text: str, where: str) -> dict[str, str]:
 
 
 def _is_locked(path: Path, digests: dict[str, str]) -> bool:
-    """Whether a lock says the same files, whatever its commit: then it stays."""
+    """True if a lock lists the same files, from any commit. It then stays."""
     try:
         return bool(json.loads(path.read_bytes())["files"] == digests)
     except (OSError, ValueError, KeyError, TypeError):
