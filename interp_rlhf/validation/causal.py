@@ -13,13 +13,19 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..activations.sharding import is_sharded
 from .behaviour import AnswerBehaviour, MarginBehaviour
 from .causal_runs import CausalRuns
 from .causal_settings import CausalSettings
-from .directions import ControlDirection, Spread, foreign_directions, other_recipe, random_directions
+from .directions import (
+    ControlDirection,
+    Spread,
+    foreign_directions,
+    other_recipe,
+    random_directions,
+    unit_direction,
+)
 from .measures import MEASURES
 from .statistics import MIN_PROMPTS
 
@@ -83,7 +89,7 @@ def causal_check(
             "The model's parameters are in pieces – expected a model in one piece. Load the checkpoint alone."
         )
     readout.check_model(model, exact=not trained, trained=trained)
-    direction, point = _direction_of(readout), readout.hook_point
+    direction, point = unit_direction(readout), readout.hook_point
     how: dict[str, Any] = {"batch_rows": settings.batch_rows, "chat": chat, "progress": progress}
     behaviour = _behaviour_of(model, tokenizer, point, rows, measure, settings.max_new_tokens, how)
     runs = behaviour.activations()
@@ -166,12 +172,3 @@ def _controls(
         ControlDirection("same variance", "same variance", spread.same_variance(direction, settings.seed)),
         *foreign_directions(model, tokenizer, readout.hook_point, direction, spread, foreign),
     ]
-
-
-def _direction_of(readout: Readout) -> torch.Tensor:
-    direction = readout.direction.float()
-    if not torch.isfinite(direction).all() or not float(direction.norm()) > 0:
-        raise ValueError(
-            f"Readout `{readout.name}` has a direction of norm {float(direction.norm())} – expected one that is finite and not 0."
-        )
-    return nn.functional.normalize(direction, dim=0)

@@ -117,6 +117,20 @@ class Spread:
         return (axes @ weights).float()
 
 
+def unit_direction(readout: Readout) -> torch.Tensor:
+    """Direction (D,) of a readout at length 1.
+
+    Raises:
+        `ValueError`: it is 0, or not finite.
+    """
+    direction = readout.direction.float()
+    if not torch.isfinite(direction).all() or not float(direction.norm()) > 0:
+        raise ValueError(
+            f"Readout `{readout.name}` has a direction of norm {float(direction.norm())} – expected one that is finite and not 0."
+        )
+    return nn.functional.normalize(direction, dim=0)
+
+
 def random_directions(width: int, count: int, seed: int) -> list[ControlDirection]:
     """Random unit vectors (D,), uniform on the sphere."""
     drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))

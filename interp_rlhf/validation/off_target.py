@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..activations.changes import Change
 from ..activations.read import read
 from .behaviour import AnswerBehaviour
-from .directions import Spread
+from .directions import Spread, unit_direction
 from .jobs import Job
 from .measures import values_of
 from .statistics import MIN_PROMPTS
@@ -149,7 +148,7 @@ class _Answers:
 
     def moves(self, behaviour: AnswerBehaviour, readout: Readout, dose: float, plain: np.ndarray) -> np.ndarray:
         """Median move (targets,) of every score from −dose to +dose along a readout's direction, in its standard deviations."""
-        direction = nn.functional.normalize(readout.direction.float(), dim=0)
+        direction = unit_direction(readout)
         step = dose * Spread(torch.cat(behaviour.activations())).sigma(direction) * direction
         jobs = [Job(i, Change.steering(side * step)) for side in (-1, 1) for i in range(behaviour.prompts)]
         finished = behaviour.run(jobs, f"steering {readout.name}")
@@ -163,7 +162,7 @@ def _length(text: str) -> float:
 
 
 def _cosines(readouts: Sequence[Readout]) -> list[list[float | None]]:
-    rows = [nn.functional.normalize(readout.direction.float(), dim=0) for readout in readouts]
+    rows = [unit_direction(readout) for readout in readouts]
     return [
         [
             round(float(a @ b), 4) if one.hook_point == other.hook_point and len(a) == len(b) else None
